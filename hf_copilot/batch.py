@@ -1,0 +1,166 @@
+"""Documents, targets and runs: from a training batch to records, and from records to a batch of the Copilot.
+
+Position j is a target when the token at j + 1 carries a label, in the same document. A contiguous stretch of targets
+is a run, the unit that one `generate()` call produces; it starts from the learned start vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from .discrepancy import SparseDiscrepancy, discrepancy
+from .mistake_log import MistakeRecord
+from .modeling_copilot import interleave, memory_mask
+from .pilot_tap import PilotHead, PilotStates
+
+IGNORE = -100
+
+
+class Document(NamedTuple):
+    """Tokens `start` to `end` (not included) of a row of a batch."""
+
+    row: int
+    start: int
+    end: int
+
+
+def find_documents(inputs: Mapping[str, Any]) -> list[Document]:
+    """The documents of a collated batch: unpadded stretches of `attention_mask`; where there is none (packing,
+    padding-free), a document starts where `position_ids` is 0; with neither, every row is one document."""
+    rows, length = inputs["labels"].shape
+    mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None:
+        spans = [row.nonzero()[:, 0].tolist() for row in mask.cpu()]
+        return [Document(i, span[0], span[-1] + 1) for i, span in enumerate(spans) if span]
+    if position_ids is None:
+        return [Document(i, 0, length) for i in range(rows)]
+    documents = []
+    for i, row in enumerate(position_ids.cpu()):
+        starts = (row == 0).nonzero()[:, 0].tolist()
+        documents += [Document(i, *span) for span in zip(starts, [*starts[1:], length], strict=True)]
+    return documents
+
+
+def make_records(
+    states: PilotStates,
+    inputs: Mapping[str, Any],
+    head: PilotHead,
+    top_k: int,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> list[MistakeRecord]:
+    """One record for every document of a forward that has a target and a finite forward.
+
+    Args:
+        states: What the tap read; positions of virtual tokens (prompt tuning) are left out.
+        inputs: The batch: `input_ids`, `labels` `[B, T]` (−100 where there is none), masks.
+        head: The Pilot's head, for ℓ.
+        top_k: Entries of p̂ kept in ℓ.
+        dtype, device: Of the hidden states and of all tensors in the records; None keeps the Pilot's.
+    """
+    labels = inputs["labels"].cpu()  # [B, T]
+    length = labels.shape[1]
+    kept, spans, target_lists = [], [], []
+    for row, start, end in find_documents(inputs):
+        targets = (labels[row, start + 1 : end] != IGNORE).nonzero()[:, 0]  # [m], counted from start
+        if len(targets):
+            spans.append(int(targets[-1]) + 1)
+            kept.append(torch.arange(spans[-1]) + row * length + start)  # [n], flat positions in the batch
+            target_lists.append(targets)
+    if not kept:
+        return []
+    where = torch.cat(kept)  # [N]
+    target_where = torch.cat([flat[targets] for flat, targets in zip(kept, target_lists, strict=True)])  # [M]
+    target_labels = labels.flatten()[target_where + 1]  # [M]
+
+    def flat(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return tensor[:, -length:].flatten(0, 1)[positions.to(tensor.device)]
+
+    final = flat(states.last_hidden_state, target_where)  # [M, d_P]
+    mistake = discrepancy(head, final, target_labels.to(final.device), top_k)
+    columns = {
+        "input_ids": (inputs["input_ids"].cpu().flatten()[where], spans),
+        "embeddings": (flat(states.embeddings, where).to(dtype=dtype), spans),
+        "hidden_states": (flat(states.hidden_states, where).to(dtype=dtype), spans),
+        "final_states": (final.to(dtype=dtype), None),
+        "labels": (target_labels, None),
+        "indices": (mistake.indices.int(), None),
+        "values": (mistake.values, None),
+        "dropped": (mistake.dropped, None),
+        "positions": (torch.cat(target_lists), None),
+    }
+    device = device or final.device
+    counts = [len(targets) for targets in target_lists]
+    split = {name: tensor.to(device).split(sizes or counts) for name, (tensor, sizes) in columns.items()}
+    records = [MistakeRecord(**dict(zip(split, row, strict=True))) for row in zip(*split.values(), strict=True)]
+    return [record for record in records if bool(record.values.isfinite().all())]
+
+
+def group_by_length(records: list[MistakeRecord], max_positions: int) -> list[list[MistakeRecord]]:
+    """Split into groups of like length whose padded size (rows x longest) stays within `max_positions`."""
+    groups: list[list[MistakeRecord]] = []
+    for record in sorted(records, key=lambda record: -len(record.input_ids)):
+        if groups and (len(groups[-1]) + 1) * len(groups[-1][0].input_ids) <= max_positions:
+            groups[-1].append(record)
+        else:
+            groups.append([record])
+    return groups
+
+
+@dataclass
+class CopilotBatch:
+    """Records, padded for one forward of the Copilot; B documents, m queries, n positions, Q queries in all."""
+
+    inputs: dict[str, torch.Tensor]  # the arguments of CopilotModel.forward
+    valid: torch.Tensor  # [B, m] bool, which queries are not padding
+    final_states: torch.Tensor  # [Q, d_P]
+    labels: torch.Tensor  # [Q]
+    target: SparseDiscrepancy  # [Q, k + 1]
+    sequence: torch.Tensor  # [Q], the run of every query
+    num_sequences: int
+
+    @classmethod
+    def collate(cls, records: list[MistakeRecord], lag: int, device: torch.device, dtype: torch.dtype) -> CopilotBatch:
+        """Pad the records; queries of different runs do not see each other, prompts are memory alone."""
+
+        def pad(tensors: list[torch.Tensor], value: float = 0) -> torch.Tensor:
+            return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
+
+        def cat(name: str) -> torch.Tensor:
+            return torch.cat([getattr(record, name) for record in records]).to(device)
+
+        length = max(len(record.input_ids) for record in records)
+        is_start = pad([record.is_start for record in records])  # [B, m]
+        run = is_start.cumsum(1)  # [B, m]
+        positions = pad([record.positions for record in records], length)  # [B, m]; padding sees all
+        valid = positions < length
+        visible = pad([torch.ones_like(record.input_ids, dtype=torch.bool) for record in records])  # [B, n]
+        indices = pad([record.indices for record in records]).long()  # [B, m, k + 1]
+        values = pad([record.values for record in records])  # [B, m, k + 1]
+        embeddings = pad([record.embeddings for record in records]).to(dtype)  # [B, n, d_P]
+        hidden_states = pad([record.hidden_states for record in records]).to(dtype)  # [B, n, d_P]
+        same_run = run[:, :, None] == run[:, None, :]  # [B, m, m]
+        inputs = {
+            "input_indices": indices.roll(1, dims=1),  # ℓ of the target before; a start has none
+            "input_values": values.roll(1, dims=1),
+            "is_start": is_start,
+            "memory": interleave(embeddings, hidden_states),  # [B, 2n, d_P]
+            "memory_mask": memory_mask(positions, visible, lag),  # [B, m, 2n]
+            "self_mask": same_run.tril(),
+        }
+        sequence = torch.cat([record.is_start for record in records]).cumsum(0) - 1  # [Q]
+        target = SparseDiscrepancy(cat("indices").long(), cat("values"), cat("dropped"))
+        return cls(
+            inputs,
+            valid,
+            cat("final_states"),
+            cat("labels"),
+            target,
+            sequence.to(device),
+            int(sequence[-1]) + 1,
+        )

@@ -1,0 +1,64 @@
+"""Does this Copilot fit this Pilot? The rules and their error texts, in one place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .modeling_copilot import CopilotModel
+from .pilot_tap import PilotHead, find_layers, unwrap
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the vocabulary (token and id, sorted); the same for every tokenizer of a family."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary, ensure_ascii=False).encode()).hexdigest()
+
+
+def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raise if the Copilot can't rectify this Pilot, warn if nobody can tell from here.
+
+    Args:
+        copilot: As trained or loaded.
+        pilot: The model that it is to rectify; its weights may differ from those that it was trained beside.
+        tokenizer: The Pilot's. Needed where the two vocabularies have different numbers of rows (padding rows differ
+            within a family); f is 0 in rows that the Copilot does not have.
+
+    Raises:
+        ValueError: Another tokenizer, another number of rows without proof that the tokens are the same, another
+            hidden size, or a Pilot whose decoder layers or head can't be found.
+
+    Warns:
+        UserWarning: If the Pilot is of another architecture than the one that the Copilot was trained beside.
+    """
+    config, base = copilot.config, unwrap(pilot)
+    find_layers(base)
+    rows, known = PilotHead(base).vocab_size, config.tokenizer_fingerprint
+    same_tokens = tokenizer is not None and known is not None and tokenizer_fingerprint(tokenizer) == known
+    if tokenizer is not None and known is not None and not same_tokens:
+        raise ValueError(
+            "The tokenizer is not the one that this Copilot was trained with (another vocabulary), so its corrections "
+            f"would go to the wrong tokens. Use a Pilot of the family of {config.base_model_name_or_path!r}, or train "
+            "a Copilot beside this one with CopilotTrainer."
+        )
+    if rows != config.vocab_size and not same_tokens:
+        raise ValueError(
+            f"The Copilot has {config.vocab_size} vocabulary rows and the Pilot {rows}. If both share one tokenizer, "
+            "prove it with tokenizer=AutoTokenizer.from_pretrained(<the Pilot>); else train a Copilot beside this one."
+        )
+    text_config = base.config.get_text_config()
+    if text_config.hidden_size != config.pilot_hidden_size:
+        raise ValueError(
+            f"The Copilot reads hidden states of size {config.pilot_hidden_size} and the Pilot's have "
+            f"{text_config.hidden_size}. A Copilot moves between Pilots of one hidden size; train one beside this one."
+        )
+    if config.pilot_model_type not in (None, text_config.model_type):
+        warnings.warn(
+            f"The Copilot was trained beside a {config.pilot_model_type!r} and the Pilot is a "
+            f"{text_config.model_type!r}: measure whether it still helps before you rely on it.",
+            stacklevel=2,
+        )

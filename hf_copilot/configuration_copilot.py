@@ -1,0 +1,160 @@
+"""Configuration of a Copilot: its shape, what it reads of the Pilot, how it is trained and fused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# The loss that trains f and the space in which f is added belong together (docs/method.md).
+OBJECTIVE_OF_FUSION = {"logit": "cross_entropy", "probability": "rmse"}
+
+_CHOICES = {
+    "pattern": (1, 2),
+    "pooled_layers": ("all", "first_half", "second_half"),
+    "pooling": ("mean", "max", "sum"),
+    "hidden_state_lag": (0, 1),
+    "copilot_input": ("both", "discrepancy", "token"),
+    "objective": ("cross_entropy", "rmse"),
+    "fusion": ("logit", "probability"),
+    "error_feedback": ("realized", "predicted"),
+}
+
+
+@strict
+class CopilotConfig(PreTrainedConfig):
+    """Configuration of a [`CopilotModel`].
+
+    Every size that is left at `None` is taken from the decoder whose weights the Copilot starts from (see `init`).
+    Any `ValueError` names the field and the values that it takes.
+
+    Parameters:
+        init (`str`, defaults to `"pilot"`):
+            Where the weights come from: `"pilot"` (the Pilot's own decoder), `"random"`, or the path or Hub id of
+            another checkpoint of the same vocabulary (a 1B decoder for an 8B Pilot).
+        num_hidden_layers (`int`, *optional*, defaults to `2`):
+            Layers of the Copilot, spread evenly over the decoder that it starts from; `None` takes all of them.
+        hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, hidden_act, rms_norm_eps,
+        attention_bias, attention_output_bias, mlp_bias, qk_norm, vocab_size:
+            Shape of the decoder block, named as in transformers' Llama family.
+        dropout (`float`, defaults to `0.0`):
+            Dropout on both residual branches of every layer, in training.
+        pilot_hidden_size (`int`, *optional*):
+            Width of the Pilot's hidden states. Where it differs from `hidden_size` one linear layer aligns them.
+        pattern (`int`, defaults to `1`):
+            The paper's Pattern 1 (odd layers self-attention, even layers modified cross-attention) or 2 (modified
+            cross-attention in every layer).
+        pooled_layers (`str`, defaults to `"all"`):
+            Which Pilot layers form h: `"all"`, `"first_half"` or `"second_half"` (the paper's Patterns 3 and 4).
+        pooling (`str`, defaults to `"mean"`):
+            How these layers are pooled: `"mean"`, `"max"` or `"sum"`.
+        hidden_state_lag (`int`, defaults to `1`):
+            At position i the Copilot reads h up to i - lag.
+        copilot_input (`str`, defaults to `"both"`):
+            `"discrepancy"` (the paper's), `"token"` (embedding of the token just read), or the sum of the two.
+        objective, fusion (`str`, default to `"cross_entropy"` and `"logit"`):
+            `rmse` (Eq. 7) goes with `probability` (Eq. 8), `cross_entropy` of the fused logits with `logit`.
+        error_feedback (`str`, defaults to `"realized"`):
+            What the Copilot is fed while generating: the discrepancy of the token really emitted (`"realized"`) or
+            its own last prediction (`"predicted"`, Algorithm 2 of the paper; with `objective="rmse"` only).
+        top_k (`int`, defaults to `64`):
+            Entries of the Pilot's distribution kept in a discrepancy, besides the label. Exact when >= vocabulary.
+        strength (`float`, defaults to `1.0`):
+            λ, the weight of the correction; finite and >= 0.
+        base_model_name_or_path, base_model_revision, pilot_model_type, tokenizer_fingerprint, hf_copilot_version:
+            What the Copilot was trained beside; read by [`check_pilot`].
+        results (`dict`, *optional*):
+            Last evaluation figures of the run that trained it; shown in the model card.
+    """
+
+    model_type = "copilot"
+
+    init: str = "pilot"
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = 2
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    dropout: float = 0.0
+    initializer_range: float = 0.02
+
+    pilot_hidden_size: int | None = None
+    pattern: int = 1
+    pooled_layers: str = "all"
+    pooling: str = "mean"
+    hidden_state_lag: int = 1
+    copilot_input: str = "both"
+    objective: str = "cross_entropy"
+    fusion: str = "logit"
+    error_feedback: str = "realized"
+    top_k: int = 64
+    strength: float = 1.0
+
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    pilot_model_type: str | None = None
+    tokenizer_fingerprint: str | None = None
+    hf_copilot_version: str | None = None
+    results: dict | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any):
+        super().__post_init__(**kwargs)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"CopilotConfig.{name}={getattr(self, name)!r}: choose one of {choices}.")
+        if OBJECTIVE_OF_FUSION[self.fusion] != self.objective:
+            raise ValueError(
+                f"objective={self.objective!r} does not go with fusion={self.fusion!r}: train the one that you fuse. "
+                "Use objective='cross_entropy' with fusion='logit', or objective='rmse' with fusion='probability'."
+            )
+        if self.error_feedback == "predicted" and self.objective != "rmse":
+            raise ValueError(
+                "error_feedback='predicted' feeds f back as a discrepancy, which only objective='rmse' makes of it. "
+                "Use error_feedback='realized', or the paper's settings: CopilotConfig.paper()."
+            )
+        minimum = 2 if self.pattern == 1 else 1
+        if self.num_hidden_layers is not None and self.num_hidden_layers < minimum:
+            raise ValueError(
+                f"num_hidden_layers={self.num_hidden_layers}: pattern {self.pattern} needs at least {minimum} "
+                "(one layer of self-attention and one of the modified cross-attention)."
+            )
+        if self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: must be at least 1.")
+        check_strength(self.strength)
+
+    @classmethod
+    def paper(cls, **kwargs: Any) -> CopilotConfig:
+        """The settings of the paper: all layers of its source, ℓ alone as input, RMSE, Eq. 8, Algorithm 2."""
+        settings: dict[str, Any] = {
+            "num_hidden_layers": None,
+            "copilot_input": "discrepancy",
+            "objective": "rmse",
+            "fusion": "probability",
+            "error_feedback": "predicted",
+        }
+        return cls(**(settings | kwargs))
+
+    @property
+    def attention_types(self) -> list[str]:
+        """`"self"` or `"cross"` for every layer: alternating from `"self"` in Pattern 1, all `"cross"` in 2."""
+        if self.pattern == 2:
+            return ["cross"] * self.num_hidden_layers
+        return ["self" if i % 2 == 0 else "cross" for i in range(self.num_hidden_layers)]
+
+
+def check_strength(strength: float) -> float:
+    """Return λ, or raise a `ValueError` if it is negative or not finite."""
+    if not (math.isfinite(strength) and strength >= 0):
+        raise ValueError(f"strength={strength}: λ must be finite and >= 0 (0 switches the Copilot off).")
+    return strength

@@ -1,0 +1,336 @@
+"""The co-training engine, for any PyTorch loop: observe the Pilot's forwards, step the Copilot once per round.
+
+    learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=len(loader))
+    for batch in loader:
+        with learner.observe(batch):
+            loss = pilot(**batch).loss
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+        learner.step()
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import get_scheduler
+
+from .batch import CopilotBatch, group_by_length, make_records
+from .discrepancy import cross_entropy_loss, fuse, rmse_loss, row_chunks
+from .mistake_log import MistakeLog, MistakeRecord
+from .modeling_copilot import CopilotModel
+from .pilot_tap import PilotHead, PilotStates, PilotTap, isolated_rng
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("pilot_nll", "rectified_nll", "pilot_token_accuracy", "rectified_token_accuracy")
+STATE_FILES = ("learner.safetensors", "learner.json", "mistake_log.safetensors")
+
+
+class CopilotLearner:
+    """Owns the Copilot, its optimizer, scheduler, Mistake Log and random generator (Algorithm 1 of the paper).
+
+    The Pilot is only read: its losses, weights and the global random state are what they were without a learner.
+
+    Args:
+        copilot: Trained in place; moved to the device of the Pilot's head.
+        pilot: The model that is fine-tuned, wrapped or not.
+        num_training_steps: Steps of the schedule; or call `start` later.
+        learning_rate, weight_decay, max_grad_norm: Of the Copilot's AdamW.
+        warmup_steps, lr_scheduler_type: Of its schedule, as in transformers.
+        log: Defaults to `MistakeLog()`.
+        log_dtype: Of the hidden states in the log.
+        seed: Of the draws from the log and of the Copilot's dropout.
+        autocast_dtype: Runs the Copilot under autocast in this type; None for its own.
+        peft_config: Trains the Copilot with this adapter; its new modules are trained in full.
+    """
+
+    def __init__(
+        self,
+        copilot: CopilotModel,
+        pilot: nn.Module,
+        num_training_steps: int | None = None,
+        learning_rate: float = 3e-4,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        warmup_steps: int = 0,
+        lr_scheduler_type: str = "cosine",
+        log: MistakeLog | None = None,
+        log_dtype: torch.dtype = torch.bfloat16,
+        seed: int = 42,
+        autocast_dtype: torch.dtype | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        self.head = PilotHead(pilot)
+        if copilot.config.vocab_size != self.head.vocab_size:
+            raise ValueError(
+                f"The Copilot has {copilot.config.vocab_size} output rows and the Pilot {self.head.vocab_size}: train a "
+                "Copilot beside a Pilot of its own vocabulary, or build one with copilot_for(pilot)."
+            )
+        self.device = self.head.pilot.get_output_embeddings().weight.device
+        self.copilot = copilot.to(self.device)
+        with isolated_rng(self.device, seed):
+            self.peft_model = self._add_adapter(peft_config) if peft_config is not None else None
+        self.learning_rate, self.weight_decay, self.max_grad_norm = learning_rate, weight_decay, max_grad_norm
+        self.warmup_steps, self.lr_scheduler_type = warmup_steps, lr_scheduler_type
+        self.log = log if log is not None else MistakeLog()
+        self.log_dtype, self.seed, self.autocast_dtype = log_dtype, seed, autocast_dtype
+        self.generator = torch.Generator().manual_seed(seed)
+        self.steps = self.skipped_steps = 0
+        self.round: list[MistakeRecord] = []
+        self.largest_batch = 1  # positions of the Pilot's largest micro-batch, the bound of the Copilot's own
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.loss_count = 0
+        self.sums = {"train": self._no_sums(), "eval": self._no_sums()}
+        self._listening, self._caught = False, None
+        config = copilot.config
+        self.tap = PilotTap(pilot, config.pooled_layers, config.pooling, self._catch, lambda: self._listening)
+        if num_training_steps is not None:
+            self.start(num_training_steps)
+
+    def start(self, num_training_steps: int) -> None:
+        """Check the Pilot's head, then build the optimizer and the schedule."""
+        self.head.check()
+        decay = [p for p in self.trainable_parameters() if p.ndim > 1]
+        no_decay = [p for p in self.trainable_parameters() if p.ndim <= 1]
+        groups = [{"params": decay, "weight_decay": self.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
+        self.scheduler = get_scheduler(
+            self.lr_scheduler_type, self.optimizer, self.warmup_steps, max(num_training_steps, 1)
+        )
+
+    def close(self) -> None:
+        """Remove the hooks from the Pilot."""
+        self.tap.close()
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.copilot.parameters() if parameter.requires_grad]
+
+    # ---- observing -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def observe(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Log the first forward of the Pilot inside the block; leave it before `backward()`.
+
+        Args:
+            inputs: The batch: `input_ids`, `labels` `[B, T]`, and `attention_mask` or (padding-free) `position_ids`.
+
+        Raises:
+            ValueError: If there are no labels, or the Pilot's decoder does not run inside the block.
+        """
+        with self._watch(inputs):
+            yield
+        self.largest_batch = max(self.largest_batch, inputs["labels"].numel())
+        self.round += self._records(inputs, dtype=self.log_dtype, device="cpu")
+
+    @contextmanager
+    def evaluate(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Add the first forward inside the block to the evaluation's metrics; nothing is logged."""
+        with self._watch(inputs):
+            yield
+        self.largest_batch = max(self.largest_batch, inputs["labels"].numel())
+        self.sums["eval"] += self.score(self._records(inputs))
+
+    @contextmanager
+    def _watch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        if inputs.get("labels") is None:
+            raise ValueError("The Mistake Log needs the `labels` of the batch that the Pilot is given.")
+        self._caught, self._listening = None, True
+        try:
+            yield
+        finally:
+            self._listening = False
+        if self._caught is None:
+            raise ValueError("The Pilot's decoder did not run inside the block: is it the Pilot of this learner?")
+
+    def _catch(self, states: PilotStates) -> None:
+        self._caught, self._listening = states, False
+
+    def _records(self, inputs: Mapping[str, Any], **kwargs: Any) -> list[MistakeRecord]:
+        states, self._caught = self._caught, None
+        return make_records(states, inputs, self.head, self.copilot.config.top_k, **kwargs)
+
+    # ---- learning --------------------------------------------------------------------------------------------------
+
+    def step(self, measure: bool = False) -> None:
+        """One step of the Copilot on as many documents as the round had, drawn from the log.
+
+        Without a labelled token in the round there is nothing to learn and only the schedule goes on. A step whose
+        loss or gradient is not finite is left out and counted in `skipped_steps`.
+
+        Args:
+            measure: First add this round's documents, which the Copilot has not seen, to the training metrics.
+        """
+        records, self.round = self.round, []
+        if records:
+            if measure:
+                self.sums["train"] += self.score(records)
+            self._append(records)
+            draw = [self._random_start(record) for record in self.log.sample(len(records), self.generator)]
+            with isolated_rng(self.device, self.seed + 1_000_003 * self.steps):
+                self._update(draw)
+        self.steps += 1
+        self.scheduler.step()
+
+    def _append(self, records: list[MistakeRecord]) -> None:
+        was_capped = self.log.capped
+        self.log.append(records)
+        if self.log.capped and not was_capped:
+            logger.warning(
+                "The Mistake Log has reached %d MiB and keeps %d rounds of %d: raise its bound in bytes "
+                "(copilot_log_max_bytes) to keep more.",
+                self.log.max_bytes // 2**20,
+                len(self.log.rounds),
+                self.log.max_rounds,
+            )
+
+    def _random_start(self, record: MistakeRecord) -> MistakeRecord:
+        """Where the run is the whole document (no prompt), start it at a random target, so that training looks like
+        continuing a prompt; what comes before is memory only."""
+        if record.positions[0] != 0:
+            return record
+        return record.starting_at(int(torch.randint(len(record.positions), (), generator=self.generator)))
+
+    def _update(self, records: list[MistakeRecord]) -> None:
+        batches = self._batches(records)
+        per_sequence = self.copilot.config.objective == "rmse"
+        count = sum(int(r.is_start.sum()) if per_sequence else len(r.labels) for r in records)
+        self.copilot.train()
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            part = self.batch_loss(batch) / count
+            part.backward()
+            loss += part.detach()
+        norm = nn.utils.clip_grad_norm_(self.trainable_parameters(), self.max_grad_norm)
+        if bool((loss + norm).isfinite()):
+            self.optimizer.step()
+            self.loss_sum += loss
+            self.loss_count += 1
+        else:
+            self.skipped_steps += 1
+        self.optimizer.zero_grad()
+
+    def _batches(self, records: list[MistakeRecord]) -> Iterator[CopilotBatch]:
+        dtype = self.copilot.norm.weight.dtype
+        for group in group_by_length(records, self.largest_batch):
+            yield CopilotBatch.collate(group, self.copilot.config.hidden_state_lag, self.device, dtype)
+
+    def _hidden(self, batch: CopilotBatch) -> torch.Tensor:
+        """The Copilot's last hidden states at the batch's queries, `[Q, d]`."""
+        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.copilot(**batch.inputs).last_hidden_state[batch.valid]
+
+    def batch_loss(self, batch: CopilotBatch) -> torch.Tensor:
+        """The objective, summed: over positions (cross-entropy) or over sequences (RMSE, Eq. 7)."""
+        hidden, weight = self._hidden(batch), self.copilot.lm_head.weight  # [Q, d], [V, d]
+        if self.copilot.config.objective == "rmse":
+            return rmse_loss(hidden, weight, batch.target, batch.sequence, batch.num_sequences)
+        return cross_entropy_loss(hidden, weight, lambda rows: self.head(batch.final_states[rows]), batch.labels)
+
+    # ---- measuring -------------------------------------------------------------------------------------------------
+
+    def _no_sums(self) -> torch.Tensor:
+        return torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self.device)
+
+    @torch.no_grad()
+    def score(self, records: list[MistakeRecord]) -> torch.Tensor:
+        """Sums over the records' targets, teacher-forced with the Copilot's own λ, `[5]` float64: the Pilot's and the
+        rectified negative log-likelihood (nats), the Pilot's and the rectified top-1 hits, the targets."""
+        config, sums = self.copilot.config, self._no_sums()
+        was_training = self.copilot.training
+        self.copilot.eval()
+        for batch in self._batches(records):
+            hidden, labels = self._hidden(batch), batch.labels[:, None]  # [Q, d], [Q, 1]
+            for rows in row_chunks(len(labels), config.vocab_size):
+                pilot = self.head(batch.final_states[rows]).log_softmax(-1)  # [c, V]
+                correction = (hidden[rows] @ self.copilot.lm_head.weight.to(hidden.dtype).T).float()  # [c, V]
+                rectified = fuse(pilot, correction, config.strength, config.fusion)
+                label = labels[rows]
+                hits = [(scores.argmax(-1, keepdim=True) == label).sum() for scores in (pilot, rectified)]
+                nlls = [-scores.gather(-1, label).sum() for scores in (pilot, rectified)]
+                sums += torch.stack([*nlls, *hits, torch.tensor(len(label), device=self.device)]).double()
+        self.copilot.train(was_training)
+        return sums
+
+    def pop_metrics(self, mode: str = "train") -> dict[str, float]:
+        """The metrics since the last call: means over targets, and in training the mean of the Copilot's loss."""
+        sums, self.sums[mode] = self.sums[mode].tolist(), self._no_sums()
+        metrics = {name: total / sums[-1] for name, total in zip(METRICS, sums, strict=False)} if sums[-1] else {}
+        if mode == "train" and self.loss_count:
+            metrics["copilot_loss"] = self.loss_sum.item() / self.loss_count
+            self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
+        if mode == "train" and self.skipped_steps:
+            metrics["copilot_skipped_steps"] = self.skipped_steps
+        if mode == "train" and self.log.capped:
+            metrics["copilot_log_rounds"] = len(self.log.rounds)
+        return metrics
+
+    # ---- adapters and state ----------------------------------------------------------------------------------------
+
+    def _add_adapter(self, peft_config: PeftConfig) -> nn.Module:
+        """Put an adapter into the Copilot; what has no pretrained weights is trained in full."""
+        new = ["lm_head", "start"] + ["memory_proj"] * isinstance(self.copilot.memory_proj, nn.Linear)
+        peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *new})
+        model = get_peft_model(self.copilot, peft_config)
+        for parameter in self.trainable_parameters():
+            parameter.data = parameter.data.float()
+        return model
+
+    def exported(self) -> CopilotModel:
+        """The Copilot as plain weights: itself, or a copy with its adapter merged."""
+        if self.peft_model is None:
+            return self.copilot
+        return copy.deepcopy(self.peft_model).merge_and_unload()
+
+    def save_state(self, directory: str | Path) -> None:
+        """Write what a resumed run needs besides the exported weights: optimizer, schedule, generator, log, and the
+        trained tensors themselves where they live in an adapter."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = self.optimizer.state_dict()
+        tensors = {f"optimizer.{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
+        tensors["generator"] = self.generator.get_state()
+        if self.peft_model is not None:
+            tensors |= {f"trained.{n}": p.detach() for n, p in self.copilot.named_parameters() if p.requires_grad}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / STATE_FILES[0])
+        scalars = {
+            "param_groups": state["param_groups"],
+            "scheduler": self.scheduler.state_dict(),
+            "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
+            "largest_batch": self.largest_batch,
+        }
+        (directory / STATE_FILES[1]).write_text(json.dumps(scalars), encoding="utf-8")
+        self.log.save(directory / STATE_FILES[2])
+
+    def load_state(self, directory: str | Path) -> None:
+        """Take up where [`save_state`] left off; call after `start`. The exported weights are loaded on their own."""
+        directory = Path(directory)
+        missing = [name for name in STATE_FILES if not (directory / name).is_file()]
+        if missing:
+            raise ValueError(f"{directory} is not a saved state of a CopilotLearner: {missing} missing.")
+        tensors = load_file(directory / STATE_FILES[0])
+        scalars = json.loads((directory / STATE_FILES[1]).read_text(encoding="utf-8"))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": scalars["param_groups"]})
+        self.scheduler.load_state_dict(scalars["scheduler"])
+        self.generator.set_state(tensors["generator"])
+        self.steps, self.skipped_steps = scalars["steps"], scalars["skipped_steps"]
+        self.largest_batch = scalars["largest_batch"]
+        trained = {n.removeprefix("trained."): t for n, t in tensors.items() if n.startswith("trained.")}
+        if self.peft_model is not None:
+            self.copilot.load_state_dict(trained, strict=False)
+        self.log.load(directory / STATE_FILES[2])

@@ -1,0 +1,116 @@
+"""The Mistake Log: what the Pilot saw, thought and got wrong, one record per document, the latest rounds.
+
+Shapes of one record: n positions (up to the last target), m targets, k kept entries of ℓ, d_P the Pilot's hidden size.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .discrepancy import SparseDiscrepancy
+
+
+@dataclass
+class MistakeRecord:
+    """One document of one training forward (X̃, h, ℓ of the paper), without padding."""
+
+    input_ids: torch.Tensor  # [n] int64
+    embeddings: torch.Tensor  # [n, d_P] X̃
+    hidden_states: torch.Tensor  # [n, d_P] h
+    positions: torch.Tensor  # [m] int64, j such that the token at j + 1 is a label
+    labels: torch.Tensor  # [m] int64
+    final_states: torch.Tensor  # [m, d_P], the decoder's output at the targets
+    indices: torch.Tensor  # [m, k + 1] int32, ℓ
+    values: torch.Tensor  # [m, k + 1] float32, ℓ
+    dropped: torch.Tensor  # [m] float32, the probability mass that ℓ leaves out
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
+
+    @property
+    def is_start(self) -> torch.Tensor:
+        """`[m]` bool: the first target of each run (a contiguous stretch of targets)."""
+        starts = torch.ones_like(self.positions, dtype=torch.bool)
+        starts[1:] = self.positions[1:] != self.positions[:-1] + 1
+        return starts
+
+    @property
+    def discrepancy(self) -> SparseDiscrepancy:
+        return SparseDiscrepancy(self.indices.long(), self.values, self.dropped)
+
+    def starting_at(self, first: int) -> MistakeRecord:
+        """The same document with its first targets left out: they are memory only."""
+        names = ("positions", "labels", "final_states", "indices", "values", "dropped")
+        return replace(self, **{name: getattr(self, name)[first:] for name in names})
+
+
+class MistakeLog:
+    """Ring buffer of the last rounds (a round is one optimizer step of the Pilot), on the CPU.
+
+    Args:
+        max_rounds: Rounds that are kept (the paper keeps 128).
+        max_bytes: Bound on the tensors' size; the oldest rounds go first. `capped` says whether it ever bound.
+    """
+
+    def __init__(self, max_rounds: int = 128, max_bytes: int = 2**30):
+        if max_rounds < 1 or max_bytes < 1:
+            raise ValueError(f"max_rounds={max_rounds} and max_bytes={max_bytes} must both be at least 1.")
+        self.max_rounds, self.max_bytes = max_rounds, max_bytes
+        self.rounds: deque[list[MistakeRecord]] = deque()
+        self.nbytes = 0
+        self.capped = False
+
+    def __len__(self) -> int:
+        """Documents in the log."""
+        return sum(len(records) for records in self.rounds)
+
+    def append(self, records: list[MistakeRecord]) -> None:
+        """Add a round; drop the oldest beyond the bounds. A round over `max_bytes` by itself loses its first
+        documents, but never its last."""
+        self.rounds.append(list(records))
+        self.nbytes += sum(record.nbytes for record in records)
+        while len(self.rounds) > self.max_rounds:
+            self._drop(self.rounds.popleft())
+        while self.nbytes > self.max_bytes and len(self) > 1:
+            self.capped = True
+            oldest = self.rounds[0]
+            self._drop(self.rounds.popleft() if len(self.rounds) > 1 else [oldest.pop(0)])
+
+    def _drop(self, records: list[MistakeRecord]) -> None:
+        self.nbytes -= sum(record.nbytes for record in records)
+
+    def sample(self, count: int, generator: torch.Generator) -> list[MistakeRecord]:
+        """Up to `count` documents, uniformly without replacement."""
+        records = [record for round_ in self.rounds for record in round_]
+        picked = torch.randperm(len(records), generator=generator)[:count].tolist()
+        return [records[i] for i in picked]
+
+    def save(self, path: str | Path) -> None:
+        """Write the log to one safetensors file: every field of all records in one tensor, and their lengths."""
+        records = [record for round_ in self.rounds for record in round_]
+        tensors = {"rounds": torch.tensor([len(round_) for round_ in self.rounds], dtype=torch.int64)}
+        for field in fields(MistakeRecord):
+            column = [getattr(record, field.name) for record in records]
+            tensors[f"length.{field.name}"] = torch.tensor([len(tensor) for tensor in column], dtype=torch.int64)
+            if column:
+                tensors[field.name] = torch.cat(column)
+        save_file(tensors, path, metadata={"capped": str(int(self.capped))})
+
+    def load(self, path: str | Path) -> None:
+        """Replace the contents with a file that [`save`] wrote."""
+        tensors = load_file(path)
+        self.rounds, self.nbytes = deque(), 0
+        if not len(tensors["rounds"]):
+            return
+        names = [field.name for field in fields(MistakeRecord)]
+        columns = [tensors[name].split(tensors[f"length.{name}"].tolist()) for name in names]
+        records = [MistakeRecord(*row) for row in zip(*columns, strict=True)]
+        for count in tensors["rounds"].tolist():
+            self.append(records[:count])
+            records = records[count:]

@@ -1,0 +1,297 @@
+"""The Copilot: a small decoder that reads the Pilot's states and predicts its discrepancies.
+
+It knows no Pilot, no hook and no trainer: tensors in, tensors out. Shapes: B rows (documents), m queries (target
+positions), n Pilot positions (2n memory entries), d hidden size, d_P the Pilot's hidden size, V vocabulary, k kept
+entries of a discrepancy.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+
+from .configuration_copilot import CopilotConfig
+
+
+def interleave(embeddings: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The memory [X̃ ; h] of Eq. 6, by position: `[B, n, d_P]` twice -> `[B, 2n, d_P]` as X̃_0, h_0, X̃_1, h_1, ...
+
+    Attention has no positions, so the order is free; this one lets a cache grow and be cut at its end.
+    """
+    return torch.stack([embeddings, hidden_states], dim=2).flatten(1, 2)
+
+
+def memory_mask(positions: torch.Tensor, visible: torch.Tensor, lag: int) -> torch.Tensor:
+    """What a query may read: X̃ at positions ≤ j and h at positions ≤ j − lag, where not padded.
+
+    Args:
+        positions: `[B, m]`, the position j of every query in its row.
+        visible: `[B, n]` bool, False at padding.
+        lag: 0 or 1.
+
+    Returns:
+        `[B, m, 2n]` bool, in the order of [`interleave`].
+    """
+    position = torch.arange(visible.shape[1], device=visible.device)  # [n]
+    embeddings = position <= positions[:, :, None]  # [B, m, n]
+    hidden_states = position <= positions[:, :, None] - lag  # [B, m, n]
+    return torch.stack([embeddings, hidden_states], dim=-1).flatten(2) & visible.repeat_interleave(2, 1)[:, None]
+
+
+class CopilotRMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * w, computed in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class CopilotAttention(nn.Module):
+    """Attention without positional embedding; the keys and values are the queries' own states or the memory."""
+
+    def __init__(self, config: CopilotConfig, cache_index: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.cache_index = cache_index  # among the layers of its kind
+        heads, kv_heads = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.attention_output_bias)
+        if config.qk_norm:
+            self.q_norm = CopilotRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = CopilotRMSNorm(self.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, s, heads * head_dim]` -> `[B, s, heads, head_dim]`"""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        source: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: DynamicCache | None,
+    ) -> torch.Tensor:
+        """Q = H W_Q; K, V = source W_K, source W_V (Eq. 6 where source = [X̃ ; h]).
+
+        Args:
+            queries: H, `[B, m, d]`.
+            source: `[B, s, d]`, states that are not in the cache yet.
+            mask: `[B, m, cached + s]` bool, True where a query may read; None for all.
+            cache: Keys and values of earlier calls; these are appended to it.
+        """
+        q = self.q_norm(self.split_heads(self.q_proj(queries))).transpose(1, 2)  # [B, heads, m, head_dim]
+        k = self.k_norm(self.split_heads(self.k_proj(source))).transpose(1, 2)  # [B, kv_heads, s, head_dim]
+        v = self.split_heads(self.v_proj(source)).transpose(1, 2)  # [B, kv_heads, s, head_dim]
+        if cache is not None:
+            k, v = cache.update(k, v, self.cache_index)  # [B, kv_heads, cached + s, head_dim]
+        mask = None if mask is None else mask[:, None]  # [B, 1, m, cached + s]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, m, d]
+
+
+class CopilotMLP(nn.Module):
+    """W_down (act(W_gate x) * W_up x)"""
+
+    def __init__(self, config: CopilotConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class CopilotLayer(nn.Module):
+    """One pre-norm decoder block: attention ("self" over the Copilot's own states, "cross" over the memory), MLP.
+
+    The names are those of the Llama family, so that its weights fit; a cross layer norms the memory with a copy of
+    its input norm, since the residual stream's scale differs from layer to layer.
+    """
+
+    def __init__(self, config: CopilotConfig, layer_type: str, cache_index: int):
+        super().__init__()
+        self.layer_type = layer_type
+        self.input_layernorm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if layer_type == "cross":
+            self.memory_layernorm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = CopilotAttention(config, cache_index)
+        self.post_attention_layernorm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = CopilotMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        memory: torch.Tensor,
+        memory_mask: torch.Tensor,
+        self_mask: torch.Tensor | None,
+        cache: EncoderDecoderCache | None,
+    ) -> torch.Tensor:
+        """`[B, m, d]` -> `[B, m, d]`; see [`CopilotModel.forward`] for the other arguments."""
+        normed = self.input_layernorm(hidden_states)  # [B, m, d]
+        if self.layer_type == "self":
+            own = None if cache is None else cache.self_attention_cache
+            attended = self.attention(normed, normed, self_mask, own)
+        else:
+            shared = None if cache is None else cache.cross_attention_cache
+            attended = self.attention(normed, self.memory_layernorm(memory), memory_mask, shared)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+@dataclass
+class CopilotOutput(ModelOutput):
+    """`last_hidden_state` `[B, m, d]` and, where asked for, `logits` f `[B, m, V]`."""
+
+    last_hidden_state: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class CopilotModel(PreTrainedModel):
+    """Predicts the Pilot's discrepancy f at every query from [X̃ ; h] and the discrepancies before it.
+
+    `CopilotModel(config)` has random weights; `hf_copilot.weights.copilot_for(pilot, config)` starts from a decoder.
+    The output matrix starts at zero, so a fresh Copilot changes nothing.
+    """
+
+    config_class = CopilotConfig
+    base_model_prefix = "copilot"
+    main_input_name = "input_values"
+    _no_split_modules = ["CopilotLayer"]
+    _supports_sdpa = True
+
+    def __init__(self, config: CopilotConfig):
+        super().__init__(config)
+        if config.hidden_size is None or config.vocab_size is None or config.pilot_hidden_size is None:
+            raise ValueError(
+                "This CopilotConfig has no sizes yet: build the Copilot with "
+                "hf_copilot.weights.copilot_for(pilot, config), which takes them from the Pilot."
+            )
+        types = config.attention_types
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.start = nn.Embedding(1, config.hidden_size)
+        self.memory_proj = (
+            nn.Identity()
+            if config.pilot_hidden_size == config.hidden_size
+            else nn.Linear(config.pilot_hidden_size, config.hidden_size)
+        )
+        self.layers = nn.ModuleList(
+            CopilotLayer(config, kind, cache_index=types[:i].count(kind)) for i, kind in enumerate(types)
+        )
+        self.norm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if module is self.lm_head:
+            init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, CopilotRMSNorm):
+            init.ones_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def new_cache(self) -> EncoderDecoderCache:
+        """An empty cache: the Copilot's own keys and values, and those of the memory."""
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def embed(self, indices: torch.Tensor, values: torch.Tensor, is_start: torch.Tensor) -> torch.Tensor:
+        """The input of a query: Σ_k (a ℓ_k + b [k = y]) E_k, or the start vector.
+
+        ℓ is the discrepancy before it, y the token just read (the last entry of ℓ), E the embedding matrix;
+        (a, b) is (1, 0) for `copilot_input="discrepancy"` (the paper), (0, 1) for `"token"`, (1, 1) for `"both"`.
+
+        Args:
+            indices, values: `[B, m, k + 1]`, the discrepancy before each query (see [`SparseDiscrepancy`]).
+            is_start: `[B, m]` bool, True where a run starts and nothing comes before.
+        """
+        if self.config.copilot_input == "token":
+            inputs = self.embed_tokens(indices[..., -1])  # [B, m, d]
+        else:
+            if self.config.copilot_input == "both":
+                values = torch.cat([values[..., :-1], values[..., -1:] + 1.0], dim=-1)  # [B, m, k + 1]
+            weight = self.embed_tokens.weight
+            bag = F.embedding_bag(
+                indices.flatten(0, 1), weight, per_sample_weights=values.flatten(0, 1).to(weight.dtype), mode="sum"
+            )
+            inputs = bag.unflatten(0, indices.shape[:2])  # [B, m, d]
+        return torch.where(is_start[..., None], self.start.weight, inputs)
+
+    def forward(
+        self,
+        input_indices: torch.Tensor,
+        input_values: torch.Tensor,
+        is_start: torch.Tensor,
+        memory: torch.Tensor,
+        memory_mask: torch.Tensor,
+        self_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        return_logits: bool = False,
+    ) -> CopilotOutput:
+        """
+        Args:
+            input_indices, input_values: `[B, m, k + 1]`, the discrepancy before each query.
+            is_start: `[B, m]` bool, the first query of a run.
+            memory: `[B, s, d_P]`, memory entries that are not in the cache yet, from [`interleave`].
+            memory_mask: `[B, m, cached + s]` bool, from [`memory_mask`].
+            self_mask: `[B, m, cached + m]` bool, which of the Copilot's own states a query reads; None for all.
+            past_key_values: Cache from [`new_cache`]; updated in place.
+            inputs_embeds: `[B, m, d]` instead of what [`embed`] makes of the first three.
+            return_logits: Also give f = W h, `[B, m, V]`.
+        """
+        dtype = self.norm.weight.dtype
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_indices, input_values, is_start)
+        hidden_states = inputs_embeds.to(dtype)  # [B, m, d]
+        memory = self.memory_proj(memory.to(dtype))  # [B, s, d]
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, memory, memory_mask, self_mask, past_key_values)
+        hidden_states = self.norm(hidden_states)  # [B, m, d]
+        return CopilotOutput(hidden_states, self.lm_head(hidden_states) if return_logits else None)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
+        """As `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `revision`, `subfolder`, ...), safetensors
+        only, but raises a `ValueError` if a tensor is missing or unexpected."""
+        asked_for_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing or unexpected:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is not a complete Copilot: missing tensors {missing}, unexpected "
+                f"tensors {unexpected}. Download or save it again with CopilotModel.save_pretrained."
+            )
+        return (model, info) if asked_for_info else model

@@ -1,0 +1,211 @@
+"""What is read of the Pilot: its states through hooks, and its logits through its own head.
+
+The one place with hooks, for training, generation and scoring. Shapes: B rows, T positions of one forward, d_P the
+Pilot's hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import nn
+
+
+@dataclass
+class PilotStates:
+    """What one forward of the Pilot's decoder showed; every tensor is detached."""
+
+    input_ids: torch.Tensor | None  # [B, T]; None if the forward was given embeddings
+    attention_mask: Any  # as the decoder was given it: 2D, 4D, a mapping of these, or None
+    past_length: int  # positions that were in the Pilot's cache before
+    embeddings: torch.Tensor | None = None  # X̃, [B, T, d_P], the input of layer 0
+    hidden_states: torch.Tensor | None = None  # h, [B, T, d_P], the pooled outputs of the layers
+    last_hidden_state: torch.Tensor | None = None  # [B, T, d_P], the decoder's output
+
+
+def unwrap(pilot: nn.Module) -> nn.Module:
+    """The language model inside DDP, `torch.compile` and PEFT wrappers."""
+    pilot = extract_model_from_parallel(pilot, keep_torch_compile=False)
+    return unwrap(pilot.get_base_model()) if isinstance(pilot, PeftModel) else pilot
+
+
+@contextmanager
+def isolated_rng(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Leave the global random state (CPU and `device`) as it was; inside, start from `seed` if given."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+def find_layers(pilot: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The Pilot's decoder and its layers, or a `ValueError` if they can't be found."""
+    base = unwrap(pilot)
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child)] if decoder else []
+    if len(lists) != 1:
+        raise ValueError(
+            f"The decoder layers of {type(base).__name__} can't be found: expected a `get_decoder()` whose only "
+            f"non-empty ModuleList holds them, found {len(lists)} such lists. Use a Pilot that transformers ships as "
+            "`...ForCausalLM`."
+        )
+    return decoder, lists[0]
+
+
+class PilotTap:
+    """Reads every forward of the Pilot's decoder while `listen()` is true and hands it to `sink`.
+
+    Hooks on the decoder open and close a window, hooks on its layers collect only inside it, so recomputation under
+    gradient checkpointing adds nothing. Removes its own handles and no others: `close()`, or the end of a `with`.
+
+    Args:
+        pilot: Any causal LM of transformers, wrapped or not.
+        pooled_layers: `"all"`, `"first_half"` or `"second_half"` of the layers form h.
+        pooling: `"mean"`, `"max"` or `"sum"`.
+        sink: Called with the [`PilotStates`] at the end of each forward.
+        listen: Asked at the start of each forward.
+    """
+
+    def __init__(
+        self,
+        pilot: nn.Module,
+        pooled_layers: str,
+        pooling: str,
+        sink: Callable[[PilotStates], None],
+        listen: Callable[[], bool],
+    ):
+        decoder, layers = find_layers(pilot)
+        half = (len(layers) + 1) // 2
+        pooled = {"all": layers, "first_half": layers[:half], "second_half": layers[half:] or layers}[pooled_layers]
+        self.pooling, self.num_pooled = pooling, len(pooled)
+        self.sink, self.listen = sink, listen
+        self.states: PilotStates | None = None  # not None only while a forward that we listen to runs
+        self.handles = [
+            decoder.register_forward_pre_hook(self._open, with_kwargs=True),
+            layers[0].register_forward_pre_hook(self._read_embeddings, with_kwargs=True),
+            *(layer.register_forward_hook(self._pool) for layer in pooled),
+            decoder.register_forward_hook(self._close, always_call=True),
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks; the Pilot is as it was. May be called again."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.states = [], None
+
+    def __enter__(self) -> PilotTap:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _open(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.states = None
+        if not self.listen():
+            return
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        cache = kwargs.get("past_key_values")
+        past_length = 0 if cache is None else int(cache.get_seq_length())
+        self.states = PilotStates(input_ids, kwargs.get("attention_mask"), past_length)
+
+    def _read_embeddings(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.states is not None:
+            self.states.embeddings = (args[0] if args else kwargs["hidden_states"]).detach()
+
+    def _pool(self, layer: nn.Module, args: tuple, output: Any) -> None:
+        if self.states is None:
+            return
+        hidden = (output[0] if isinstance(output, tuple) else output).detach()  # [B, T, d_P]
+        pooled = self.states.hidden_states
+        if pooled is None:
+            self.states.hidden_states = hidden.to(torch.float32, copy=True)
+        elif self.pooling == "max":
+            torch.maximum(pooled, hidden.to(pooled), out=pooled)
+        else:
+            pooled += hidden.to(pooled.device)
+
+    def _close(self, decoder: nn.Module, args: tuple, output: Any) -> None:
+        states, self.states = self.states, None
+        if states is None or output is None or states.hidden_states is None:
+            return  # not listening, or the forward failed
+        if self.pooling == "mean":
+            states.hidden_states /= self.num_pooled
+        states.last_hidden_state = output[0].detach()
+        self.sink(states)
+
+
+class PilotHead:
+    """z = softcap(scale * (W_P x + b)): the Pilot's logits from its decoder's output, as the model itself makes them.
+
+    Knows the scalings that TRL's fused head knows; [`check`] compares with the model's own logits.
+    """
+
+    def __init__(self, pilot: nn.Module):
+        self.pilot = unwrap(pilot)
+        if self.pilot.get_output_embeddings() is None:
+            raise ValueError(f"{type(self.pilot).__name__} has no output head (`get_output_embeddings()` is None).")
+        config = self.pilot.config.get_text_config()
+        self.scale = _logit_scale(config)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.pilot.get_output_embeddings().weight.shape[0]
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., d_P]` -> z `[..., V]` float32, without gradient."""
+        head = self.pilot.get_output_embeddings()
+        with torch.no_grad():
+            logits = head(hidden.to(head.weight.device, head.weight.dtype)).float()
+            if self.scale != 1.0:
+                logits = logits * self.scale
+            if self.softcap is not None:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.to(hidden.device)
+
+    def check(self) -> None:
+        """Compare with the model's own logits on a few tokens: eval mode, forked random state.
+
+        Raises:
+            ValueError: If they differ by more than 2 % of the largest logit.
+        """
+        pilot, caught = self.pilot, []
+        device = pilot.get_input_embeddings().weight.device
+        input_ids = torch.arange(8, device=device)[None] % self.vocab_size  # [1, 8]
+        decoder, _ = find_layers(pilot)
+        handle = decoder.register_forward_hook(lambda module, args, output: caught.append(output[0]))
+        was_training = pilot.training
+        try:
+            with torch.no_grad(), isolated_rng(device):
+                pilot.eval()
+                expected = pilot(input_ids=input_ids, use_cache=False).logits.float()  # [1, 8, V]
+        finally:
+            handle.remove()
+            pilot.train(was_training)
+        found = self(caught[0]).to(expected.device)  # [1, 8, V]
+        error, largest = (found - expected).abs().max().item(), expected.abs().max().item()
+        if not error <= 0.02 * largest + 1e-6:
+            raise ValueError(
+                f"The logits of {type(pilot).__name__} can't be recomputed from its decoder's output and its head: "
+                f"they differ by {error:.3g} (largest logit {largest:.3g}). It scales or caps them in a way that "
+                "hf_copilot does not know; please report the model."
+            )
+
+
+def _logit_scale(config: Any) -> float:
+    """The factor on the head's output: Cohere, MPT, Muse Glimmer, Falcon-H1; Granite and MiniCPM3 divide by theirs."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale = getattr(config, name, None)
+        if scale is not None:
+            return scale
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return scaling if config.model_type == "hyperclovax" else 1 / scaling

@@ -1,0 +1,54 @@
+"""The Copilot's part of the training arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+
+@dataclass
+class CopilotArguments:
+    """How a Copilot is trained beside a Pilot; the defaults hold where a trainer is given other arguments.
+
+    Parameters:
+        copilot_learning_rate (`float`, defaults to `3e-4`): Peak learning rate of the Copilot's own AdamW. Its
+            schedule and warm-up follow the Pilot's `lr_scheduler_type` and `warmup_steps`.
+        copilot_weight_decay (`float`, defaults to `0.0`): Weight decay of its matrices.
+        copilot_max_grad_norm (`float`, defaults to `1.0`): Its gradient is clipped to this norm.
+        copilot_log_rounds (`int`, defaults to `128`): Rounds (optimizer steps) that the Mistake Log keeps.
+        copilot_log_max_bytes (`int`, defaults to 1 GiB): Bound on the log in CPU memory.
+        copilot_log_dtype (`str`, defaults to `"bfloat16"`): Type of the hidden states in the log.
+        copilot_start_fresh (`bool`, defaults to `False`): On resuming from a checkpoint that holds no Copilot, start a
+            fresh one instead of raising an error.
+    """
+
+    copilot_learning_rate: float = field(
+        default=3e-4, metadata={"help": "Peak learning rate of the Copilot's own AdamW; its schedule is the Pilot's."}
+    )
+    copilot_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the Copilot's matrices."})
+    copilot_max_grad_norm: float = field(
+        default=1.0, metadata={"help": "The Copilot's gradient is clipped to this norm."}
+    )
+    copilot_log_rounds: int = field(
+        default=128, metadata={"help": "Rounds (optimizer steps) that the Mistake Log keeps."}
+    )
+    copilot_log_max_bytes: int = field(
+        default=2**30, metadata={"help": "Bound on the Mistake Log in CPU memory, in bytes."}
+    )
+    copilot_log_dtype: str = field(
+        default="bfloat16",
+        metadata={
+            "help": "Type of the hidden states in the Mistake Log.",
+            "choices": ["bfloat16", "float16", "float32"],
+        },
+    )
+    copilot_start_fresh: bool = field(
+        default=False,
+        metadata={"help": "On resuming from a checkpoint that holds no Copilot, start a fresh one."},
+    )
+
+
+@dataclass
+class CopilotSFTConfig(CopilotArguments, SFTConfig):
+    """[`trl.SFTConfig`] with the fields of [`CopilotArguments`]."""
