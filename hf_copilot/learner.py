@@ -1,11 +1,11 @@
 """The co-training engine, for any PyTorch loop: observe the Pilot's forwards, step the Copilot once per round.
 
-    learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=len(loader))
-    for batch in loader:
-        with learner.observe(batch):
-            loss = pilot(**batch).loss
-        loss.backward(); optimizer.step(); optimizer.zero_grad()
-        learner.step()
+learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=len(loader))
+for batch in loader:
+    with learner.observe(batch):
+        loss = pilot(**batch).loss
+    loss.backward(); optimizer.step(); optimizer.zero_grad()
+    learner.step()
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class CopilotLearner:
         self.head = PilotHead(pilot)
         if copilot.config.vocab_size != self.head.vocab_size:
             raise ValueError(
-                f"The Copilot has {copilot.config.vocab_size} output rows and the Pilot {self.head.vocab_size}: train a "
-                "Copilot beside a Pilot of its own vocabulary, or build one with copilot_for(pilot)."
+                f"The Copilot has {copilot.config.vocab_size} output rows and the Pilot {self.head.vocab_size}: train "
+                "a Copilot beside a Pilot of its own vocabulary, or build one with copilot_for(pilot)."
             )
         self.device = self.head.pilot.get_output_embeddings().weight.device
         self.copilot = copilot.to(self.device)
@@ -98,8 +98,10 @@ class CopilotLearner:
             self.start(num_training_steps)
 
     def start(self, num_training_steps: int) -> None:
-        """Check the Pilot's head, then build the optimizer and the schedule."""
+        """Check the Pilot's head, put the hooks in place, build the optimizer and the schedule."""
         self.head.check()
+        self.tap.open()
+        self.round = []
         decay = [p for p in self.trainable_parameters() if p.ndim > 1]
         no_decay = [p for p in self.trainable_parameters() if p.ndim <= 1]
         groups = [{"params": decay, "weight_decay": self.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
@@ -109,7 +111,7 @@ class CopilotLearner:
         )
 
     def close(self) -> None:
-        """Remove the hooks from the Pilot."""
+        """Remove the hooks from the Pilot; the next `observe` or `evaluate` puts them back."""
         self.tap.close()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -144,6 +146,7 @@ class CopilotLearner:
     def _watch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         if inputs.get("labels") is None:
             raise ValueError("The Mistake Log needs the `labels` of the batch that the Pilot is given.")
+        self.tap.open()
         self._caught, self._listening = None, True
         try:
             yield

@@ -8,11 +8,13 @@ entries of a discrepancy.
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers import initialization as init
@@ -20,6 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_copilot import CopilotConfig
+from .model_card import copilot_card
 
 
 def interleave(embeddings: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -295,3 +298,40 @@ class CopilotModel(PreTrainedModel):
                 f"tensors {unexpected}. Download or save it again with CopilotModel.save_pretrained."
             )
         return (model, info) if asked_for_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`: `config.json`, `model.safetensors` and a card (`README.md`)."""
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("Call copilot.push_to_hub(repo_id): it uploads weights and card in one commit.")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        copilot_card(self.config).save(os.path.join(save_directory, "README.md"))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> str:
+        """As `PreTrainedModel.push_to_hub`, in one commit and with the Copilot's own card; gives the commit's URL."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, max_shard_size=max_shard_size)
+            card = copilot_card(self.config)
+            card.data.tags = [*card.data.tags, *(tags or [])]
+            card.save(os.path.join(directory, "README.md"))
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=directory,
+                commit_message=commit_message or "Upload CopilotModel",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )

@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass
@@ -49,7 +50,9 @@ def find_layers(pilot: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The Pilot's decoder and its layers, or a `ValueError` if they can't be found."""
     base = unwrap(pilot)
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child)] if decoder else []
+    lists = (
+        [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child)] if decoder else []
+    )
     if len(lists) != 1:
         raise ValueError(
             f"The decoder layers of {type(base).__name__} can't be found: expected a `get_decoder()` whose only "
@@ -63,7 +66,8 @@ class PilotTap:
     """Reads every forward of the Pilot's decoder while `listen()` is true and hands it to `sink`.
 
     Hooks on the decoder open and close a window, hooks on its layers collect only inside it, so recomputation under
-    gradient checkpointing adds nothing. Removes its own handles and no others: `close()`, or the end of a `with`.
+    gradient checkpointing adds nothing. `open()` and `close()`, or a `with`; removes its own
+    handles and no others.
 
     Args:
         pilot: Any causal LM of transformers, wrapped or not.
@@ -81,17 +85,24 @@ class PilotTap:
         sink: Callable[[PilotStates], None],
         listen: Callable[[], bool],
     ):
-        decoder, layers = find_layers(pilot)
-        half = (len(layers) + 1) // 2
-        pooled = {"all": layers, "first_half": layers[:half], "second_half": layers[half:] or layers}[pooled_layers]
-        self.pooling, self.num_pooled = pooling, len(pooled)
-        self.sink, self.listen = sink, listen
+        self.decoder, self.layers = find_layers(pilot)
+        half = (len(self.layers) + 1) // 2
+        self.pooled = {"all": self.layers, "first_half": self.layers[:half], "second_half": self.layers[-half:]}[
+            pooled_layers
+        ]
+        self.pooling, self.sink, self.listen = pooling, sink, listen
+        self.handles: list[RemovableHandle] = []
         self.states: PilotStates | None = None  # not None only while a forward that we listen to runs
+
+    def open(self) -> None:
+        """Register the hooks, unless they are there."""
+        if self.handles:
+            return
         self.handles = [
-            decoder.register_forward_pre_hook(self._open, with_kwargs=True),
-            layers[0].register_forward_pre_hook(self._read_embeddings, with_kwargs=True),
-            *(layer.register_forward_hook(self._pool) for layer in pooled),
-            decoder.register_forward_hook(self._close, always_call=True),
+            self.decoder.register_forward_pre_hook(self._open, with_kwargs=True),
+            self.layers[0].register_forward_pre_hook(self._read_embeddings, with_kwargs=True),
+            *(layer.register_forward_hook(self._pool) for layer in self.pooled),
+            self.decoder.register_forward_hook(self._close, always_call=True),
         ]
 
     def close(self) -> None:
@@ -101,6 +112,7 @@ class PilotTap:
         self.handles, self.states = [], None
 
     def __enter__(self) -> PilotTap:
+        self.open()
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -136,7 +148,7 @@ class PilotTap:
         if states is None or output is None or states.hidden_states is None:
             return  # not listening, or the forward failed
         if self.pooling == "mean":
-            states.hidden_states /= self.num_pooled
+            states.hidden_states /= len(self.pooled)
         states.last_hidden_state = output[0].detach()
         self.sink(states)
 

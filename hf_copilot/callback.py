@@ -1,0 +1,119 @@
+"""The same learner for a Trainer that can't be subclassed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback
+
+from .configuration_copilot import CopilotConfig
+from .learner import CopilotLearner
+from .modeling_copilot import CopilotModel
+from .pilot_tap import unwrap
+from .trainer import STATE_FOLDER, WEIGHTS_FOLDER, load_checkpoint, make_copilot, make_learner
+from .training_args import CopilotArguments
+
+
+class CopilotCallback(TrainerCallback):
+    """Co-trains a Copilot in any `transformers.Trainer`: `Trainer(..., callbacks=[CopilotCallback()])`.
+
+    It reads the labels and masks that the Pilot's forward is given in training. What a callback can't do, and
+    [`CopilotTrainer`] does: metrics in evaluation, `load_best_model_at_end`, pushing during training, and putting its
+    training metrics before reporters that were added earlier (they are in `trainer.state.log_history`). A resumed run
+    takes the Copilot up from `output_dir/checkpoint-<step>`.
+
+    Args:
+        copilot, copilot_peft_config: As in [`CopilotTrainer`].
+        copilot_args: The fields that begin with `copilot_`.
+    """
+
+    def __init__(
+        self,
+        copilot: CopilotModel | CopilotConfig | str | os.PathLike | None = None,
+        copilot_args: CopilotArguments | None = None,
+        copilot_peft_config: PeftConfig | None = None,
+    ):
+        self.source = copilot
+        self.copilot_args = copilot_args if copilot_args is not None else CopilotArguments()
+        self.copilot_peft_config = copilot_peft_config
+        self.learner: CopilotLearner | None = None
+        self.handles: list[RemovableHandle] = []
+        self._watch: Any = None
+
+    @property
+    def copilot(self) -> CopilotModel:
+        """The Copilot; there is one from the start of training on."""
+        if self.learner is None:
+            raise ValueError("There is no Copilot before training has begun.")
+        return self.learner.exported()
+
+    def close(self) -> None:
+        """Remove all hooks from the Pilot; call it yourself if training ended with an exception."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        if self.learner is not None:
+            self.learner.close()
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if args.world_size > 1:
+            raise NotImplementedError("CopilotCallback runs in one process so far: launch it with plain `python`.")
+        self.close()
+        self.learner = make_learner(
+            make_copilot(self.source, model, processing_class),
+            model,
+            args,
+            self.copilot_args,
+            self.copilot_peft_config,
+        )
+        self.learner.warmup_steps = args.get_warmup_steps(state.max_steps)
+        self.learner.start(state.max_steps)
+        if state.global_step:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            load_checkpoint(self.learner, checkpoint, self.copilot_args.copilot_start_fresh)
+        base = unwrap(model)
+        self.handles = [
+            base.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            base.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._watch = None
+        if not model.training:
+            return
+        if kwargs.get("labels") is None:
+            raise ValueError(
+                "CopilotCallback found no `labels` in the Pilot's forward (label smoothing and compute_loss_func hold "
+                "them back): leave these off, or use CopilotTrainer."
+            )
+        inputs = dict(kwargs) | ({"input_ids": args[0]} if args else {})
+        self._watch = self.learner.observe(inputs)
+        self._watch.__enter__()
+
+    def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None and output is not None:
+            watch.__exit__(None, None, None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.learner.step(measure=control.should_log)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is not None and "loss" in logs:
+            metrics = self.learner.pop_metrics()
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.copilot.save_pretrained(checkpoint / WEIGHTS_FOLDER)
+        self.learner.save_state(checkpoint / STATE_FOLDER)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.copilot.save_pretrained(Path(args.output_dir) / WEIGHTS_FOLDER)
+        self.close()

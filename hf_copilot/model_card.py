@@ -1,0 +1,88 @@
+"""The card of a Copilot, written from what its config knows and nothing else."""
+
+from __future__ import annotations
+
+import os
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .configuration_copilot import CopilotConfig
+
+_TEMPLATE = """---
+{metadata}
+---
+
+# Transformer Copilot for {pilot}
+
+A [Transformer Copilot](https://huggingface.co/papers/2505.16270): a small decoder that was trained on the mistakes of
+a language model (the *Pilot*, {pilot}) while that was fine-tuned, and that rectifies the Pilot's distribution while it
+generates. It is an adapter: it needs a Pilot of the same vocabulary and hidden size.
+
+## Use it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from hf_copilot import CopilotLogitsProcessor, CopilotModel
+
+pilot = AutoModelForCausalLM.from_pretrained("{pilot_id}")  # or your fine-tuned version of it
+tokenizer = AutoTokenizer.from_pretrained("{pilot_id}")
+copilot = CopilotModel.from_pretrained("<this repository or folder>")
+
+inputs = tokenizer("...", return_tensors="pt")
+with CopilotLogitsProcessor(copilot, pilot, tokenizer=tokenizer) as processor:
+    output = pilot.generate(**inputs, logits_processor=[processor])
+```
+{results}
+## Settings
+
+Trained with hf_copilot {version}: objective `{objective}`, fusion `{fusion}` with strength λ = {strength}, input
+`{copilot_input}`, error feedback `{error_feedback}`, {num_hidden_layers} layers of size {hidden_size} (pattern
+{pattern}), started from `init="{init}"`; it reads Pilot states of size {pilot_hidden_size}
+(`{pooling}` over `{pooled_layers}` layers) and the Pilot's top {top_k} tokens.
+
+## Limits
+
+A Copilot can't be merged into its Pilot, and it runs where `model.generate` does: engines that give a logits processor
+no hidden states (vLLM, for one) can't use it. It adds its own cost to every generated token.
+
+## Citation
+
+Zou et al., *Transformer Copilot: Learning from the Mistake Log in LLM Fine-tuning*, NeurIPS 2025, arXiv:2505.16270.
+"""
+
+
+def copilot_card(config: CopilotConfig) -> ModelCard:
+    """The model card of a Copilot; keys that are not known are left out."""
+    base = config.base_model_name_or_path
+    on_hub = base if base and not os.path.isdir(base) else None
+    metadata = ModelCardData(
+        library_name="hf_copilot",
+        base_model=on_hub,
+        base_model_relation="adapter" if on_hub else None,
+        pipeline_tag="text-generation",
+        tags=["transformer-copilot", "copilot", "trl", "sft", "generated_from_trainer", "arxiv:2505.16270"],
+    )
+    fields = {name: value for name, value in config.to_dict().items() if name != "results"}
+    return ModelCard(
+        _TEMPLATE.format(
+            **fields,
+            metadata=metadata.to_yaml(),
+            pilot=f"`{on_hub}`" if on_hub else f"a `{config.pilot_model_type}` model",
+            pilot_id=on_hub or "<the Pilot>",
+            version=config.hf_copilot_version,
+            results=_results(config.results),
+        )
+    )
+
+
+def _results(results: dict | None) -> str:
+    """A table of the last evaluation, Pilot alone beside Pilot + Copilot; empty without one."""
+    if not results:
+        return ""
+    rows = [
+        ("Negative log-likelihood (nats per token)", results["pilot_nll"], results["rectified_nll"]),
+        ("Token accuracy", results["pilot_token_accuracy"], results["rectified_token_accuracy"]),
+    ]
+    lines = [f"| {name} | {pilot:.4f} | {rectified:.4f} |" for name, pilot, rectified in rows]
+    head = ["", "## Results", "", "Teacher-forced, on the evaluation set of the run that trained it:", ""]
+    return "\n".join([*head, "| | Pilot | Pilot + Copilot |", "|---|---|---|", *lines, ""])

@@ -1,0 +1,280 @@
+"""Trainers that co-train a Copilot: the parent's training, unchanged, and a learner that looks on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from transformers import TrainerCallback
+from transformers.utils import logging
+from trl import SFTTrainer
+
+from .compatibility import check_pilot, tokenizer_fingerprint
+from .configuration_copilot import CopilotConfig
+from .learner import CopilotLearner
+from .mistake_log import MistakeLog
+from .modeling_copilot import CopilotModel
+from .pilot_tap import unwrap
+from .training_args import CopilotArguments
+from .version import __version__
+from .weights import copilot_for
+
+logger = logging.get_logger(__name__)
+
+WEIGHTS_FOLDER = "copilot"  # in output_dir and in every checkpoint: the Copilot, ready for from_pretrained
+STATE_FOLDER = "copilot_state"  # in every checkpoint: what a resumed run needs besides
+CARD_LINE = (
+    "\n## Copilot\n\nThis model was fine-tuned together with a [Transformer Copilot]"
+    "(https://huggingface.co/papers/2505.16270), which rectifies it while it generates: see "
+    f"[`{WEIGHTS_FOLDER}/`]({WEIGHTS_FOLDER}/README.md).\n"
+)
+
+
+def make_copilot(
+    copilot: CopilotModel | CopilotConfig | str | os.PathLike | None, pilot: torch.nn.Module, tokenizer: Any = None
+) -> CopilotModel:
+    """The Copilot to train beside a Pilot: the one that is given (a model, a path or Hub id), or a new one by its
+    config; with what [`check_pilot`] compares written into its config."""
+    if isinstance(copilot, str | os.PathLike):
+        copilot = CopilotModel.from_pretrained(copilot)
+    if isinstance(copilot, CopilotModel):
+        check_pilot(copilot, pilot, tokenizer)
+        copilot.float().train()
+    elif copilot is None or isinstance(copilot, CopilotConfig):
+        copilot = copilot_for(pilot, copilot)
+    else:
+        raise TypeError(f"copilot={copilot!r}: pass None, a CopilotConfig, a CopilotModel, a path or a Hub id.")
+    base = unwrap(pilot).config
+    copilot.config.base_model_name_or_path = base.name_or_path or None
+    copilot.config.base_model_revision = getattr(base, "_commit_hash", None)
+    copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
+    copilot.config.hf_copilot_version = __version__
+    return copilot
+
+
+def make_learner(
+    copilot: CopilotModel,
+    pilot: torch.nn.Module,
+    args: Any,
+    copilot_args: CopilotArguments,
+    peft_config: PeftConfig | None = None,
+) -> CopilotLearner:
+    """A learner with the Pilot's seed, schedule and mixed precision, and the Copilot's own learning rate."""
+    return CopilotLearner(
+        copilot,
+        pilot,
+        learning_rate=copilot_args.copilot_learning_rate,
+        weight_decay=copilot_args.copilot_weight_decay,
+        max_grad_norm=copilot_args.copilot_max_grad_norm,
+        lr_scheduler_type=args.lr_scheduler_type,
+        log=MistakeLog(copilot_args.copilot_log_rounds, copilot_args.copilot_log_max_bytes),
+        log_dtype=getattr(torch, copilot_args.copilot_log_dtype),
+        seed=args.seed,
+        autocast_dtype=torch.bfloat16 if args.bf16 else None,
+        peft_config=peft_config,
+    )
+
+
+def load_checkpoint(learner: CopilotLearner, checkpoint: str | os.PathLike, start_fresh: bool) -> None:
+    """Take the Copilot and its learner's state up from a Trainer checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint holds no Copilot (plain SFTTrainer wrote it) and `start_fresh` is not set.
+    """
+    checkpoint = Path(checkpoint)
+    if (checkpoint / STATE_FOLDER).is_dir():
+        load_weights(learner, checkpoint)
+        learner.load_state(checkpoint / STATE_FOLDER)
+    elif start_fresh:
+        logger.warning(f"{checkpoint} holds no Copilot: starting a fresh one (copilot_start_fresh=True).")
+    else:
+        raise ValueError(
+            f"{checkpoint} holds no Copilot to resume ({STATE_FOLDER}/ is missing; a plain SFTTrainer or "
+            "save_only_model=True wrote it). Set copilot_start_fresh=True in CopilotSFTConfig to resume the Pilot "
+            "with a fresh Copilot."
+        )
+
+
+def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None:
+    """Load the Copilot's exported weights; one that is trained with an adapter has them in its learner's state."""
+    if learner.peft_model is None:
+        saved = CopilotModel.from_pretrained(Path(checkpoint) / WEIGHTS_FOLDER)
+        learner.copilot.load_state_dict(saved.state_dict())
+
+
+class CopilotSteps(TrainerCallback):
+    """Steps the learner of a [`CopilotMixin`] after every optimizer step, before logging, evaluation and saving."""
+
+    def __init__(self, trainer: CopilotMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.start_copilot(state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.learner.step(measure=control.should_log)
+
+
+class CopilotMixin:
+    """Adds a Copilot to a subclass of `transformers.Trainer`; see [`CopilotTrainer`].
+
+    Attributes:
+        copilot (`CopilotModel`): Save it with `save_pretrained`, push it with `push_to_hub`.
+        learner (`CopilotLearner`): What trains it.
+    """
+
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        *more,
+        copilot: CopilotModel | CopilotConfig | str | os.PathLike | None = None,
+        copilot_peft_config: PeftConfig | None = None,
+        **kwargs,
+    ):
+        super().__init__(model, args, *more, **kwargs)
+        self._check_supported()
+        self.copilot_args = self.args if isinstance(self.args, CopilotArguments) else CopilotArguments()
+        self.learner = make_learner(
+            make_copilot(copilot, self.model, self.processing_class),
+            self.model,
+            self.args,
+            self.copilot_args,
+            copilot_peft_config,
+        )
+        self._copilot_checkpoint: str | None = None
+        self.add_callback(CopilotSteps(self))
+
+    @property
+    def copilot(self) -> CopilotModel:
+        return self.learner.exported()
+
+    def _check_supported(self) -> None:
+        """Raise, before the first step, for what is not supported yet."""
+        if self.args.world_size > 1:
+            raise NotImplementedError(
+                f"{type(self).__name__} runs in one process so far, this is a run of {self.args.world_size}: launch "
+                "it with plain `python`."
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise NotImplementedError(
+                f"{type(self).__name__} does not support DeepSpeed or FSDP yet: train on one device, with LoRA or "
+                "gradient checkpointing where memory is short."
+            )
+        if getattr(self, "_is_vlm", False):
+            raise NotImplementedError(
+                f"{type(self).__name__} is for language models; this is a vision-language model: use SFTTrainer."
+            )
+
+    def start_copilot(self, max_steps: int) -> None:
+        """Begin the learner's schedule, and take it up from the checkpoint that the Pilot resumes from."""
+        self.learner.warmup_steps = self.args.get_warmup_steps(max_steps)
+        self.learner.start(max_steps)
+        if self._copilot_checkpoint is not None:
+            load_checkpoint(self.learner, self._copilot_checkpoint, self.copilot_args.copilot_start_fresh)
+            self._copilot_checkpoint = None
+
+    # ---- training and evaluation -----------------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.learner.close()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        training = self.model.training
+        if not training and inputs.get("labels") is None:
+            watch = contextlib.nullcontext()
+        else:
+            watch = self.learner.observe(dict(inputs)) if training else self.learner.evaluate(dict(inputs))
+        with watch:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        self.learner.pop_metrics("eval")
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            if not self.is_in_train:
+                self.learner.close()
+        results = self.learner.pop_metrics("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in results.items()})
+        self.learner.copilot.config.results = results or None
+        return output
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs.update(self.learner.pop_metrics())
+        super().log(logs, start_time)
+
+    # ---- saving and loading ----------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self.args.should_save:
+            self.copilot.save_pretrained(Path(output_dir or self.args.output_dir) / WEIGHTS_FOLDER)
+        super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.learner.save_state(Path(output_dir) / STATE_FOLDER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._copilot_checkpoint = checkpoint
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if self.learner.peft_model is None:
+            load_weights(self.learner, self.state.best_model_checkpoint)
+        else:
+            self.learner.load_state(Path(self.state.best_model_checkpoint) / STATE_FOLDER)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self.is_world_process_zero():
+            shutil.copytree(
+                Path(checkpoint_folder) / WEIGHTS_FOLDER,
+                Path(self.args.output_dir) / WEIGHTS_FOLDER,
+                dirs_exist_ok=True,
+            )
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+                card.write(CARD_LINE)
+
+
+class CopilotTrainer(CopilotMixin, SFTTrainer):
+    """[`trl.SFTTrainer`], and beside the Pilot that it fine-tunes a Copilot learns from its mistakes.
+
+    The Pilot's training is SFTTrainer's, bit for bit. The logs gain `copilot_loss`, `pilot_nll`, `rectified_nll`,
+    `pilot_token_accuracy` and `rectified_token_accuracy` (at every logging step, on documents that the Copilot has not
+    seen yet), and the same but the first with `eval_` in evaluation. The Copilot is saved in `output_dir/copilot` and
+    in every checkpoint.
+
+    Takes every argument of SFTTrainer, and:
+
+    Args:
+        args: Also a [`CopilotSFTConfig`], for the fields that begin with `copilot_`.
+        copilot: None for the default Copilot, a [`CopilotConfig`], a [`CopilotModel`], or a path or Hub id.
+        copilot_peft_config: Trains the Copilot with this adapter; it is saved merged.
+
+    Raises:
+        ValueError, NotImplementedError: Before the first step, for anything that is not supported; the message says
+            what to use instead.
+    """
+
+    _tag_names = ["trl", "sft", "transformer-copilot"]

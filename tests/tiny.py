@@ -1,0 +1,99 @@
+"""Tiny Pilots, tokenizers and data, built in memory: no test touches a network."""
+
+from __future__ import annotations
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
+CHARACTERS = list("0123456789+-=?. abcdefghijklmnopqrstuvwxyz")
+VOCAB_SIZE = len(SPECIAL) + len(CHARACTERS)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% else %}<assistant>{% generation %}"
+    "{{ m.content }}<eos>{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=SPECIAL[3:],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_pilot(family: str = "llama", seed: int = 0, **changes) -> PreTrainedModel:
+    """A random Pilot whose logits are spread enough for its greedy choices not to be ties."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if family == "gpt2":
+            return GPT2LMHeadModel(
+                GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=3, n_head=4, n_positions=256, eos_token_id=2)
+            )
+        config_class, model_class = FAMILIES[family]
+        return model_class(config_class(**(SHAPE | {"initializer_range": 0.2} | changes)))
+
+
+def addition(count: int, seed: int = 0, form: str = "prompt-completion") -> Dataset:
+    """Sums of two small numbers, as prompt and completion, as plain text, or as a chat."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.randint(0, 50, (count, 2), generator=generator).tolist()
+    texts = [(f"{a}+{b}=", f"{a + b}") for a, b in pairs]
+    if form == "text":
+        return Dataset.from_dict({"text": [prompt + answer for prompt, answer in texts]})
+    if form == "chat":
+        chats = [[("user", prompt), ("assistant", answer)] for prompt, answer in texts]
+        return Dataset.from_dict(
+            {"messages": [[{"role": role, "content": content} for role, content in chat] for chat in chats]}
+        )
+    prompts, answers = zip(*texts, strict=True)
+    return Dataset.from_dict({"prompt": list(prompts), "completion": list(answers)})
