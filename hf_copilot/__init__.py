@@ -6,6 +6,7 @@ from .callback import CopilotCallback
 from .compatibility import check_pilot
 from .configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
+from .logits_processor import CopilotLogitsProcessor
 from .mistake_log import MistakeLog
 from .modeling_copilot import CopilotModel
 from .trainer import CopilotTrainer
@@ -20,6 +21,7 @@ __all__ = [
     "CopilotCallback",
     "CopilotConfig",
     "CopilotLearner",
+    "CopilotLogitsProcessor",
     "CopilotModel",
     "CopilotSFTConfig",
     "CopilotTrainer",

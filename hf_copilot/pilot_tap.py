@@ -28,6 +28,12 @@ class PilotStates:
     embeddings: torch.Tensor | None = None  # X̃, [B, T, d_P], the input of layer 0
     hidden_states: torch.Tensor | None = None  # h, [B, T, d_P], the pooled outputs of the layers
     last_hidden_state: torch.Tensor | None = None  # [B, T, d_P], the decoder's output
+    next_logits: torch.Tensor | None = None  # [B, V], the model's logits at the last position, where it made any
+
+    @property
+    def length(self) -> int:
+        """T, the positions of this forward."""
+        return self.last_hidden_state.shape[1]
 
 
 def unwrap(pilot: nn.Module) -> nn.Module:
@@ -85,6 +91,7 @@ class PilotTap:
         sink: Callable[[PilotStates], None],
         listen: Callable[[], bool],
     ):
+        self.model = unwrap(pilot)
         self.decoder, self.layers = find_layers(pilot)
         half = (len(self.layers) + 1) // 2
         self.pooled = {"all": self.layers, "first_half": self.layers[:half], "second_half": self.layers[-half:]}[
@@ -93,6 +100,7 @@ class PilotTap:
         self.pooling, self.sink, self.listen = pooling, sink, listen
         self.handles: list[RemovableHandle] = []
         self.states: PilotStates | None = None  # not None only while a forward that we listen to runs
+        self.latest: PilotStates | None = None  # of the forward whose logits are still to come
 
     def open(self) -> None:
         """Register the hooks, unless they are there."""
@@ -103,13 +111,14 @@ class PilotTap:
             self.layers[0].register_forward_pre_hook(self._read_embeddings, with_kwargs=True),
             *(layer.register_forward_hook(self._pool) for layer in self.pooled),
             self.decoder.register_forward_hook(self._close, always_call=True),
+            self.model.register_forward_hook(self._read_logits),
         ]
 
     def close(self) -> None:
         """Remove the hooks; the Pilot is as it was. May be called again."""
         for handle in self.handles:
             handle.remove()
-        self.handles, self.states = [], None
+        self.handles, self.states, self.latest = [], None, None
 
     def __enter__(self) -> PilotTap:
         self.open()
@@ -150,7 +159,14 @@ class PilotTap:
         if self.pooling == "mean":
             states.hidden_states /= len(self.pooled)
         states.last_hidden_state = output[0].detach()
+        self.latest = states
         self.sink(states)
+
+    def _read_logits(self, model: nn.Module, args: tuple, output: Any) -> None:
+        states, self.latest = self.latest, None
+        logits = getattr(output, "logits", None)
+        if states is not None and logits is not None:
+            states.next_logits = logits[:, -1].detach()
 
 
 class PilotHead:

@@ -24,6 +24,8 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from hf_copilot import CopilotConfig, CopilotLearner, CopilotModel, copilot_for
+
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
 CHARACTERS = list("0123456789+-=?. abcdefghijklmnopqrstuvwxyz")
 VOCAB_SIZE = len(SPECIAL) + len(CHARACTERS)
@@ -97,3 +99,28 @@ def addition(count: int, seed: int = 0, form: str = "prompt-completion") -> Data
         )
     prompts, answers = zip(*texts, strict=True)
     return Dataset.from_dict({"prompt": list(prompts), "completion": list(answers)})
+
+
+def trained_like(pilot: PreTrainedModel, config: CopilotConfig | None = None, seed: int = 0) -> CopilotModel:
+    """A Copilot whose output matrix is not zero, so that it changes the text; in eval mode."""
+    copilot = copilot_for(pilot, config)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        copilot.lm_head.weight.normal_(std=0.3)
+        copilot.start.weight.normal_()
+    return copilot.eval()
+
+
+@torch.no_grad()
+def teacher_forced(copilot: CopilotModel, pilot: PreTrainedModel, ids: torch.Tensor, prompt_length: int):
+    """f of the training path for the tokens after the prompt and the one after `ids` `[n]`: `[n - p + 1, V]`."""
+    learner = CopilotLearner(copilot, pilot, log_dtype=torch.float32)
+    extended = torch.cat([ids, ids[-1:]])[None]  # the last token only makes position n - 1 a target
+    inputs = {"input_ids": extended, "labels": extended.clone()}
+    inputs["labels"][:, :prompt_length] = -100
+    with learner.observe(inputs):
+        pilot(input_ids=extended)
+    learner.close()
+    (batch,) = learner._batches(learner.round)
+    copilot.eval()
+    return copilot(**batch.inputs, return_logits=True).logits[0]

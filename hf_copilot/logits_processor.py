@@ -1,0 +1,68 @@
+"""The Copilot inside the standard `model.generate`."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
+
+from .compatibility import check_pilot
+from .configuration_copilot import check_strength
+from .discrepancy import fuse
+from .modeling_copilot import CopilotModel
+from .rectifier import Rectifier, pad_to_vocabulary
+
+
+class CopilotLogitsProcessor(LogitsProcessor):
+    """Rectifies the Pilot's scores at every step of `generate` (Eq. 8, or its form in logit space).
+
+        with CopilotLogitsProcessor(copilot, pilot) as processor:
+            pilot.generate(**inputs, logits_processor=[processor], num_beams=4)
+
+    Works with greedy search, sampling, beams, left-padded batches, static and kept caches, streamers and pipelines.
+    Its hooks on the Pilot go when the block ends, on [`detach`], or when the processor is garbage-collected. Scores
+    that are NaN stay NaN.
+
+    Args:
+        copilot: Trained beside this Pilot or one like it; it may live on another device and in another type.
+        pilot: The model that generates, PEFT-wrapped or not.
+        strength: λ, finite and >= 0; None for the one in the Copilot's config. 0 gives back the scores untouched.
+        tokenizer: The Pilot's; lets [`check_pilot`] see that both share one vocabulary.
+
+    Raises:
+        ValueError: If the Copilot does not fit the Pilot, if λ is negative or not finite, and in use if it is called
+            for tokens that the Pilot has not just been run on (assisted decoding, prompt lookup, guidance_scale).
+    """
+
+    def __init__(
+        self,
+        copilot: CopilotModel,
+        pilot: nn.Module,
+        strength: float | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        check_pilot(copilot, pilot, tokenizer)
+        self.strength = check_strength(copilot.config.strength if strength is None else strength)
+        self.fusion = copilot.config.fusion
+        self.rectifier = Rectifier(copilot, pilot)
+        self._finalizer = weakref.finalize(self, self.rectifier.close)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores `[R, V]` for the token after `input_ids` `[R, n]` -> rectified scores `[R, V]`."""
+        if self.strength == 0:
+            return scores
+        correction = self.rectifier.correction(input_ids).to(scores.device)
+        return fuse(scores, pad_to_vocabulary(correction, scores.shape[-1]), self.strength, self.fusion)
+
+    def detach(self) -> None:
+        """Remove the hooks from the Pilot; the processor can't be used any more."""
+        self._finalizer()
+
+    def __enter__(self) -> CopilotLogitsProcessor:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.detach()

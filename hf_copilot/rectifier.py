@@ -1,0 +1,223 @@
+"""Follows a running `generate` of the Pilot and gives the Copilot's correction for every next token (Algorithm 2).
+
+Mirror image of the learner: it reads the same states through the same tap. Its state hangs on content alone: a row
+of this call continues the row of the last call that has the same tokens, so beams, kept caches and several `generate`
+calls in a row need no hint from outside. Shapes: R rows, n tokens so far, t of them new, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from transformers import DynamicCache
+
+from .discrepancy import sparse_discrepancy
+from .modeling_copilot import CopilotModel, interleave, memory_mask
+from .pilot_tap import PilotStates, PilotTap
+
+UNKNOWN_CALL = (
+    "The processor was called with tokens that its Pilot has not just been run on. It rectifies "
+    "`pilot.generate(input_ids, logits_processor=[processor])` of the one Pilot that it is attached to; assisted "
+    "decoding, prompt lookup, guidance_scale and inputs_embeds call processors for other tokens and are not supported "
+    "(leave assistant_model, prompt_lookup_num_tokens and guidance_scale out). If it was detached, make a new one."
+)
+
+
+class Rectifier:
+    """The Copilot's side of a `generate` call.
+
+    Args:
+        copilot: Run in eval mode, whatever mode it is in.
+        pilot: The model whose `generate` is followed.
+
+    Raises:
+        NotImplementedError: For a Pilot with virtual tokens (prompt, prefix or p-tuning).
+    """
+
+    def __init__(self, copilot: CopilotModel, pilot: nn.Module):
+        if isinstance(pilot, PeftModel) and pilot.active_peft_config.is_prompt_learning:
+            raise NotImplementedError(
+                "Rectified generation does not support Pilots with virtual tokens (prompt tuning, prefix tuning, "
+                "p-tuning) yet: fine-tune the Pilot with LoRA or in full."
+            )
+        self.copilot, self.config = copilot, copilot.config
+        self.tap = PilotTap(
+            pilot, self.config.pooled_layers, self.config.pooling, self._take, lambda: not torch.is_grad_enabled()
+        )
+        self.tap.open()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.pending: list[PilotStates] = []  # forwards of the Pilot since the last call
+        self.cache = self.copilot.new_cache()  # the memory of n positions, the run of the queries so far
+        self.ids: torch.Tensor | None = None  # [R, n] tokens of the last call
+        self.visible: torch.Tensor | None = None  # [R, n] bool, which of them are not padding
+        self.last_logits: torch.Tensor | None = None  # [R, V] the Pilot's logits at the last call
+        self.last_correction: torch.Tensor | None = None  # [R, V] f at the last call
+
+    def close(self) -> None:
+        """Remove the hooks from the Pilot and forget everything."""
+        self.tap.close()
+        self.reset()
+
+    def _take(self, states: PilotStates) -> None:
+        if states.past_length == 0:
+            self.pending = []
+        self.pending.append(states)
+
+    @torch.no_grad()
+    def correction(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """f for the token after `input_ids` `[R, n]`: `[R, V]` float32.
+
+        Raises:
+            ValueError: If these are not the tokens that the Pilot has just been run on.
+        """
+        pending, self.pending = self.pending, []
+        self._check(pending, input_ids)
+        ids = input_ids.to(self.copilot.device)  # [R, n]
+        past = pending[0].past_length
+        continues = self._follow(ids, past)
+        if not continues:
+            self.cache.self_attention_cache = DynamicCache()
+        self._cut_memory(past)
+        inputs = self._next_input(ids[:, -1], continues)
+        memory = torch.cat([self._memory(states) for states in pending], dim=1)  # [R, 2t, d_P]
+        self.visible = torch.cat([self.visible[:, :past], *(self._new_visible(s) for s in pending)], dim=1)  # [R, n]
+        positions = ids.new_full((len(ids), 1), ids.shape[1] - 1)  # [R, 1]
+        mask = memory_mask(positions, self.visible, self.config.hidden_state_lag)  # [R, 1, 2n]
+        correction = self._run(inputs, memory, mask)  # [R, V]
+        self.ids, self.last_correction = ids, correction
+        self.last_logits = pending[-1].next_logits.to(ids.device)  # [R, V]
+        return correction
+
+    # ---- following -------------------------------------------------------------------------------------------------
+
+    def _check(self, pending: list[PilotStates], input_ids: torch.Tensor) -> None:
+        """The forwards since the last call must be one chain that ends with these tokens."""
+        if not pending or pending[-1].next_logits is None:
+            raise ValueError(UNKNOWN_CALL)
+        position = pending[0].past_length
+        for states in pending:
+            tokens = input_ids[:, position : position + states.length]
+            known = states.input_ids
+            if states.past_length != position or known is None or known.shape != tokens.shape:
+                raise ValueError(UNKNOWN_CALL)
+            if not torch.equal(known.to(tokens.device), tokens):
+                raise ValueError(UNKNOWN_CALL)
+            position += states.length
+        if position != input_ids.shape[1]:
+            raise ValueError(UNKNOWN_CALL)
+
+    def _follow(self, ids: torch.Tensor, past: int) -> bool:
+        """Put the rows of the state in the order of `ids`; whether these continue the last call by one token."""
+        rows = self._parents(ids, ids.shape[1] - 1) if self._is_next(ids) else None
+        continues = rows is not None
+        if not continues and past:
+            rows = self._parents(ids, past)
+            if rows is None:
+                raise ValueError(
+                    "The Pilot's cache holds tokens that this processor has not seen: make the processor before the "
+                    "cache is filled, or call generate without past_key_values."
+                )
+        if rows is not None and not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+            self._reorder(rows)
+        if past == 0:
+            self.visible = torch.ones_like(ids, dtype=torch.bool)
+        return continues
+
+    def _is_next(self, ids: torch.Tensor) -> bool:
+        return self.ids is not None and ids.shape[1] == self.ids.shape[1] + 1
+
+    def _parents(self, ids: torch.Tensor, length: int) -> torch.Tensor | None:
+        """For every row the row of the last call with the same first `length` tokens: its own index where that fits,
+        else the first; `[R]`, or None if some row has none."""
+        if self.ids is None or self.ids.shape[1] < length:
+            return None
+        old, new = self.ids[:, :length], ids[:, :length]
+        if old.shape == new.shape and torch.equal(old, new):
+            return torch.arange(len(new), device=new.device)
+        same = (new[:, None] == old[None]).all(-1)  # [R, R_old]
+        if not bool(same.any(-1).all()):
+            return None
+        return same.int().argmax(-1)  # [R]
+
+    def _reorder(self, rows: torch.Tensor) -> None:
+        self.cache.reorder_cache(rows)
+        self.visible, self.ids = self.visible[rows], self.ids[rows]
+        self.last_logits, self.last_correction = self.last_logits[rows], self.last_correction[rows]
+
+    def _cut_memory(self, past: int) -> None:
+        """Keep the memory of the first `past` positions: all of it in most calls."""
+        memory = self.cache.cross_attention_cache
+        if past == 0:
+            self.cache.cross_attention_cache = DynamicCache()
+        elif memory.get_seq_length() > 2 * past:
+            memory.crop(2 * past - memory.get_seq_length())
+
+    # ---- the Copilot's step ----------------------------------------------------------------------------------------
+
+    def _memory(self, states: PilotStates) -> torch.Tensor:
+        """[X̃ ; h] of one forward on the Copilot's device and in its type, `[R, 2t, d_P]`."""
+        to = {"device": self.copilot.device, "dtype": self.copilot.dtype}
+        return interleave(states.embeddings.to(**to), states.hidden_states.to(**to))
+
+    def _new_visible(self, states: PilotStates) -> torch.Tensor:
+        """Which positions of one forward are not padding, `[R, t]` bool, from the mask in whatever form it came."""
+        mask: Any = states.attention_mask
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention", next(iter(mask.values())))
+        new = slice(states.past_length, states.past_length + states.length)
+        if mask is None:
+            visible = torch.ones(states.last_hidden_state.shape[:2], dtype=torch.bool)
+        elif mask.ndim == 2:
+            visible = mask[:, new] != 0
+        else:  # [R, 1, t, n], bool or additive: visible to any query
+            seen = mask if mask.dtype == torch.bool else mask == 0
+            visible = seen[:, 0, :, new].any(1)
+        return visible.to(self.copilot.device)
+
+    def _next_input(self, token: torch.Tensor, continues: bool) -> dict[str, torch.Tensor]:
+        """What the Copilot is fed: the start vector, ℓ of the token just emitted, or (predicted) its own last f.
+
+        Realised: ℓ_{i−1} = onehot(token) − p̂_{i−1}, as in training. Predicted (Algorithm 2): f_{i−1}.
+        """
+        rows, top_k = len(token), self.config.top_k
+        is_start = torch.full((rows, 1), not continues, device=token.device)
+        if not continues:
+            indices, values = token[:, None, None], torch.zeros(rows, 1, 1, device=token.device)
+            return {"input_indices": indices, "input_values": values, "is_start": is_start}
+        embedding = self.copilot.embed_tokens
+        if self.config.error_feedback == "predicted" and self.config.copilot_input != "token":
+            fed = self.last_correction.to(embedding.weight.dtype) @ embedding.weight  # [R, d]
+            if self.config.copilot_input == "both":
+                fed = fed + embedding(token)
+            return {"input_indices": None, "input_values": None, "is_start": is_start, "inputs_embeds": fed[:, None]}
+        known = self.last_logits[:, : self.config.vocab_size].float()  # [R, V]
+        mistake = sparse_discrepancy(known, token, top_k)  # [R, k + 1]
+        return {
+            "input_indices": mistake.indices[:, None],
+            "input_values": mistake.values[:, None],
+            "is_start": is_start,
+        }
+
+    def _run(self, inputs: dict[str, torch.Tensor], memory: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """One query per row through the Copilot in eval mode: f, `[R, V]` float32."""
+        was_training = self.copilot.training
+        if was_training:
+            self.copilot.eval()
+        output = self.copilot(
+            **inputs, memory=memory, memory_mask=mask, past_key_values=self.cache, return_logits=True
+        )
+        if was_training:
+            self.copilot.train()
+        return output.logits[:, 0].float()
+
+
+def pad_to_vocabulary(correction: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """f for a Pilot with other padding rows: cut, or 0 in rows that the Copilot does not have; `[R, vocab_size]`."""
+    return F.pad(correction, (0, vocab_size - correction.shape[-1]))

@@ -1,0 +1,367 @@
+"""The Copilot inside `model.generate`: the incremental path equals the training path, whatever the decoding."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import VOCAB_SIZE, teacher_forced, tiny_pilot, trained_like
+from transformers import DynamicCache, LogitsProcessor, TextStreamer, pipeline
+
+from hf_copilot import CopilotConfig, CopilotLogitsProcessor
+
+NEW_TOKENS = 8
+PROMPT = torch.tensor([[5, 15, 6, 17], [8, 15, 9, 17], [7, 15, 11, 17]])
+
+
+class Recorder(CopilotLogitsProcessor):
+    """Keeps the tokens and f of every call."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls = []
+        follow = self.rectifier.correction
+
+        def correction(input_ids):
+            f = follow(input_ids)
+            self.calls.append((input_ids.clone(), f.clone()))
+            return f
+
+        self.rectifier.correction = correction
+
+
+def left_padded():
+    """Three prompts of different lengths, left-padded with 0."""
+    ids = torch.tensor([[0, 0, 5, 15, 6, 17], [5, 6, 15, 9, 9, 17], [0, 7, 15, 11, 6, 17]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+    return ids, mask
+
+
+def generate(pilot, processor, ids=PROMPT, mask=None, **kwargs):
+    mask = torch.ones_like(ids) if mask is None else mask
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | kwargs
+    processors = [] if processor is None else [processor]
+    return pilot.generate(input_ids=ids, attention_mask=mask, logits_processor=processors, **settings)
+
+
+def check_against_training_path(copilot, pilot, calls, prompt_length, padding):
+    """f of every row of every call equals f of the same tokens, teacher-forced, row by row without padding."""
+    worst = 0.0
+    for ids, f in calls:
+        for row, row_f in zip(ids, f, strict=True):
+            pads = padding(row)
+            expected = teacher_forced(copilot, pilot, row[pads:], prompt_length - pads)
+            worst = max(worst, (expected[-1] - row_f).abs().max().item())
+    assert worst < 1e-4, worst
+
+
+DECODINGS = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 4},
+    "beam_sample": {"num_beams": 3, "do_sample": True},
+    "returned_beams": {"num_beams": 4, "num_return_sequences": 3},
+    "no_cache": {"use_cache": False},
+    "no_cache_beams": {"use_cache": False, "num_beams": 3},
+    "chunked_prefill": {"prefill_chunk_size": 2},
+    "static_cache": {"cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_incremental_equals_teacher_forced(pilot, decoding, padded):
+    copilot = trained_like(pilot)
+    ids, mask = left_padded() if padded else (PROMPT, None)
+    torch.manual_seed(0)
+    with Recorder(copilot, pilot) as processor:
+        generate(pilot, processor, ids, mask, **DECODINGS[decoding])
+    assert len(processor.calls) == NEW_TOKENS
+    pads = (lambda row: int((row != 0).int().argmax())) if padded else (lambda row: 0)
+    check_against_training_path(copilot, pilot, processor.calls, ids.shape[1], pads)
+
+
+CONFIGS = {
+    "paper": CopilotConfig.paper(num_hidden_layers=2, error_feedback="realized", top_k=VOCAB_SIZE),
+    "pattern2_lag0": CopilotConfig(pattern=2, num_hidden_layers=1, hidden_state_lag=0),
+    "token_max_half": CopilotConfig(copilot_input="token", pooling="max", pooled_layers="second_half"),
+    "narrow_random": CopilotConfig(init="random", hidden_size=16, num_attention_heads=2, num_hidden_layers=3, top_k=5),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_incremental_equals_teacher_forced(pilot, name):
+    copilot = trained_like(pilot, CONFIGS[name])
+    with Recorder(copilot, pilot, strength=0.3) as processor:
+        generate(pilot, processor, num_beams=3)
+    check_against_training_path(copilot, pilot, processor.calls, PROMPT.shape[1], lambda row: 0)
+
+
+def test_beams_really_reorder(pilot):
+    """The beam tests above would prove nothing if no row ever changed its place."""
+    copilot, moves = trained_like(pilot), []
+    with CopilotLogitsProcessor(copilot, pilot) as processor:
+        reorder = processor.rectifier._reorder
+        processor.rectifier._reorder = lambda rows: (moves.append(rows), reorder(rows))
+        generate(pilot, processor, num_beams=4)
+    assert len(moves) >= 3
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "sampling", "beams", "returned_beams"])
+@pytest.mark.parametrize("fusion", ["logit", "probability"])
+def test_zero_strength_is_the_bare_pilot(pilot, decoding, fusion):
+    config = CopilotConfig() if fusion == "logit" else CopilotConfig.paper(num_hidden_layers=2)
+    outputs = []
+    for processor in (None, CopilotLogitsProcessor(trained_like(pilot, config), pilot, strength=0.0)):
+        torch.manual_seed(1)
+        settings = {"output_scores": True, "return_dict_in_generate": True}
+        outputs.append(generate(pilot, processor, **DECODINGS[decoding], **settings))
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert all(torch.equal(*pair) for pair in zip(outputs[0].scores, outputs[1].scores, strict=True))
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "beams"])
+def test_fresh_copilot_changes_nothing(pilot, decoding):
+    from hf_copilot import copilot_for
+
+    settings = {"output_scores": True, "return_dict_in_generate": True} | DECODINGS[decoding]
+    bare = generate(pilot, None, **settings)
+    with CopilotLogitsProcessor(copilot_for(pilot), pilot) as processor:
+        fresh = generate(pilot, processor, **settings)
+    assert all(torch.equal(*pair) for pair in zip(bare.scores, fresh.scores, strict=True))
+    with CopilotLogitsProcessor(copilot_for(pilot, CopilotConfig.paper(num_hidden_layers=2)), pilot) as processor:
+        fresh = generate(pilot, processor, **settings)
+    for a, b in zip(bare.scores, fresh.scores, strict=True):
+        assert (a.softmax(-1) - b.softmax(-1)).abs().max() < 1e-6
+
+
+def test_the_copilot_changes_the_text(pilot):
+    with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor:
+        assert not torch.equal(generate(pilot, processor), generate(pilot, None))
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "beams"])
+def test_batch_equals_single(pilot, decoding):
+    copilot = trained_like(pilot)
+    ids, mask = left_padded()
+    with CopilotLogitsProcessor(copilot, pilot) as processor:
+        together = generate(pilot, processor, ids, mask, **DECODINGS[decoding])
+        for row, row_mask, expected in zip(ids, mask, together, strict=True):
+            alone = generate(pilot, processor, row[None, row_mask.bool()], **DECODINGS[decoding])
+            assert torch.equal(alone[0, -NEW_TOKENS:], expected[-NEW_TOKENS:])
+
+
+def test_all_caches_give_the_same_text(pilot):
+    copilot, texts = trained_like(pilot), []
+    with CopilotLogitsProcessor(copilot, pilot) as processor:
+        for decoding in ("greedy", "no_cache", "chunked_prefill", "static_cache"):
+            texts.append(generate(pilot, processor, **DECODINGS[decoding]))
+    assert all(torch.equal(texts[0], text) for text in texts[1:])
+
+
+def test_chat_on_a_kept_cache(pilot):
+    """Two turns on one cache: the second turn is a new run over the memory of the whole chat."""
+    copilot, cache = trained_like(pilot), DynamicCache(config=pilot.config)
+    with Recorder(copilot, pilot) as processor:
+        first = generate(pilot, processor, past_key_values=cache)
+        turn = torch.cat([first, PROMPT], dim=1)
+        kept_length = cache.get_seq_length()
+        processor.calls.clear()
+        generate(pilot, processor, turn, past_key_values=cache)
+    assert kept_length == first.shape[1] - 1
+    check_against_training_path(copilot, pilot, processor.calls, turn.shape[1], lambda row: 0)
+
+
+def test_a_cropped_cache_is_followed(pilot):
+    copilot, cache = trained_like(pilot), DynamicCache(config=pilot.config)
+    with Recorder(copilot, pilot) as processor:
+        first = generate(pilot, processor, past_key_values=cache)
+        cache.crop(-4)
+        turn = torch.cat([first[:, : cache.get_seq_length()], PROMPT], dim=1)
+        processor.calls.clear()
+        generate(pilot, processor, turn, past_key_values=cache)
+    check_against_training_path(copilot, pilot, processor.calls, turn.shape[1], lambda row: 0)
+
+
+def test_cache_filled_before_the_processor_raises(pilot):
+    cache = DynamicCache(config=pilot.config)
+    first = generate(pilot, None, past_key_values=cache)
+    with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor, pytest.raises(ValueError, match="not seen"):
+        generate(pilot, processor, torch.cat([first, PROMPT], dim=1), past_key_values=cache)
+
+
+def test_several_calls_in_a_row_and_between_other_forwards(pilot):
+    copilot = trained_like(pilot)
+    with CopilotLogitsProcessor(copilot, pilot) as processor:
+        first = generate(pilot, processor)
+        pilot(input_ids=PROMPT[:, :3], labels=PROMPT[:, :3]).loss.backward()  # a training step in between
+        pilot.zero_grad()
+        with torch.no_grad():
+            pilot(input_ids=PROMPT[:1])
+        assert torch.equal(generate(pilot, processor, num_beams=2), generate(pilot, processor, num_beams=2))
+        assert torch.equal(generate(pilot, processor), first)
+
+
+class Ban(LogitsProcessor):
+    """Bans the upper half of the vocabulary."""
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.arange(VOCAB_SIZE // 2, VOCAB_SIZE), -torch.inf)
+
+
+@pytest.mark.parametrize("fusion", ["logit", "probability"])
+@pytest.mark.parametrize("decoding", ["sampling", "beams"])
+def test_banned_tokens_stay_banned(pilot, fusion, decoding):
+    config = CopilotConfig() if fusion == "logit" else CopilotConfig.paper(num_hidden_layers=2)
+    torch.manual_seed(0)
+    settings = {"max_new_tokens": NEW_TOKENS, "pad_token_id": 0, "output_scores": True, "eos_token_id": None}
+    with CopilotLogitsProcessor(trained_like(pilot, config), pilot) as processor:
+        out = pilot.generate(
+            PROMPT,
+            attention_mask=torch.ones_like(PROMPT),
+            logits_processor=[Ban(), processor],
+            return_dict_in_generate=True,
+            **settings,
+            **DECODINGS[decoding],
+        )
+    assert (out.sequences[:, PROMPT.shape[1] :] < VOCAB_SIZE // 2).all()
+    assert all((scores[:, VOCAB_SIZE // 2 :] == -torch.inf).all() for scores in out.scores)
+
+
+def test_streamer_and_pipeline_give_the_same_text(pilot, tokenizer, capsys):
+    with CopilotLogitsProcessor(trained_like(pilot), pilot, tokenizer=tokenizer) as processor:
+        plain = generate(pilot, processor, PROMPT[:1])
+        streamed = generate(pilot, processor, PROMPT[:1], streamer=TextStreamer(tokenizer))
+        assert torch.equal(plain, streamed) and capsys.readouterr().out
+        pipe = pipeline("text-generation", model=pilot, tokenizer=tokenizer)
+        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        text = tokenizer.decode(PROMPT[0])
+        out = pipe(text, logits_processor=[processor], return_tensors=True, **settings)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert out[0]["generated_token_ids"][-NEW_TOKENS:] == plain[0, -NEW_TOKENS:].tolist() or ids.shape[1] != 4
+
+
+@pytest.mark.parametrize(
+    "unsupported",
+    [
+        pytest.param({"prompt_lookup_num_tokens": 3}, id="prompt_lookup"),
+        pytest.param({"guidance_scale": 1.5}, id="guidance"),
+        pytest.param({"assistant": True}, id="assistant"),
+    ],
+)
+def test_unsupported_decoding_raises(pilot, unsupported):
+    settings = dict(unsupported)
+    if settings.pop("assistant", False):
+        settings["assistant_model"] = tiny_pilot(seed=1).eval()
+    ids = torch.tensor([[5, 15, 6, 17, 5, 15, 6]])
+    with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor, pytest.raises(ValueError, match="detached"):
+        generate(pilot, processor, ids, **settings)
+
+
+def test_inputs_embeds_raise(pilot):
+    embeds = pilot.get_input_embeddings()(PROMPT)
+    with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor, pytest.raises(ValueError, match="embeds"):
+        pilot.generate(inputs_embeds=embeds, logits_processor=[processor], max_new_tokens=2)
+
+
+def test_another_pilot_raises(pilot):
+    other = tiny_pilot(seed=3).eval()
+    with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor, pytest.raises(ValueError, match="not just"):
+        generate(other, processor)
+
+
+def test_lora_and_merged_pilot(pilot):
+    copilot = trained_like(pilot)
+    lora = get_peft_model(pilot, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False)).eval()
+    with Recorder(copilot, lora) as processor:
+        wrapped = generate(lora, processor)
+    check_against_training_path(copilot, lora, processor.calls, PROMPT.shape[1], lambda row: 0)
+    merged = lora.merge_and_unload()
+    with CopilotLogitsProcessor(copilot, merged) as processor:
+        assert torch.equal(generate(merged, processor), wrapped)
+
+
+def test_copilot_of_another_dtype_and_in_training_mode(pilot):
+    copilot = trained_like(pilot)
+    with CopilotLogitsProcessor(copilot, pilot) as processor:
+        expected = generate(pilot, processor, output_scores=True, return_dict_in_generate=True)
+    copilot.to(torch.float64).train()
+    copilot.layers[0].dropout.p = 0.5
+    with CopilotLogitsProcessor(copilot, pilot) as processor:
+        found = generate(pilot, processor, output_scores=True, return_dict_in_generate=True)
+    assert copilot.training
+    for a, b in zip(expected.scores, found.scores, strict=True):
+        assert torch.allclose(a, b.float(), atol=1e-4)
+    half = tiny_pilot().eval().to(torch.bfloat16)
+    with CopilotLogitsProcessor(copilot, half) as processor:
+        assert generate(half, processor).shape == expected.sequences.shape
+
+
+def count_hooks(pilot):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in pilot.modules())
+
+
+def test_hooks_go_and_others_stay(pilot):
+    foreign = pilot.model.layers[1].register_forward_hook(lambda *args: None)
+    before = count_hooks(pilot)
+    copilot = trained_like(pilot)
+    processor = CopilotLogitsProcessor(copilot, pilot)
+    assert count_hooks(pilot) > before
+    processor.detach()
+    assert count_hooks(pilot) == before
+    with pytest.raises(RuntimeError), CopilotLogitsProcessor(copilot, pilot):
+        raise RuntimeError
+    assert count_hooks(pilot) == before
+    processor = CopilotLogitsProcessor(copilot, pilot)
+    del processor
+    gc.collect()
+    assert count_hooks(pilot) == before
+    foreign.remove()
+
+
+@pytest.mark.parametrize("strength", [-0.1, float("inf"), float("nan")])
+def test_bad_strength_raises(pilot, strength):
+    with pytest.raises(ValueError, match="finite"):
+        CopilotLogitsProcessor(trained_like(pilot), pilot, strength=strength)
+
+
+def test_nan_scores_stay_nan(pilot):
+    """Documented: rows of NaN are passed on, as without a Copilot; other rows are rectified."""
+    with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor:
+        with torch.no_grad():
+            pilot(input_ids=PROMPT)
+        scores = torch.zeros(3, VOCAB_SIZE)
+        scores[1] = torch.nan
+        out = processor(PROMPT, scores)
+    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+
+
+def test_predicted_feedback_feeds_the_last_correction(pilot):
+    """Algorithm 2: the input at step i is f_{i-1} through the input projection."""
+    copilot = trained_like(pilot, CopilotConfig.paper(num_hidden_layers=2))
+    fed = []
+    copilot.layers[0].register_forward_pre_hook(lambda module, args: fed.append(args[0].clone()))
+    with Recorder(copilot, pilot) as processor:
+        generate(pilot, processor)
+    assert torch.allclose(fed[0], copilot.start.weight.expand_as(fed[0]))
+    for step in range(1, NEW_TOKENS):
+        expected = processor.calls[step - 1][1] @ copilot.embed_tokens.weight
+        assert torch.allclose(fed[step][:, 0], expected, atol=1e-5)
+
+
+def test_padding_rows_of_the_pilot_are_left_alone(pilot, tokenizer):
+    from hf_copilot.compatibility import tokenizer_fingerprint
+
+    wide = tiny_pilot(vocab_size=VOCAB_SIZE + 8).eval()
+    copilot = trained_like(pilot)
+    with pytest.raises(ValueError, match="vocabulary rows"):
+        CopilotLogitsProcessor(copilot, wide)
+    copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+    with warnings.catch_warnings(), CopilotLogitsProcessor(copilot, wide, tokenizer=tokenizer) as processor:
+        warnings.simplefilter("error")
+        out = generate(wide, processor, output_scores=True, return_dict_in_generate=True)
+    assert out.scores[0].shape[1] == VOCAB_SIZE + 8
