@@ -131,6 +131,11 @@ class PilotTap:
         self.states = None
         if not self.listen():
             return
+        if "write_index" in kwargs:
+            raise NotImplementedError(
+                "Paged attention (cache_implementation='paged', generate_batch) drops logits processors, so its text "
+                "would not be rectified. Use another cache, or detach the CopilotLogitsProcessor first."
+            )
         input_ids = args[0] if args else kwargs.get("input_ids")
         cache = kwargs.get("past_key_values")
         past_length = 0 if cache is None else int(cache.get_seq_length())

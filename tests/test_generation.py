@@ -365,3 +365,10 @@ def test_padding_rows_of_the_pilot_are_left_alone(pilot, tokenizer):
         warnings.simplefilter("error")
         out = generate(wide, processor, output_scores=True, return_dict_in_generate=True)
     assert out.scores[0].shape[1] == VOCAB_SIZE + 8
+
+
+def test_continuous_batching_gives_no_unrectified_text(pilot):
+    """It drops processors; the hook fails its forwards, so nothing is generated."""
+    with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor:
+        out = generate(pilot, processor, PROMPT[:1], cache_implementation="paged", eos_token_id=-1)
+    assert torch.as_tensor(out).flatten().tolist() == PROMPT[0].tolist()
