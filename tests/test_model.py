@@ -1,0 +1,208 @@
+"""The Copilot itself: weights taken over, configuration, saving and loading, the check against a Pilot."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import VOCAB_SIZE, tiny_pilot, tiny_tokenizer, trained_like
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotModel, check_pilot, copilot_for
+from hf_copilot.compatibility import tokenizer_fingerprint
+from hf_copilot.weights import FAMILIES
+
+
+def no_rotary(hidden):
+    """cos = 1, sin = 0: rotary embedding switched off."""
+    shape = (*hidden.shape[:2], 8)
+    return torch.ones(shape), torch.zeros(shape)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_layer_taken_over_computes_what_the_pilots_layer_computes(family, biased):
+    changes = {"attention_bias": biased, "mlp_bias": biased} if family in ("llama", "smollm3") else {}
+    pilot = tiny_pilot(family, sliding_window=None, **changes).eval()
+    with torch.no_grad():  # biases and norms start as 0 and 1, which would prove nothing
+        for parameter in pilot.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    copilot = copilot_for(pilot, CopilotConfig(num_hidden_layers=3)).eval()
+    hidden = torch.randn(2, 6, 32)
+    causal = torch.ones(2, 6, 6).tril().bool()
+    additive = torch.zeros(2, 1, 6, 6).masked_fill(~causal[:, None], -torch.inf)
+    for own, theirs in zip(copilot.layers, pilot.model.layers, strict=True):
+        expected = theirs(hidden, attention_mask=additive, position_embeddings=no_rotary(hidden), use_cache=False)
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        # a cross layer over a memory that is the queries' own states is self-attention
+        found = own(hidden, hidden, causal, causal, None)
+        assert torch.allclose(found, expected, atol=1e-5), own.layer_type
+    assert torch.equal(copilot.embed_tokens.weight, pilot.get_input_embeddings().weight)
+    assert torch.equal(copilot.norm.weight, pilot.model.norm.weight)
+    assert not copilot.lm_head.weight.any()
+
+
+def test_weights_come_through_adapters(pilot):
+    plain = copilot_for(pilot)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    wrapped = copilot_for(get_peft_model(pilot, config))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, wrapped.state_dict()[name]) or name == "start.weight", name
+
+
+def test_layers_are_spread_over_the_source():
+    pilot = tiny_pilot(num_hidden_layers=5)
+    copilot = copilot_for(pilot, CopilotConfig(num_hidden_layers=3))
+    for own, theirs in zip(copilot.layers, (0, 2, 4), strict=True):
+        assert torch.equal(own.mlp.up_proj.weight, pilot.model.layers[theirs].mlp.up_proj.weight)
+    assert len(copilot_for(pilot, CopilotConfig.paper()).layers) == 5
+
+
+def test_starts_from_another_checkpoint(tmp_path):
+    """A small decoder for a wide Pilot: one linear layer aligns the sizes."""
+    small = tiny_pilot(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, vocab_size=VOCAB_SIZE)
+    small.save_pretrained(tmp_path)
+    copilot = copilot_for(tiny_pilot(), CopilotConfig(init=str(tmp_path)))
+    assert torch.equal(copilot.layers[0].mlp.up_proj.weight, small.model.layers[0].mlp.up_proj.weight)
+    assert copilot.memory_proj.weight.shape == (16, 32)
+    tiny_pilot(vocab_size=2 * VOCAB_SIZE).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another vocabulary"):
+        copilot_for(tiny_pilot(), CopilotConfig(init=str(tmp_path)))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_a_family_that_cant_be_taken_over_names_the_way_out(family):
+    pilot = tiny_pilot(family)
+    with pytest.raises(ValueError, match="init='random'"):
+        copilot_for(pilot)
+    assert copilot_for(pilot, CopilotConfig(init="random")).config.hidden_size == 32
+
+
+def test_a_width_that_does_not_fit_names_the_way_out():
+    with pytest.raises(ValueError, match="init='random'"):
+        copilot_for(tiny_pilot(), CopilotConfig(hidden_size=16, num_attention_heads=2))
+
+
+def test_building_a_copilot_leaves_the_random_state_alone(pilot):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    copilot_for(pilot, CopilotConfig(init="random"))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"pattern": 3}, "choose one of"),
+        ({"hidden_state_lag": 2}, "choose one of"),
+        ({"objective": "rmse"}, "does not go with"),
+        ({"fusion": "probability"}, "does not go with"),
+        ({"error_feedback": "predicted"}, "paper"),
+        ({"num_hidden_layers": 1}, "at least 2"),
+        ({"top_k": 0}, "at least 1"),
+        ({"strength": -1.0}, "finite"),
+        ({"strength": float("inf")}, "finite"),
+    ],
+)
+def test_wrong_settings_raise(wrong, match):
+    with pytest.raises(ValueError, match=match):
+        CopilotConfig(**wrong)
+
+
+def test_patterns():
+    assert CopilotConfig(num_hidden_layers=4).attention_types == ["self", "cross", "self", "cross"]
+    assert CopilotConfig(pattern=2, num_hidden_layers=3).attention_types == ["cross"] * 3
+    paper = CopilotConfig.paper(strength=0.3)
+    assert (paper.objective, paper.fusion, paper.strength) == ("rmse", "probability", 0.3)
+
+
+def test_save_and_load_give_the_same_text(pilot, tmp_path):
+    copilot = trained_like(pilot)
+    copilot.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["CopilotModel"] and config["model_type"] == "copilot"
+    prompt = torch.tensor([[5, 15, 6, 17]])
+    settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "eos_token_id": None}
+    texts = []
+    for model in (copilot, CopilotModel.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        with CopilotLogitsProcessor(model, pilot) as processor:
+            texts.append(pilot.generate(prompt, logits_processor=[processor], pad_token_id=0, **settings))
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), CopilotConfig)
+
+
+def test_from_pretrained_takes_dtype_device_map_and_subfolder(pilot, tmp_path):
+    trained_like(pilot).save_pretrained(tmp_path / "inner")
+    loaded = CopilotModel.from_pretrained(tmp_path, subfolder="inner", dtype=torch.bfloat16, device_map="cpu")
+    assert loaded.dtype == torch.bfloat16 and not loaded.training
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected"])
+def test_a_damaged_file_raises(pilot, tmp_path, damage):
+    trained_like(pilot).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if damage == "missing":
+        del tensors["layers.0.mlp.up_proj.weight"]
+    else:
+        tensors["surplus"] = torch.zeros(1)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=damage):
+        CopilotModel.from_pretrained(tmp_path)
+
+
+def test_push_to_hub_is_one_commit_with_the_card(pilot, monkeypatch):
+    copilot, commits = trained_like(pilot), []
+    copilot.config.base_model_name_or_path = "Qwen/Qwen2.5-0.5B"
+    copilot.config.results = {
+        "pilot_nll": 1.5,
+        "rectified_nll": 1.25,
+        "pilot_token_accuracy": 0.5,
+        "rectified_token_accuracy": 0.625,
+    }
+
+    class Repo:
+        repo_id = "me/copilot"
+
+    def upload_folder(self, folder_path, **kwargs):
+        from pathlib import Path
+
+        commits.append({path.name: path.read_bytes() for path in Path(folder_path).iterdir()} | kwargs)
+        return "url"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: Repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    assert copilot.push_to_hub("copilot", tags=["mine"]) == "url"
+    (commit,) = commits
+    card = commit["README.md"].decode()
+    assert commit["repo_id"] == "me/copilot" and {"config.json", "model.safetensors"} <= commit.keys()
+    for text in ("base_model: Qwen/Qwen2.5-0.5B", "base_model_relation: adapter", "- mine", "1.2500", "library_name"):
+        assert text in card, text
+    assert "null" not in card.split("---")[1]
+
+
+def test_check_pilot(pilot, tokenizer):
+    copilot = trained_like(pilot)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_pilot(copilot, pilot, tokenizer)
+    with pytest.raises(ValueError, match="hidden states of size 32"):
+        check_pilot(copilot, tiny_pilot(hidden_size=16))
+    with pytest.raises(ValueError, match="vocabulary rows"):
+        check_pilot(copilot, tiny_pilot(vocab_size=VOCAB_SIZE + 1))
+    with pytest.warns(UserWarning, match="qwen3"):
+        check_pilot(copilot, tiny_pilot("qwen3"))
+    copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+    other = tiny_tokenizer()
+    other.add_tokens(["<new>"])
+    assert isinstance(other, PreTrainedTokenizerFast)
+    with pytest.raises(ValueError, match="another vocabulary"):
+        check_pilot(copilot, pilot, other)
+    with pytest.raises(ValueError, match="layers"):
+        check_pilot(copilot, torch.nn.Linear(2, 2))

@@ -1,0 +1,150 @@
+"""Exactly one record per training forward, with the right values, whatever wraps or recomputes the Pilot."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny import tiny_pilot
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from hf_copilot.pilot_tap import PilotHead, PilotTap, find_layers
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
+
+
+def plain(pilot):
+    return pilot
+
+
+def lora(pilot):
+    return get_peft_model(pilot, LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False))
+
+
+def modules_to_save(pilot):
+    saved = ["embed_tokens", "lm_head"]
+    return get_peft_model(pilot, LoraConfig(task_type="CAUSAL_LM", r=2, modules_to_save=saved))
+
+
+def prompt_tuning(pilot):
+    return get_peft_model(pilot, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+def taps(pilot, pooling="mean", pooled="all"):
+    records = []
+    return PilotTap(pilot, pooled, pooling, records.append, lambda: True), records
+
+
+def reference(pilot):
+    """X̃ and every layer's raw output by transformers' own means, from a forward without any tap."""
+    outputs = []
+    _, layers = find_layers(pilot)
+    handles = [layer.register_forward_hook(lambda m, a, out: outputs.append(out.detach())) for layer in layers]
+    with torch.no_grad():
+        first = pilot(input_ids=IDS, output_hidden_states=True).hidden_states[0]
+    for handle in handles:
+        handle.remove()
+    return first, torch.stack(outputs)
+
+
+@pytest.mark.parametrize("wrap", [plain, lora, modules_to_save, prompt_tuning])
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "non_reentrant", "reentrant"])
+def test_one_record_per_forward(wrap, reentrant):
+    pilot = wrap(tiny_pilot()).train()
+    embeddings, layers = reference(pilot)
+    if reentrant is not None:
+        pilot.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        pilot.enable_input_require_grads()
+    tap, records = taps(pilot)
+    with tap:
+        pilot(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert len(records) == 1
+    length = IDS.shape[1]
+    assert torch.allclose(records[0].embeddings[:, -length:], embeddings[:, -length:], atol=1e-6)
+    assert torch.allclose(records[0].hidden_states, layers.mean(0), atol=1e-5)
+    assert not records[0].hidden_states.requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_checkpointed_from_outside(monkeypatch, reentrant):
+    """As older transformers and FSDP's wrapper do: layer hooks run again in the backward pass."""
+    calls = []
+
+    def recomputed(self, *args, **kwargs):
+        calls.append(self)
+        return checkpoint(partial(nn.Module.__call__, self, **kwargs), *args, use_reentrant=reentrant)
+
+    pilot = tiny_pilot().train()
+    pilot.enable_input_require_grads()
+    _, layers = reference(pilot)
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", recomputed)
+    tap, records = taps(pilot)
+    with tap:
+        pilot(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert calls and len(records) == 1
+    assert torch.allclose(records[0].hidden_states, layers.mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("pooled", ["all", "first_half", "second_half"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "sum"])
+def test_pooling(pooling, pooled):
+    pilot = tiny_pilot(num_hidden_layers=4).eval()
+    _, layers = reference(pilot)
+    layers = {"all": layers, "first_half": layers[:2], "second_half": layers[2:]}[pooled]
+    expected = {"mean": layers.mean(0), "max": layers.amax(0), "sum": layers.sum(0)}[pooling]
+    tap, records = taps(pilot, pooling, pooled)
+    with tap:
+        pilot(input_ids=IDS)
+    assert torch.allclose(records[0].hidden_states, expected, atol=1e-5)
+
+
+def test_a_failed_forward_leaves_nothing(pilot):
+    tap, records = taps(pilot)
+    handle = pilot.model.layers[1].register_forward_pre_hook(lambda *args: 1 / 0)
+    with tap:
+        with pytest.raises(ZeroDivisionError):
+            pilot(input_ids=IDS)
+        handle.remove()
+        assert not records and tap.states is None
+        pilot(input_ids=IDS)
+    assert len(records) == 1
+
+
+SCALED = {
+    "llama": {},
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "gpt2": {},
+}
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_the_head_gives_the_models_own_logits(family):
+    pilot = tiny_pilot(family, **SCALED[family]).train()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    PilotHead(pilot).check()
+    assert torch.equal(torch.get_rng_state(), state) and pilot.training
+    tap, records = taps(pilot.eval())
+    with tap, torch.no_grad():
+        logits = pilot(input_ids=IDS).logits
+    assert torch.allclose(PilotHead(pilot)(records[0].last_hidden_state), logits, atol=1e-6)
+
+
+def test_divided_and_multiplied_logits():
+    from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
+
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 2}
+    PilotHead(CohereForCausalLM(CohereConfig(logit_scale=0.1, **shape))).check()
+    PilotHead(GraniteForCausalLM(GraniteConfig(logits_scaling=4.0, **shape))).check()
+
+
+def test_a_head_with_an_unknown_scale_fails_loudly(pilot):
+    head = PilotHead(pilot)
+    head.scale = 0.5
+    with pytest.raises(ValueError, match="can't be recomputed"):
+        head.check()
