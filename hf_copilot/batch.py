@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .discrepancy import SparseDiscrepancy, discrepancy
 from .mistake_log import MistakeRecord
 from .modeling_copilot import interleave, memory_mask
-from .pilot_tap import PilotHead, PilotStates
+from .pilot_tap import PilotEmbedding, PilotHead, PilotStates
 
 IGNORE = -100
 
@@ -50,6 +50,7 @@ def make_records(
     states: PilotStates,
     inputs: Mapping[str, Any],
     head: PilotHead,
+    embedding: PilotEmbedding,
     top_k: int,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -60,6 +61,7 @@ def make_records(
         states: What the tap read; positions of virtual tokens (prompt tuning) are left out.
         inputs: The batch: `input_ids`, `labels` `[B, T]` (−100 where there is none), masks.
         head: The Pilot's head, for ℓ.
+        embedding: The Pilot's embedding: X̃ is left out of the records where the ids give it.
         top_k: Entries of p̂ kept in ℓ.
         dtype, device: Of the hidden states and of all tensors in the records; None keeps the Pilot's.
     """
@@ -83,9 +85,14 @@ def make_records(
 
     final = flat(states.last_hidden_state, target_where)  # [M, d_P]
     mistake = discrepancy(head, final, target_labels.to(final.device), top_k)
+    input_ids = inputs["input_ids"].cpu().flatten()[where]  # [N]
+    embeddings = flat(states.embeddings, where)  # [N, d_P]
+    embedding_spans = spans
+    if embedding.gives(embeddings, input_ids):
+        embeddings, embedding_spans = embeddings[:0], [0] * len(spans)
     columns = {
-        "input_ids": (inputs["input_ids"].cpu().flatten()[where], spans),
-        "embeddings": (flat(states.embeddings, where).to(dtype=dtype), spans),
+        "input_ids": (input_ids, spans),
+        "embeddings": (embeddings.to(dtype=dtype), embedding_spans),
         "hidden_states": (flat(states.hidden_states, where).to(dtype=dtype), spans),
         "final_states": (final.to(dtype=dtype), None),
         "labels": (target_labels, None),
@@ -125,7 +132,14 @@ class CopilotBatch:
     num_sequences: int
 
     @classmethod
-    def collate(cls, records: list[MistakeRecord], lag: int, device: torch.device, dtype: torch.dtype) -> CopilotBatch:
+    def collate(
+        cls,
+        records: list[MistakeRecord],
+        embedding: PilotEmbedding,
+        lag: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> CopilotBatch:
         """Pad the records; queries of different runs do not see each other, prompts are memory alone."""
 
         def pad(tensors: list[torch.Tensor], value: float = 0) -> torch.Tensor:
@@ -142,7 +156,8 @@ class CopilotBatch:
         visible = pad([torch.ones_like(record.input_ids, dtype=torch.bool) for record in records])  # [B, n]
         indices = pad([record.indices for record in records]).long()  # [B, m, k + 1]
         values = pad([record.values for record in records])  # [B, m, k + 1]
-        embeddings = pad([record.embeddings for record in records]).to(dtype)  # [B, n, d_P]
+        known = [r.embeddings if len(r.embeddings) else embedding(r.input_ids) for r in records]
+        embeddings = pad(known).to(dtype)  # [B, n, d_P]
         hidden_states = pad([record.hidden_states for record in records]).to(dtype)  # [B, n, d_P]
         same_run = run[:, :, None] == run[:, None, :]  # [B, m, m]
         inputs = {

@@ -28,7 +28,7 @@ from .batch import CopilotBatch, group_by_length, make_records
 from .discrepancy import cross_entropy_loss, fuse, rmse_loss, row_chunks
 from .mistake_log import MistakeLog, MistakeRecord
 from .modeling_copilot import CopilotModel
-from .pilot_tap import PilotHead, PilotStates, PilotTap, isolated_rng
+from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, PilotTap, isolated_rng
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class CopilotLearner:
         autocast_dtype: torch.dtype | None = None,
         peft_config: PeftConfig | None = None,
     ):
-        self.head = PilotHead(pilot)
+        self.head, self.embedding = PilotHead(pilot), PilotEmbedding(pilot)
         if copilot.config.vocab_size != self.head.vocab_size:
             raise ValueError(
                 f"The Copilot has {copilot.config.vocab_size} output rows and the Pilot {self.head.vocab_size}: train "
@@ -160,7 +160,7 @@ class CopilotLearner:
 
     def _records(self, inputs: Mapping[str, Any], **kwargs: Any) -> list[MistakeRecord]:
         states, self._caught = self._caught, None
-        return make_records(states, inputs, self.head, self.copilot.config.top_k, **kwargs)
+        return make_records(states, inputs, self.head, self.embedding, self.copilot.config.top_k, **kwargs)
 
     # ---- learning --------------------------------------------------------------------------------------------------
 
@@ -224,8 +224,9 @@ class CopilotLearner:
 
     def _batches(self, records: list[MistakeRecord]) -> Iterator[CopilotBatch]:
         dtype = self.copilot.norm.weight.dtype
+        lag = self.copilot.config.hidden_state_lag
         for group in group_by_length(records, self.largest_batch):
-            yield CopilotBatch.collate(group, self.copilot.config.hidden_state_lag, self.device, dtype)
+            yield CopilotBatch.collate(group, self.embedding, lag, self.device, dtype)
 
     def _hidden(self, batch: CopilotBatch) -> torch.Tensor:
         """The Copilot's last hidden states at the batch's queries, `[Q, d]`."""

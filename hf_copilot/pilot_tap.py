@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
@@ -172,6 +173,27 @@ class PilotTap:
         logits = getattr(output, "logits", None)
         if states is not None and logits is not None:
             states.next_logits = logits[:, -1].detach()
+
+
+class PilotEmbedding:
+    """X̃ from token ids, for a Pilot whose embedding matrix is frozen: then the log need not hold X̃."""
+
+    def __init__(self, pilot: nn.Module):
+        self.pilot = unwrap(pilot)
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`[...]` int64 -> `[..., d_P]`, past every hook of the module (NEFTune's noise, for one)."""
+        weight = self.pilot.get_input_embeddings().weight.detach()
+        return F.embedding(input_ids.to(weight.device), weight)
+
+    def gives(self, embeddings: torch.Tensor, input_ids: torch.Tensor) -> bool:
+        """Whether these token ids will give exactly this X̃ from now on: nothing trains the matrix, and layer 0 is fed
+        its rows as they are (no positions, scale or noise on top)."""
+        module = self.pilot.get_input_embeddings()
+        if not isinstance(module, nn.Embedding) or module.weight.requires_grad:
+            return False
+        own = self(input_ids)
+        return own.shape == embeddings.shape and torch.equal(own.to(embeddings.device), embeddings)
 
 
 class PilotHead:

@@ -1,0 +1,270 @@
+"""The learner in a plain loop: documents, runs, the log, and what happens to bad batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import VOCAB_SIZE, tiny_pilot, trained_like
+
+from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
+from hf_copilot.batch import CopilotBatch, find_documents, group_by_length
+from hf_copilot.mistake_log import MistakeRecord
+
+FLOAT = {"log_dtype": torch.float32}
+
+
+def padded_batch():
+    """A prompt with one run, a document of two runs, a whole document, and one without labels."""
+    ids = torch.randint(5, VOCAB_SIZE, (4, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 7 + [0] * 2, [1] * 9, [0] * 3 + [1] * 6, [1] * 9])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :4] = -100
+    labels[1, [0, 1, 4, 5]] = -100
+    labels[3] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def observe(learner, pilot, inputs):
+    with learner.observe(inputs):
+        pilot(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
+    return learner.round
+
+
+def test_documents_targets_and_runs(pilot):
+    learner = CopilotLearner(copilot_for(pilot), pilot)
+    records = observe(learner, pilot, padded_batch())
+    assert [record.positions.tolist() for record in records] == [[3, 4, 5], [1, 2, 5, 6, 7], [0, 1, 2, 3, 4]]
+    assert [len(record.input_ids) for record in records] == [6, 8, 5]
+    assert records[1].is_start.tolist() == [True, False, True, False, False]
+    inputs = padded_batch()
+    assert records[0].labels.tolist() == inputs["input_ids"][0, 4:7].tolist()
+    assert records[2].input_ids.tolist() == inputs["input_ids"][2, 3:8].tolist()
+
+
+def test_padding_free_documents():
+    packed = {"labels": torch.zeros(1, 8), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])}
+    assert [tuple(d) for d in find_documents(packed)] == [(0, 0, 3), (0, 3, 5), (0, 5, 8)]
+    assert [tuple(d) for d in find_documents({"labels": torch.zeros(2, 3)})] == [(0, 0, 3), (1, 0, 3)]
+
+
+def forward(learner, records):
+    lag = learner.copilot.config.hidden_state_lag
+    batch = CopilotBatch.collate(records, learner.embedding, lag, learner.device, torch.float32)
+    with torch.no_grad():
+        return learner.copilot(**batch.inputs, return_logits=True).logits[batch.valid]
+
+
+@pytest.mark.parametrize("config", [CopilotConfig(), CopilotConfig(pattern=2, hidden_state_lag=0)])
+def test_a_batch_of_documents_equals_each_alone(pilot, config):
+    learner = CopilotLearner(trained_like(pilot, config), pilot, **FLOAT)
+    records = observe(learner, pilot, padded_batch())
+    alone = torch.cat([forward(learner, [record]) for record in records])
+    assert torch.allclose(forward(learner, records), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_log_holds_embeddings_only_where_ids_do_not_give_them(family, frozen):
+    """Same f either way. Gemma scales its embeddings and GPT-2 adds positions, so there X̃ is always held."""
+    pilot = tiny_pilot(family).eval()
+    learner = CopilotLearner(trained_like(pilot, CopilotConfig(init="random")), pilot, **FLOAT)
+    expected = forward(learner, observe(learner, pilot, padded_batch()))
+    learner.round = []
+    pilot.get_input_embeddings().requires_grad_(not frozen)
+    records = observe(learner, pilot, padded_batch())
+    assert all(len(r.embeddings) == (0 if frozen and family == "llama" else len(r.input_ids)) for r in records)
+    assert torch.equal(forward(learner, records), expected)
+
+
+def test_what_a_query_may_read(pilot):
+    """Changing X̃ after j, h after j − 1, or another run changes nothing at j; changing what is before does."""
+    learner = CopilotLearner(trained_like(pilot), pilot, **FLOAT)
+    record = observe(learner, pilot, padded_batch())[1]  # runs at 1, 2 and 5, 6, 7
+    base = forward(learner, [record])
+
+    def changed(**shifts):
+        tensors = {name: getattr(record, name).clone() for name in shifts}
+        for name, rows in shifts.items():
+            tensors[name][rows] += 1.0
+        fields = {name: getattr(record, name) for name in MistakeRecord.__dataclass_fields__} | tensors
+        return (forward(learner, [MistakeRecord(**fields)]) - base).abs().amax(-1) > 1e-6
+
+    assert changed(embeddings=slice(6, 8)).tolist() == [False, False, False, True, True]
+    assert changed(hidden_states=slice(5, 8)).tolist() == [False, False, False, True, True]
+    assert changed(hidden_states=slice(6, 8)).tolist() == [False, False, False, False, True]
+    assert changed(values=slice(0, 1)).tolist() == [False, True, False, False, False]
+    assert changed(values=slice(2, 3)).tolist() == [False, False, False, True, True]
+    assert changed(embeddings=slice(0, 1)).all()
+
+
+def test_whole_documents_start_anywhere_and_prompts_do_not(pilot):
+    learner = CopilotLearner(copilot_for(pilot), pilot)
+    records = observe(learner, pilot, padded_batch())
+    starts = {int(learner._random_start(records[2]).positions[0]) for _ in range(60)}
+    assert starts == {0, 1, 2, 3, 4}
+    assert learner._random_start(records[0]) is records[0]
+
+
+def test_groups_stay_within_the_bound(pilot):
+    learner = CopilotLearner(copilot_for(pilot), pilot)
+    records = observe(learner, pilot, padded_batch())
+    groups = group_by_length(records, 14)
+    assert [[len(r.input_ids) for r in group] for group in groups] == [[8], [6, 5]]
+    assert [[len(r.input_ids) for r in group] for group in group_by_length(records, 1)] == [[8], [6], [5]]
+
+
+@pytest.mark.parametrize("config", [CopilotConfig(), CopilotConfig.paper(num_hidden_layers=2)])
+def test_the_groups_of_a_step_do_not_matter(pilot, config):
+    """The loss is a mean over positions or sequences of the whole draw, however it is split."""
+    weights = []
+    for largest in (1, 1000):
+        learner = CopilotLearner(trained_like(pilot, config), pilot, num_training_steps=3, **FLOAT)
+        records = observe(learner, pilot, padded_batch())
+        learner.largest_batch = largest
+        learner._update(records)
+        weights.append(torch.cat([p.detach().flatten() for p in learner.copilot.parameters()]))
+    assert torch.allclose(*weights, atol=1e-5)
+
+
+def test_no_labelled_token_is_no_step(pilot):
+    learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=2)
+    inputs = padded_batch()
+    inputs["labels"][:] = -100
+    assert observe(learner, pilot, inputs) == []
+    before = [p.clone() for p in learner.copilot.parameters()]
+    learner.step(measure=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.copilot.parameters(), strict=True))
+    assert learner.steps == 1 and learner.pop_metrics() == {}
+
+
+def test_a_non_finite_document_is_not_logged(pilot):
+    learner = CopilotLearner(copilot_for(pilot), pilot)
+    with torch.no_grad():
+        pilot.get_input_embeddings().weight[5] = torch.nan
+    inputs = padded_batch()
+    inputs["input_ids"][inputs["input_ids"] == 5] = 6
+    inputs["input_ids"][0, 0] = 5
+    assert len(observe(learner, pilot, inputs)) == 2
+
+
+def test_a_non_finite_step_is_left_out(pilot):
+    learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=2)
+    records = observe(learner, pilot, padded_batch())
+    records[0].embeddings[:] = torch.inf
+    before = [p.clone() for p in learner.copilot.parameters()]
+    learner.step()
+    assert learner.skipped_steps == 1 and learner.pop_metrics()["copilot_skipped_steps"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.copilot.parameters(), strict=True))
+
+
+def test_missing_labels_another_pilot_and_another_vocabulary_raise(pilot):
+    learner = CopilotLearner(copilot_for(pilot), pilot)
+    inputs = padded_batch()
+    with pytest.raises(ValueError, match="labels"), learner.observe({"input_ids": inputs["input_ids"]}):
+        pass
+    with pytest.raises(ValueError, match="did not run"), learner.observe(inputs):
+        tiny_pilot(seed=1)(input_ids=inputs["input_ids"])
+    with pytest.raises(ValueError, match="output rows"):
+        CopilotLearner(copilot_for(pilot), tiny_pilot(vocab_size=VOCAB_SIZE + 1))
+
+
+def round_of(documents, positions=4):
+    def record():
+        ints = torch.arange(positions)
+        return MistakeRecord(
+            ints, torch.zeros(positions, 8), torch.zeros(positions, 8), ints[:2], ints[:2], torch.zeros(2, 8),
+            torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 3), torch.zeros(2),
+        )  # fmt: skip
+
+    return [record() for _ in range(documents)]
+
+
+def test_the_log_keeps_the_last_rounds_within_its_bytes():
+    log = MistakeLog(max_rounds=3)
+    for documents in (1, 2, 3, 4):
+        log.append(round_of(documents))
+    assert [len(r) for r in log.rounds] == [2, 3, 4] and not log.capped
+    size = round_of(1)[0].nbytes
+    assert log.nbytes == 9 * size
+    log = MistakeLog(max_rounds=3, max_bytes=5 * size)
+    for documents in (2, 2, 2, 9):
+        log.append(round_of(documents))
+        assert log.nbytes <= 5 * size
+    assert [len(r) for r in log.rounds] == [5] and log.capped
+    with pytest.raises(ValueError, match="at least 1"):
+        MistakeLog(max_rounds=0)
+
+
+def test_the_cap_is_said_once_and_logged(pilot, caplog):
+    learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=9, log=MistakeLog(max_bytes=1))
+    for _ in range(3):
+        observe(learner, pilot, padded_batch())
+        learner.step()
+    assert caplog.text.count("copilot_log_max_bytes") == 1
+    assert learner.pop_metrics()["copilot_log_rounds"] == 1
+
+
+def test_draws_are_uniform_without_replacement():
+    log = MistakeLog()
+    log.append(round_of(3))
+    log.append(round_of(3))
+    counts = torch.zeros(6)
+    everything = [id(record) for round_ in log.rounds for record in round_]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(600):
+        drawn = [everything.index(id(record)) for record in log.sample(2, generator)]
+        assert len(set(drawn)) == 2
+        counts[drawn] += 1
+    assert (counts / 200 - 1).abs().max() < 0.25
+    assert len(log.sample(99, generator)) == 6
+
+
+def test_the_log_survives_saving(pilot, tmp_path):
+    learner = CopilotLearner(copilot_for(pilot), pilot)
+    log, loaded = MistakeLog(), MistakeLog()
+    for _ in range(2):
+        log.append(observe(learner, pilot, padded_batch()))
+        learner.round = []
+    log.save(tmp_path / "log.safetensors")
+    loaded.load(tmp_path / "log.safetensors")
+    assert loaded.nbytes == log.nbytes and [len(r) for r in loaded.rounds] == [3, 3]
+    for mine, theirs in zip(log.rounds[1], loaded.rounds[1], strict=True):
+        for name in MistakeRecord.__dataclass_fields__:
+            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+    MistakeLog().save(tmp_path / "empty.safetensors")
+    loaded.load(tmp_path / "empty.safetensors")
+    assert len(loaded) == 0
+
+
+def test_the_size_of_the_log_at_a_real_shape():
+    """128 rounds of 4 x 256 tokens, hidden size 2048, 10 labelled each, frozen embedding (LoRA): at most 600 MB."""
+    n, m, width, k = 256, 10, 2048, 65
+    half, ints = {"dtype": torch.bfloat16}, {"dtype": torch.int64}
+    record = MistakeRecord(
+        torch.zeros(n, **ints), torch.zeros(0, width, **half), torch.zeros(n, width, **half), torch.zeros(m, **ints),
+        torch.zeros(m, **ints), torch.zeros(m, width, **half), torch.zeros(m, k, dtype=torch.int32),
+        torch.zeros(m, k), torch.zeros(m),
+    )  # fmt: skip
+    assert 128 * 4 * record.nbytes <= 600e6
+
+
+def test_state_of_another_kind_raises(pilot, tmp_path):
+    learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=1)
+    with pytest.raises(ValueError, match="missing"):
+        learner.load_state(tmp_path)
+
+
+def test_teacher_forcing_a_generated_text_equals_generation_probability(pilot):
+    """`score` sums what the fused distribution says of the labels."""
+    learner = CopilotLearner(trained_like(pilot), pilot, **FLOAT)
+    inputs = padded_batch()
+    records = observe(learner, pilot, inputs)
+    f = forward(learner, records)
+    z = learner.head(torch.cat([record.final_states for record in records]))
+    labels = torch.cat([record.labels for record in records])[:, None]
+    pilot_nll, rectified_nll, pilot_hits, hits, count = learner.score(records).tolist()
+    assert count == len(labels)
+    assert pilot_nll == pytest.approx(-z.log_softmax(-1).gather(1, labels).sum().item(), rel=1e-5)
+    assert rectified_nll == pytest.approx(-(z + f).log_softmax(-1).gather(1, labels).sum().item(), rel=1e-5)
+    assert hits == ((z + f).argmax(-1) == labels[:, 0]).sum()
+    assert pilot_hits == (z.argmax(-1) == labels[:, 0]).sum()

@@ -1,0 +1,408 @@
+"""CopilotTrainer: the Pilot is trained as by SFTTrainer, bit for bit, and the Copilot learns beside it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tiny import VOCAB_SIZE, addition, tiny_pilot, tiny_tokenizer
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from hf_copilot import (
+    CopilotCallback,
+    CopilotConfig,
+    CopilotLogitsProcessor,
+    CopilotModel,
+    CopilotSFTConfig,
+    CopilotTrainer,
+)
+
+QUIET = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+DROPOUT = {"attention_dropout": 0.1}
+
+
+def settings(tmp_path, **changes):
+    base = {"output_dir": str(tmp_path), "max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 4}
+    return base | {"learning_rate": 1e-2} | QUIET | changes
+
+
+def train(trainer_class, tmp_path, data="prompt-completion", peft=None, pilot=None, config=None, **changes):
+    config_class = CopilotSFTConfig if trainer_class is CopilotTrainer else SFTConfig
+    extra = {"copilot": config} if trainer_class is CopilotTrainer else {}
+    trainer = trainer_class(
+        model=pilot if pilot is not None else tiny_pilot(**DROPOUT),
+        args=config_class(**settings(tmp_path, **changes)),
+        train_dataset=addition(64, form=data),
+        processing_class=tiny_tokenizer(),
+        peft_config=peft,
+        **extra,
+    )
+    trainer.train()
+    return trainer
+
+
+def assert_same(a, b):
+    states = a.state_dict(), b.state_dict()
+    assert states[0].keys() == states[1].keys()
+    different = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
+    assert not different
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def count_hooks(model):
+    """Hooks of ours."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return sum(type(getattr(hook, "__self__", None)).__module__.startswith("hf_copilot") for hook in hooks)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "config", [None, CopilotConfig.paper(num_hidden_layers=2, dropout=0.2)], ids=["ours", "paper"]
+)
+def test_the_pilot_is_the_parents_bit_for_bit(tmp_path, accumulation, lora, config):
+    def peft():
+        return LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "up_proj"]) if lora else None
+
+    changes = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2}
+    ours = train(CopilotTrainer, tmp_path / "a", peft=peft(), config=copy.deepcopy(config), **changes)
+    theirs = train(SFTTrainer, tmp_path / "b", peft=peft(), **changes)
+    assert_same(ours.model, theirs.model)
+    assert losses(ours) == losses(theirs)
+    assert count_hooks(ours.model) == 0
+    assert ours.learner.steps == 4 and len(ours.learner.log) == 4 * 2 * accumulation
+
+
+@pytest.mark.parametrize("config", [CopilotConfig(), CopilotConfig.paper(num_hidden_layers=2)], ids=["ours", "paper"])
+def test_every_copilot_parameter_moves_and_no_frozen_one_of_the_pilot(tmp_path, config):
+    pilot = tiny_pilot()
+    before = {name: tensor.clone() for name, tensor in pilot.state_dict().items()}
+    config.init, config.hidden_size, config.num_attention_heads = "random", 16, 2  # with an aligning layer
+    trainer = CopilotTrainer(
+        model=pilot,
+        args=CopilotSFTConfig(**settings(tmp_path)),
+        train_dataset=addition(64),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(r=4),
+        copilot=config,
+    )
+    fresh = {name: tensor.clone() for name, tensor in trainer.copilot.state_dict().items()}
+    trainer.train()
+    still = [name for name, tensor in trainer.copilot.state_dict().items() if torch.equal(tensor, fresh[name])]
+    unused = ["embed_tokens.weight"] if config.copilot_input == "token" else []
+    assert still == unused
+    after = trainer.model.get_base_model().state_dict()
+    assert all(torch.equal(before[n.replace(".base_layer", "")], t) for n, t in after.items() if "lora_" not in n)
+    assert any(bool(t.any()) for n, t in after.items() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("data", ["prompt-completion", "text", "chat"])
+def test_forms_of_data(tmp_path, data):
+    changes = {"assistant_only_loss": True} if data == "chat" else {}
+    trainer = train(CopilotTrainer, tmp_path, data=data, **changes)
+    record = next(iter(trainer.learner.log.rounds[0]))
+    assert (record.positions[0] == 0) == (data == "text")
+    assert trainer.state.log_history[0]["copilot_loss"] > 0
+
+
+@pytest.mark.parametrize("kwargs", [{"gradient_checkpointing": False}, {"gradient_checkpointing": True}])
+def test_gradient_checkpointing_logs_one_record_per_document(tmp_path, kwargs):
+    trainer = train(CopilotTrainer, tmp_path, **kwargs)
+    assert len(trainer.learner.log) == 4 * 4
+
+
+def test_the_copilot_learns_what_the_pilot_gets_wrong(tmp_path):
+    """A Pilot that hardly learns (tiny rate) is rectified on problems that neither has seen."""
+    trainer = CopilotTrainer(
+        model=tiny_pilot(),
+        args=CopilotSFTConfig(**settings(tmp_path, max_steps=40, learning_rate=1e-5, copilot_learning_rate=1e-2)),
+        train_dataset=addition(160),
+        eval_dataset=addition(32, seed=7),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_rectified_nll"] < 0.8 * metrics["eval_pilot_nll"]
+    assert metrics["eval_pilot_nll"] == pytest.approx(metrics["eval_loss"], rel=1e-2)
+    assert count_hooks(trainer.model) == 0
+    train_log = trainer.state.log_history[0]
+    for name in ("copilot_loss", "pilot_nll", "rectified_nll", "pilot_token_accuracy", "rectified_token_accuracy"):
+        assert name in train_log and (name == "copilot_loss" or f"eval_{name}" in metrics)
+    results = trainer.copilot.config.results
+    assert results["rectified_nll"] == metrics["eval_rectified_nll"]
+
+
+class GenerateInEvaluation(TrainerCallback):
+    """What people do to look at samples while training."""
+
+    def __init__(self):
+        self.texts = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        prompt = torch.tensor([[5, 15, 6, 17]])
+        was_training = model.training
+        model.eval()
+        with CopilotLogitsProcessor(self.trainer.copilot, model) as processor:
+            self.texts.append(model.generate(prompt, logits_processor=[processor], max_new_tokens=4, num_beams=2))
+        model.train(was_training)
+
+
+def test_generation_between_training_steps_changes_nothing(tmp_path):
+    trainers = []
+    for callback in (None, GenerateInEvaluation()):
+        trainer = CopilotTrainer(
+            model=tiny_pilot(),
+            args=CopilotSFTConfig(**settings(tmp_path)),
+            train_dataset=addition(64),
+            processing_class=tiny_tokenizer(),
+        )
+        if callback is not None:
+            callback.trainer = trainer
+            trainer.add_callback(callback)
+        trainer.train()
+        trainers.append(trainer)
+    assert len(callback.texts) == 4
+    assert_same(trainers[0].model, trainers[1].model)
+    assert_same(trainers[0].copilot, trainers[1].copilot)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora_copilot"])
+def test_resumed_equals_uninterrupted(tmp_path, lora):
+    def trainer(folder, **changes):
+        changes = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2} | changes
+        return CopilotTrainer(
+            model=tiny_pilot(**DROPOUT),
+            args=CopilotSFTConfig(**settings(tmp_path / folder, per_device_train_batch_size=2, **changes)),
+            train_dataset=addition(64),
+            processing_class=tiny_tokenizer(),
+            copilot=CopilotConfig(dropout=0.1),
+            copilot_peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None,
+        )
+
+    straight = trainer("a")
+    straight.train()
+    resumed = trainer("b")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert_same(straight.model, resumed.model)
+    assert_same(straight.copilot, resumed.copilot)
+    assert losses(straight)[1:] == losses(resumed)[1:]
+
+
+def test_resuming_from_plain_sft_names_the_flag(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    train(SFTTrainer, tmp_path, **saving)
+
+    def resume(**changes):
+        trainer = CopilotTrainer(
+            model=tiny_pilot(**DROPOUT),
+            args=CopilotSFTConfig(**settings(tmp_path / "new", **changes)),
+            train_dataset=addition(64),
+            processing_class=tiny_tokenizer(),
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        return trainer
+
+    with pytest.raises(ValueError, match="copilot_start_fresh=True"):
+        resume()
+    assert resume(copilot_start_fresh=True).learner.steps == 2
+
+
+def test_saving_and_loading(tmp_path):
+    trainer = train(CopilotTrainer, tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
+    trainer.save_model()
+    assert not (tmp_path / "checkpoint-2").exists()
+    for folder in (tmp_path, tmp_path / "checkpoint-4"):
+        loaded = CopilotModel.from_pretrained(folder / "copilot")
+        assert_same(loaded, trainer.copilot)
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("## Copilot") == 1 and "copilot/" in card
+    assert loaded.config.tokenizer_fingerprint and loaded.config.hf_copilot_version
+    again = CopilotTrainer(
+        model=tiny_pilot(),
+        args=SFTConfig(**settings(tmp_path / "again")),
+        train_dataset=addition(16),
+        processing_class=tiny_tokenizer(),
+        copilot=str(tmp_path / "copilot"),
+    )
+    assert_same(again.copilot, loaded)
+
+
+def test_best_model_takes_its_copilot_along(tmp_path):
+    trainer = CopilotTrainer(
+        model=tiny_pilot(),
+        args=CopilotSFTConfig(
+            **settings(tmp_path, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1),
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_rectified_nll",
+            greater_is_better=True,  # the first is the best: not the last
+        ),
+        train_dataset=addition(64),
+        eval_dataset=addition(8, seed=3),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-4"
+    assert_same(CopilotModel.from_pretrained(best / "copilot"), trainer.copilot)
+
+
+def test_push_takes_the_copilot_along(tmp_path, monkeypatch):
+    pushed = []
+
+    class Api:
+        def create_repo(self, repo_id, **kwargs):
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, folder_path, **kwargs):
+            pushed.append({str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*")})
+            return type("Job", (), {"done": lambda self: True, "result": lambda self: None})()
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Api)
+    trainer = train(
+        CopilotTrainer, tmp_path, save_strategy="steps", save_steps=2, push_to_hub=True, hub_model_id="me/m"
+    )
+    assert all("copilot/model.safetensors" in files for files in pushed) and len(pushed) == 2
+    trainer.push_to_hub()
+    assert {"copilot/config.json", "copilot/README.md", "model.safetensors"} <= pushed[-1]
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, TrainingArguments])
+def test_arguments_of_other_kinds(tmp_path, kind):
+    args = kind(**{"hub_token": "hf_secret"} | settings(tmp_path))
+    data = addition(16)
+    trainer = CopilotTrainer(model=tiny_pilot(), args=args, train_dataset=data, processing_class=tiny_tokenizer())
+    assert trainer.copilot_args.copilot_learning_rate == 3e-4 and trainer.args.hub_token == "hf_secret"
+    trainer.train()
+    assert trainer.learner.steps == 4
+
+
+def test_no_arguments_are_the_parents_defaults(tmp_path, monkeypatch):
+    """SFTTrainer makes its own arguments; they want bf16, which is not to be had on a CPU, hence the stand-in."""
+    monkeypatch.setattr("trl.trainer.sft_trainer.SFTConfig", lambda folder: SFTConfig(**settings(tmp_path / folder)))
+    trainer = CopilotTrainer(model=tiny_pilot(), train_dataset=addition(16), processing_class=tiny_tokenizer())
+    assert trainer.args.output_dir.endswith("-SFT")
+
+
+def test_hooks_are_gone_after_an_exception(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = CopilotTrainer(
+        model=tiny_pilot(),
+        args=CopilotSFTConfig(**settings(tmp_path)),
+        train_dataset=addition(16),
+        processing_class=tiny_tokenizer(),
+        callbacks=[Stop()],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert count_hooks(trainer.model) == 0
+
+
+def test_an_empty_data_set_and_a_wrong_copilot_raise(tmp_path):
+    def build(**kwargs):
+        given = {"train_dataset": addition(16), "args": SFTConfig(**settings(tmp_path))} | kwargs
+        return CopilotTrainer(model=tiny_pilot(), processing_class=tiny_tokenizer(), **given)
+
+    with pytest.raises((ValueError, StopIteration, RuntimeError)):
+        build(train_dataset=Dataset.from_dict({"prompt": [], "completion": []}))
+    with pytest.raises(TypeError, match="CopilotConfig"):
+        build(copilot=3)
+    from tiny import trained_like
+
+    with pytest.raises(ValueError, match="vocabulary rows"):
+        build(copilot=trained_like(tiny_pilot(vocab_size=VOCAB_SIZE + 1)))
+
+
+def test_a_copilot_moves_to_an_independently_trained_pilot(tmp_path):
+    """Trained beside one Pilot, attached to another from the same base: it keeps its gain there."""
+    base = tiny_pilot()
+    common = {"max_steps": 60, "learning_rate": 1e-4}
+    with_copilot = CopilotTrainer(
+        model=copy.deepcopy(base),
+        args=CopilotSFTConfig(**settings(tmp_path / "a", copilot_learning_rate=1e-2, **common)),
+        train_dataset=addition(240),
+        processing_class=tiny_tokenizer(),
+    )
+    with_copilot.train()
+    other = SFTTrainer(
+        model=copy.deepcopy(base),
+        args=SFTConfig(**settings(tmp_path / "b", seed=5, **common)),
+        train_dataset=addition(240, seed=11),
+        processing_class=tiny_tokenizer(),
+    )
+    other.train()
+    trainer = CopilotTrainer(
+        model=other.model,
+        args=CopilotSFTConfig(**settings(tmp_path / "c")),
+        train_dataset=addition(16),
+        eval_dataset=addition(64, seed=9),
+        processing_class=tiny_tokenizer(),
+        copilot=with_copilot.copilot,
+    )
+    metrics = trainer.evaluate()
+    own = with_copilot.evaluate(addition(64, seed=9))
+    gain = metrics["eval_pilot_nll"] - metrics["eval_rectified_nll"]
+    own_gain = own["eval_pilot_nll"] - own["eval_rectified_nll"]
+    assert own_gain > 0.1 and gain > 0.5 * own_gain
+
+
+def plain_data():
+    tokenizer = tiny_tokenizer()
+    rows = []
+    for row in addition(32):
+        prompt, answer = (tokenizer(row[key])["input_ids"] for key in ("prompt", "completion"))
+        pad = 12 - len(prompt) - len(answer)
+        mask = [1] * (len(prompt) + len(answer)) + [0] * pad
+        ids = prompt + answer + [0] * pad
+        labels = [-100] * len(prompt) + answer + [-100] * pad
+        rows.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return Dataset.from_list(rows)
+
+
+def test_the_callback_on_a_plain_trainer(tmp_path):
+    def trainer(callbacks):
+        args = TrainingArguments(**settings(tmp_path, save_strategy="steps", save_steps=2))
+        return Trainer(model=tiny_pilot(**DROPOUT), args=args, train_dataset=plain_data(), callbacks=callbacks)
+
+    callback = CopilotCallback()
+    ours = trainer([callback])
+    ours.train()
+    theirs = trainer([])
+    theirs.train()
+    assert_same(ours.model, theirs.model)
+    assert "copilot_loss" in ours.state.log_history[0] and len(callback.learner.log) == 16
+    assert_same(CopilotModel.from_pretrained(tmp_path / "copilot"), callback.copilot)
+    assert count_hooks(ours.model) == 0
+
+
+def test_the_callback_resumes(tmp_path):
+    def run(resume=None):
+        args = TrainingArguments(**settings(tmp_path, save_strategy="steps", save_steps=2))
+        callback = CopilotCallback()
+        trainer = Trainer(model=tiny_pilot(), args=args, train_dataset=plain_data(), callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+        return callback.copilot
+
+    assert_same(run(), run(str(tmp_path / "checkpoint-2")))
+
+
+def test_the_callback_without_labels_raises(tmp_path):
+    args = TrainingArguments(**settings(tmp_path, label_smoothing_factor=0.1))
+    trainer = Trainer(model=tiny_pilot(), args=args, train_dataset=plain_data(), callbacks=[CopilotCallback()])
+    with pytest.raises(ValueError, match="label smoothing"):
+        trainer.train()
+
+
+def test_a_wrapped_pilot_is_trained_too(tmp_path):
+    pilot = get_peft_model(tiny_pilot(), LoraConfig(task_type="CAUSAL_LM", r=2))
+    assert train(CopilotTrainer, tmp_path, pilot=pilot).learner.steps == 4
