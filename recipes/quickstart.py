@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from answers import generate_answers, print_comparison
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
-from tqdm import tqdm
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging, set_seed
 
 from hf_copilot import CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer
@@ -87,19 +85,13 @@ def make_pilot(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-@torch.no_grad()
-def exact_matches(pilot, tokenizer, data: Dataset, title: str, processors: list) -> torch.Tensor:
+def exact_matches(pilot, tokenizer, data: Dataset, title: str, processor) -> torch.Tensor:
     """Greedy answers to every problem: `[problems]` float, 1 where right."""
-    hits = []
-    tokenizer.padding_side = "left"
-    for batch in tqdm(list(data.iter(100)), desc=title):
-        inputs = tokenizer(batch["prompt"], return_tensors="pt", padding=True).to(pilot.device)
-        inputs.pop("token_type_ids", None)
-        out = pilot.generate(**inputs, max_new_tokens=6, do_sample=False, logits_processor=processors)
-        texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers = zip(texts, batch["completion"], strict=True)
-        hits += [float(text.replace(" ", "") == answer.strip()) for text, answer in answers]
-    return torch.tensor(hits)
+    answers = generate_answers(
+        pilot, tokenizer, data["prompt"][:], processor, title, max_new_tokens=6, do_sample=False
+    )
+    pairs = zip(answers, data["completion"], strict=True)
+    return torch.tensor([float(answer.replace(" ", "") == right.strip()) for answer, right in pairs])
 
 
 def example_batch(tokenizer, data: Dataset, device) -> dict[str, torch.Tensor]:
@@ -113,21 +105,6 @@ def example_batch(tokenizer, data: Dataset, device) -> dict[str, torch.Tensor]:
         labels[row, :length] = -100
     batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def report(pilot_hits: torch.Tensor, rectified_hits: torch.Tensor, evaluation: dict[str, float]) -> None:
-    """Both accuracies with their standard errors, and the paired difference."""
-    table = Table(title=f"Exact match on {len(pilot_hits)} unseen problems, greedy")
-    for column in ("", "accuracy", "standard error", "NLL (nats per answer token)"):
-        table.add_column(column, justify="left" if not column else "right")
-    difference = rectified_hits - pilot_hits
-    rows = (("Pilot", pilot_hits, evaluation["eval_pilot_nll"]),)
-    rows += (("Pilot + Copilot", rectified_hits, evaluation["eval_rectified_nll"]),)
-    rows += (("difference (paired)", difference, evaluation["eval_rectified_nll"] - evaluation["eval_pilot_nll"]),)
-    for name, hits, nll in rows:
-        error = hits.std() / len(hits) ** 0.5
-        table.add_row(name, f"{hits.mean():.1%}", f"{error:.1%}", f"{nll:.4f}")
-    Console().print(table)
 
 
 def main(arguments: Arguments) -> None:
@@ -163,19 +140,20 @@ def main(arguments: Arguments) -> None:
         processing_class=tokenizer,
     )
     trainer.train()
+    history = list(trainer.state.log_history)
+    metrics = trainer.evaluate(test)
     trainer.save_model()
 
     pilot = trainer.model.eval()
-    evaluation = trainer.evaluate(test)
-    pilot_hits = exact_matches(pilot, tokenizer, test, "Pilot", [])
+    pilot_hits = exact_matches(pilot, tokenizer, test, "Pilot", None)
     with CopilotLogitsProcessor(trainer.copilot, pilot, tokenizer=tokenizer) as processor:
-        rectified_hits = exact_matches(pilot, tokenizer, test, "Pilot + Copilot", [processor])
-    report(pilot_hits, rectified_hits, evaluation)
+        rectified_hits = exact_matches(pilot, tokenizer, test, "Pilot + Copilot", processor)
+    print_comparison(f"{len(test)} unseen problems, greedy", pilot_hits, rectified_hits, metrics)
 
     picture = Path(arguments.output_dir) / "quickstart.png"
     token = rectified_token(trainer.learner, example_batch(tokenizer, test.select(range(100)), pilot.device), pilot)
     title = "Word problems: evaluation set over training, and one rectified token"
-    save_summary(str(picture), trainer.state.log_history, token, tokenizer.convert_ids_to_tokens, title)
+    save_summary(str(picture), history, token, tokenizer.convert_ids_to_tokens, title)
     print(f"\nPicture: {picture}\n\nTo use the Copilot again:\n")
     print(f"""    from transformers import AutoModelForCausalLM, AutoTokenizer
     from hf_copilot import CopilotLogitsProcessor, CopilotModel
