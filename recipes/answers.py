@@ -40,7 +40,7 @@ def print_comparison(title: str, pilot: torch.Tensor, rectified: torch.Tensor, m
         metrics: Of `trainer.evaluate`, on the same items.
     """
     table = Table(title=title)
-    for column in ("", "exact match", "standard error", "NLL (nats per token)", "token accuracy"):
+    for column in ("", "exact match", "s.e.", "NLL/token", "token acc."):
         table.add_column(column, justify="right" if column else "left")
     figures = {
         name: [metrics[f"eval_{name}_nll"], metrics[f"eval_{name}_token_accuracy"]] for name in ("pilot", "rectified")

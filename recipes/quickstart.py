@@ -27,8 +27,8 @@ class Arguments:
     """What can be changed."""
 
     output_dir: str = field(default="out/quickstart", metadata={"help": "Where Pilot, Copilot and picture go."})
-    max_steps: int = field(default=1200, metadata={"help": "Optimizer steps."})
-    problems: int = field(default=400, metadata={"help": "Unseen problems for the evaluation by generation."})
+    max_steps: int = field(default=2500, metadata={"help": "Optimizer steps."})
+    problems: int = field(default=1000, metadata={"help": "Unseen problems for the evaluation by generation."})
     seed: int = field(default=0, metadata={"help": "Seed of data, weights and training."})
 
 
@@ -123,7 +123,7 @@ def main(arguments: Arguments) -> None:
             max_steps=arguments.max_steps,
             per_device_train_batch_size=32,
             learning_rate=1e-3,
-            copilot_learning_rate=1e-3,
+            copilot_learning_rate=3e-3,
             warmup_steps=50,
             logging_steps=100,
             eval_strategy="steps",
