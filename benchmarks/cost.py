@@ -101,9 +101,7 @@ def make_batch(vocab_size: int, rows: int, length: int, labelled: int, device: s
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-def measure_training(
-    shape: str, device: str, labelled: int, rows: int, accumulate: int, length: int, reps: int
-) -> dict:
+def measure_training(shape: str, device: str, labelled: int, rows: int, accumulate: int, reps: int) -> dict:
     """Seconds of one optimizer step: the Pilot alone, and with a Copilot, by part. `accumulate` micro-batches of
     `rows` x 256 tokens, of which the last `labelled` of every row carry labels."""
     length = 256

@@ -34,6 +34,10 @@ def find_documents(inputs: Mapping[str, Any]) -> list[Document]:
     padding-free), a document starts where `position_ids` is 0; with neither, every row is one document."""
     rows, length = inputs["labels"].shape
     mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None and mask.ndim != 2:
+        raise ValueError(
+            f"The Mistake Log reads documents from a 2D attention_mask, this one has {mask.ndim} dimensions."
+        )
     if mask is not None:
         spans = [row.nonzero()[:, 0].tolist() for row in mask.cpu()]
         return [Document(i, span[0], span[-1] + 1) for i, span in enumerate(spans) if span]
@@ -103,9 +107,10 @@ def make_records(
     }
     device = device or final.device
     counts = [len(targets) for targets in target_lists]
+    finite = [bool(rows.all()) for rows in mistake.values.isfinite().all(-1).cpu().split(counts)]
     split = {name: tensor.to(device).split(sizes or counts) for name, (tensor, sizes) in columns.items()}
     records = [MistakeRecord(**dict(zip(split, row, strict=True))) for row in zip(*split.values(), strict=True)]
-    return [record for record in records if bool(record.values.isfinite().all())]
+    return [record for record, is_finite in zip(records, finite, strict=True) if is_finite]
 
 
 def group_by_length(records: list[MistakeRecord], max_positions: int) -> list[list[MistakeRecord]]:

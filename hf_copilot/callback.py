@@ -15,7 +15,7 @@ from .configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
 from .modeling_copilot import CopilotModel
 from .pilot_tap import unwrap
-from .trainer import STATE_FOLDER, WEIGHTS_FOLDER, load_checkpoint, make_copilot, make_learner
+from .trainer import STATE_FOLDER, WEIGHTS_FOLDER, is_logging_step, load_checkpoint, make_copilot, make_learner
 from .training_args import CopilotArguments
 
 
@@ -61,8 +61,11 @@ class CopilotCallback(TrainerCallback):
             self.learner.close()
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
-        if args.world_size > 1:
-            raise NotImplementedError("CopilotCallback runs in one process so far: launch it with plain `python`.")
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise NotImplementedError(
+                "CopilotCallback runs in one process on one GPU so far: launch it with plain `python`, and make one "
+                "GPU visible with CUDA_VISIBLE_DEVICES."
+            )
         self.close()
         self.learner = make_learner(
             make_copilot(self.source, model, processing_class),
@@ -101,7 +104,7 @@ class CopilotCallback(TrainerCallback):
             watch.__exit__(None, None, None)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.learner.step(measure=control.should_log)
+        self.learner.step(measure=is_logging_step(args, state, control))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and "loss" in logs:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 2**23  # entries of one [chunk, V] float32 buffer: 32 MiB
+CHUNK_ELEMENTS = 2**24  # entries of one [chunk, V] float32 buffer: 64 MiB
 PROBABILITY_FLOOR = 1e-9  # fused probabilities are clamped here (Eq. 8 can turn negative)
 
 
@@ -142,14 +142,18 @@ class FusedCrossEntropy(torch.autograd.Function):
             gradient.scatter_add_(-1, label, -torch.ones_like(normalizer))
             gradient = gradient.to(hidden.dtype)
             d_hidden[rows] = gradient @ cast_weight  # [c, d]
-            d_weight += gradient.T @ hidden[rows]  # [V, d]
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+            if gradient.dtype == d_weight.dtype:
+                d_weight.addmm_(gradient.T, hidden[rows])  # [V, d]
+            else:
+                d_weight += gradient.T @ hidden[rows]  # [V, d]
+        ctx.gradients = d_hidden, d_weight.to(weight.dtype)
         return loss
 
     @staticmethod
     def backward(ctx, d_loss):
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_loss, d_weight * d_loss, None, None
+        d_hidden, d_weight = ctx.gradients
+        del ctx.gradients  # scaled in place: this graph can be walked once
+        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None
 
 
 def cross_entropy_loss(

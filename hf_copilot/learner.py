@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, PilotTap, isolate
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("pilot_nll", "rectified_nll", "pilot_token_accuracy", "rectified_token_accuracy")
+METRICS = ("pilot_nll", "rectified_nll", "pilot_token_accuracy", "rectified_token_accuracy", "copilot_dropped_mass")
 STATE_FILES = ("learner.safetensors", "learner.json", "mistake_log.safetensors")
 
 
@@ -46,7 +46,7 @@ class CopilotLearner:
         pilot: The model that is fine-tuned, wrapped or not.
         num_training_steps: Steps of the schedule; or call `start` later.
         learning_rate, weight_decay, max_grad_norm: Of the Copilot's AdamW.
-        warmup_steps, lr_scheduler_type: Of its schedule, as in transformers.
+        warmup_steps, lr_scheduler_type, lr_scheduler_kwargs: Of its schedule, as in transformers.
         log: Defaults to `MistakeLog()`.
         log_dtype: Of the hidden states in the log.
         seed: Of the draws from the log and of the Copilot's dropout.
@@ -64,6 +64,7 @@ class CopilotLearner:
         max_grad_norm: float = 1.0,
         warmup_steps: int = 0,
         lr_scheduler_type: str = "cosine",
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
         log: MistakeLog | None = None,
         log_dtype: torch.dtype = torch.bfloat16,
         seed: int = 42,
@@ -82,6 +83,7 @@ class CopilotLearner:
             self.peft_model = self._add_adapter(peft_config) if peft_config is not None else None
         self.learning_rate, self.weight_decay, self.max_grad_norm = learning_rate, weight_decay, max_grad_norm
         self.warmup_steps, self.lr_scheduler_type = warmup_steps, lr_scheduler_type
+        self.lr_scheduler_kwargs = lr_scheduler_kwargs or {}
         self.log = log if log is not None else MistakeLog()
         self.log_dtype, self.seed, self.autocast_dtype = log_dtype, seed, autocast_dtype
         self.generator = torch.Generator().manual_seed(seed)
@@ -107,7 +109,11 @@ class CopilotLearner:
         groups = [{"params": decay, "weight_decay": self.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
         self.scheduler = get_scheduler(
-            self.lr_scheduler_type, self.optimizer, self.warmup_steps, max(num_training_steps, 1)
+            self.lr_scheduler_type,
+            self.optimizer,
+            self.warmup_steps,
+            max(num_training_steps, 1),
+            scheduler_specific_kwargs=self.lr_scheduler_kwargs,
         )
 
     def close(self) -> None:
@@ -142,6 +148,13 @@ class CopilotLearner:
         self.largest_batch = max(self.largest_batch, inputs["labels"].numel())
         self.sums["eval"] += self.score(self._records(inputs))
 
+    def read(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
+        """The records of one forward, neither logged nor measured; the hooks are gone afterwards."""
+        with self._watch(inputs):
+            forward()
+        self.close()
+        return self._records(inputs)
+
     @contextmanager
     def _watch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         if inputs.get("labels") is None:
@@ -160,7 +173,8 @@ class CopilotLearner:
 
     def _records(self, inputs: Mapping[str, Any], **kwargs: Any) -> list[MistakeRecord]:
         states, self._caught = self._caught, None
-        return make_records(states, inputs, self.head, self.embedding, self.copilot.config.top_k, **kwargs)
+        with self._autocast():
+            return make_records(states, inputs, self.head, self.embedding, self.copilot.config.top_k, **kwargs)
 
     # ---- learning --------------------------------------------------------------------------------------------------
 
@@ -204,13 +218,14 @@ class CopilotLearner:
         return record.starting_at(int(torch.randint(len(record.positions), (), generator=self.generator)))
 
     def _update(self, records: list[MistakeRecord]) -> None:
-        batches = self._batches(records)
+        batches = self.batches(records)
         per_sequence = self.copilot.config.objective == "rmse"
         count = sum(int(r.is_start.sum()) if per_sequence else len(r.labels) for r in records)
         self.copilot.train()
         loss = torch.zeros((), device=self.device)
         for batch in batches:
-            part = self.batch_loss(batch) / count
+            with self._autocast():
+                part = self.batch_loss(batch) / count
             part.backward()
             loss += part.detach()
         norm = nn.utils.clip_grad_norm_(self.trainable_parameters(), self.max_grad_norm)
@@ -222,16 +237,20 @@ class CopilotLearner:
             self.skipped_steps += 1
         self.optimizer.zero_grad()
 
-    def _batches(self, records: list[MistakeRecord]) -> Iterator[CopilotBatch]:
+    def batches(self, records: list[MistakeRecord]) -> Iterator[CopilotBatch]:
+        """The records, padded, in groups no larger than the Pilot's own micro-batches."""
         dtype = self.copilot.norm.weight.dtype
         lag = self.copilot.config.hidden_state_lag
         for group in group_by_length(records, self.largest_batch):
             yield CopilotBatch.collate(group, self.embedding, lag, self.device, dtype)
 
     def _hidden(self, batch: CopilotBatch) -> torch.Tensor:
-        """The Copilot's last hidden states at the batch's queries, `[Q, d]`."""
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.copilot(**batch.inputs).last_hidden_state[batch.valid]
+        """The Copilot's last hidden states at the batch's queries, `[Q, d]`, in the type of its matrix products."""
+        hidden = self.copilot(**batch.inputs).last_hidden_state[batch.valid]
+        return hidden.to(self.autocast_dtype or hidden.dtype)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def batch_loss(self, batch: CopilotBatch) -> torch.Tensor:
         """The objective, summed: over positions (cross-entropy) or over sequences (RMSE, Eq. 7)."""
@@ -245,23 +264,34 @@ class CopilotLearner:
     def _no_sums(self) -> torch.Tensor:
         return torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self.device)
 
+    def scores(self, batch: CopilotBatch) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Chunks of the batch's queries: which, the Pilot's logits z and the correction f, each `[c, V]` float32."""
+        with torch.no_grad(), self._autocast():
+            hidden = self._hidden(batch)  # [Q, d]
+            weight = self.copilot.lm_head.weight.to(hidden.dtype)  # [V, d]
+        for rows in row_chunks(len(hidden), len(weight)):
+            with torch.no_grad(), self._autocast():
+                chunk = rows, self.head(batch.final_states[rows]), (hidden[rows] @ weight.T).float()
+            yield chunk
+
     @torch.no_grad()
     def score(self, records: list[MistakeRecord]) -> torch.Tensor:
-        """Sums over the records' targets, teacher-forced with the Copilot's own λ, `[5]` float64: the Pilot's and the
-        rectified negative log-likelihood (nats), the Pilot's and the rectified top-1 hits, the targets."""
+        """Sums over the records' targets, teacher-forced with the Copilot's own λ, `[6]` float64: the Pilot's and the
+        rectified negative log-likelihood (nats), the Pilot's and the rectified top-1 hits, the probability mass that
+        the discrepancies leave out, the targets."""
         config, sums = self.copilot.config, self._no_sums()
         was_training = self.copilot.training
         self.copilot.eval()
-        for batch in self._batches(records):
-            hidden, labels = self._hidden(batch), batch.labels[:, None]  # [Q, d], [Q, 1]
-            for rows in row_chunks(len(labels), config.vocab_size):
-                pilot = self.head(batch.final_states[rows]).log_softmax(-1)  # [c, V]
-                correction = (hidden[rows] @ self.copilot.lm_head.weight.to(hidden.dtype).T).float()  # [c, V]
+        for batch in self.batches(records):
+            labels, dropped = batch.labels[:, None], batch.target.dropped  # [Q, 1], [Q]
+            for rows, pilot, correction in self.scores(batch):
+                pilot = pilot.log_softmax(-1)  # [c, V]
                 rectified = fuse(pilot, correction, config.strength, config.fusion)
                 label = labels[rows]
                 hits = [(scores.argmax(-1, keepdim=True) == label).sum() for scores in (pilot, rectified)]
                 nlls = [-scores.gather(-1, label).sum() for scores in (pilot, rectified)]
-                sums += torch.stack([*nlls, *hits, torch.tensor(len(label), device=self.device)]).double()
+                count = torch.tensor(len(label), device=self.device)
+                sums += torch.stack([*nlls, *hits, dropped[rows].sum(), count]).double()
         self.copilot.train(was_training)
         return sums
 
@@ -282,6 +312,9 @@ class CopilotLearner:
 
     def _add_adapter(self, peft_config: PeftConfig) -> nn.Module:
         """Put an adapter into the Copilot; what has no pretrained weights is trained in full."""
+        peft_config = copy.deepcopy(peft_config)  # PEFT writes into it, and the Pilot may have been given the same
+        peft_config.task_type = None
+        peft_config.target_modules = peft_config.target_modules or "all-linear"
         new = ["lm_head", "start"] + ["memory_proj"] * isinstance(self.copilot.memory_proj, nn.Linear)
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *new})
         model = get_peft_model(self.copilot, peft_config)

@@ -24,7 +24,8 @@ class CopilotLogitsProcessor(LogitsProcessor):
 
     Works with greedy search, sampling, beams, left-padded batches, static and kept caches, streamers and pipelines.
     Its hooks on the Pilot go when the block ends, on [`detach`], or when the processor is garbage-collected. Scores
-    that are NaN stay NaN.
+    that are NaN stay NaN. Generating on from where the last call stopped continues it, as if there had been one call;
+    any other text starts anew.
 
     Args:
         copilot: Trained beside this Pilot or one like it; it may live on another device and in another type.
@@ -47,12 +48,12 @@ class CopilotLogitsProcessor(LogitsProcessor):
         check_pilot(copilot, pilot, tokenizer)
         self.strength = check_strength(copilot.config.strength if strength is None else strength)
         self.fusion = copilot.config.fusion
-        self.rectifier = Rectifier(copilot, pilot)
-        self._finalizer = weakref.finalize(self, self.rectifier.close)
+        self.rectifier = Rectifier(copilot, pilot) if self.strength else None
+        self._finalizer = weakref.finalize(self, self.rectifier.close if self.rectifier else lambda: None)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores `[R, V]` for the token after `input_ids` `[R, n]` -> rectified scores `[R, V]`."""
-        if self.strength == 0:
+        if self.rectifier is None:
             return scores
         correction = self.rectifier.correction(input_ids).to(scores.device)
         return fuse(scores, pad_to_vocabulary(correction, scores.shape[-1]), self.strength, self.fusion)

@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from .discrepancy import SparseDiscrepancy
-
 
 @dataclass
 class MistakeRecord:
@@ -39,10 +37,6 @@ class MistakeRecord:
         starts = torch.ones_like(self.positions, dtype=torch.bool)
         starts[1:] = self.positions[1:] != self.positions[:-1] + 1
         return starts
-
-    @property
-    def discrepancy(self) -> SparseDiscrepancy:
-        return SparseDiscrepancy(self.indices.long(), self.values, self.dropped)
 
     def starting_at(self, first: int) -> MistakeRecord:
         """The same document with its first targets left out: they are memory only."""
@@ -100,7 +94,7 @@ class MistakeLog:
             tensors[f"length.{field.name}"] = torch.tensor([len(tensor) for tensor in column], dtype=torch.int64)
             if column:
                 tensors[field.name] = torch.cat(column)
-        save_file(tensors, path, metadata={"capped": str(int(self.capped))})
+        save_file(tensors, path)
 
     def load(self, path: str | Path) -> None:
         """Replace the contents with a file that [`save`] wrote."""
@@ -110,7 +104,7 @@ class MistakeLog:
             return
         names = [field.name for field in fields(MistakeRecord)]
         columns = [tensors[name].split(tensors[f"length.{name}"].tolist()) for name in names]
-        records = [MistakeRecord(*row) for row in zip(*columns, strict=True)]
+        records = [MistakeRecord(*(tensor.clone() for tensor in row)) for row in zip(*columns, strict=True)]
         for count in tensors["rounds"].tolist():
             self.append(records[:count])
             records = records[count:]

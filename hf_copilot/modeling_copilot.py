@@ -19,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from .configuration_copilot import CopilotConfig
@@ -70,6 +71,7 @@ class CopilotAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.cache_index = cache_index  # among the layers of its kind
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         heads, kv_heads = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, heads, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.attention_bias)
@@ -106,8 +108,8 @@ class CopilotAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.cache_index)  # [B, kv_heads, cached + s, head_dim]
         mask = None if mask is None else mask[:, None]  # [B, 1, m, cached + s]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, m, d]
+        out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](self, q, k, v, mask, is_causal=False)  # [B, m, heads, head_dim]
+        return self.o_proj(out.flatten(2))  # [B, m, d]
 
 
 class CopilotMLP(nn.Module):

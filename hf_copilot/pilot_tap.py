@@ -45,17 +45,24 @@ def unwrap(pilot: nn.Module) -> nn.Module:
 
 @contextmanager
 def isolated_rng(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Leave the global random state (CPU and `device`) as it was; inside, start from `seed` if given."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+    """Leave the global random state (CPU and every accelerator) as it was; inside, start from `seed` if given."""
+    kind = "cuda" if device.type == "cpu" else device.type
+    backend = getattr(torch, kind)
+    devices = list(range(backend.device_count())) if backend.is_available() else []  # manual_seed seeds them all
+    with torch.random.fork_rng(devices, device_type=kind):
         if seed is not None:
             torch.manual_seed(seed)
         yield
 
 
 def find_layers(pilot: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The Pilot's decoder and its layers, or a `ValueError` if they can't be found."""
+    """The Pilot's decoder and its layers, or a `ValueError` if they can't be found;
+    `NotImplementedError` for an encoder-decoder."""
     base = unwrap(pilot)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"{type(base).__name__} is an encoder-decoder: only decoder-only Pilots are supported so far."
+        )
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     lists = (
         [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child)] if decoder else []
@@ -172,7 +179,7 @@ class PilotTap:
         states, self.latest = self.latest, None
         logits = getattr(output, "logits", None)
         if states is not None and logits is not None:
-            states.next_logits = logits[:, -1].detach()
+            states.next_logits = logits[:, -1].detach().clone()
 
 
 class PilotEmbedding:

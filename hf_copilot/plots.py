@@ -41,29 +41,25 @@ def rectified_token(
     Returns:
         `tokens` before it, `label`, and `pilot`, `correction`, `rectified`: probabilities, f and probabilities, `[V]`.
     """
-    learner.tap.open()
-    with learner.observe(inputs):
-        pilot(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
-    records, learner.round = learner.round, []
-    learner.close()
-    config, weight, best = learner.copilot.config, learner.copilot.lm_head.weight, None
+    config, best = learner.copilot.config, None
     learner.copilot.eval()
-    for record in records:
-        (batch,) = learner._batches([record])
-        correction = learner._hidden(batch).to(weight.dtype) @ weight.T  # [m, V]
-        scores = learner.head(batch.final_states)  # [m, V]
-        before, after = scores.softmax(-1), fuse(scores, correction, config.strength, config.fusion).softmax(-1)
-        gain = (after - before).gather(1, batch.labels[:, None])[:, 0]  # [m]
-        at = int(gain.argmax())
-        if best is None or gain[at] > best["gain"]:
-            best = {
-                "gain": gain[at],
-                "tokens": record.input_ids[: int(record.positions[at]) + 1].tolist(),
-                "label": int(batch.labels[at]),
-                "pilot": before[at],
-                "correction": correction[at],
-                "rectified": after[at],
-            }
+    for record in learner.read(inputs, lambda: pilot(**{k: v for k, v in inputs.items() if k != "labels"})):
+        (batch,) = learner.batches([record])
+        for rows, pilot_logits, correction in learner.scores(batch):
+            before = pilot_logits.softmax(-1)  # [c, V]
+            after = fuse(pilot_logits, correction, config.strength, config.fusion).softmax(-1)  # [c, V]
+            gain = (after - before).gather(1, batch.labels[rows, None])[:, 0]  # [c]
+            at = int(gain.argmax())
+            if best is None or gain[at] > best["gain"]:
+                position = rows.start + at
+                best = {
+                    "gain": gain[at],
+                    "tokens": record.input_ids[: int(record.positions[position]) + 1].tolist(),
+                    "label": int(batch.labels[position]),
+                    "pilot": before[at],
+                    "correction": correction[at],
+                    "rectified": after[at],
+                }
     return best
 
 

@@ -57,6 +57,7 @@ class Rectifier:
         self.cache = self.copilot.new_cache()  # the memory of n positions, the run of the queries so far
         self.ids: torch.Tensor | None = None  # [R, n] tokens of the last call
         self.visible: torch.Tensor | None = None  # [R, n] bool, which of them are not padding
+        self.group: torch.Tensor | None = None  # [R] rows of one group began the run with the same content
         self.last_logits: torch.Tensor | None = None  # [R, V] the Pilot's logits at the last call
         self.last_correction: torch.Tensor | None = None  # [R, V] f at the last call
 
@@ -68,6 +69,8 @@ class Rectifier:
     def _take(self, states: PilotStates) -> None:
         if states.past_length == 0:
             self.pending = []
+        if self.pending:
+            self.pending[-1].next_logits = None  # nobody asked for them
         self.pending.append(states)
 
     @torch.no_grad()
@@ -88,6 +91,9 @@ class Rectifier:
         inputs = self._next_input(ids[:, -1], continues)
         memory = torch.cat([self._memory(states) for states in pending], dim=1)  # [R, 2t, d_P]
         self.visible = torch.cat([self.visible[:, :past], *(self._new_visible(s) for s in pending)], dim=1)  # [R, n]
+        if not continues:
+            content = ids.masked_fill(~self.visible, -1)  # [R, n]
+            self.group = torch.unique(content, dim=0, return_inverse=True)[1]  # [R]
         positions = ids.new_full((len(ids), 1), ids.shape[1] - 1)  # [R, 1]
         mask = memory_mask(positions, self.visible, self.config.hidden_state_lag)  # [R, 1, 2n]
         correction = self._run(inputs, memory, mask)  # [R, V]
@@ -134,14 +140,17 @@ class Rectifier:
         return self.ids is not None and ids.shape[1] == self.ids.shape[1] + 1
 
     def _parents(self, ids: torch.Tensor, length: int) -> torch.Tensor | None:
-        """For every row the row of the last call with the same first `length` tokens: its own index where that fits,
-        else the first; `[R]`, or None if some row has none."""
+        """For every row the row of the last call with the same first `length` tokens: `[R]`, or None if some row has
+        none. Beams keep to the rows of their prompt, so a row's parent is in the group of its own place: rows with
+        the same tokens and other padding are not confused."""
         if self.ids is None or self.ids.shape[1] < length:
             return None
         old, new = self.ids[:, :length], ids[:, :length]
         if old.shape == new.shape and torch.equal(old, new):
             return torch.arange(len(new), device=new.device)
         same = (new[:, None] == old[None]).all(-1)  # [R, R_old]
+        if len(new) == len(old):
+            same &= self.group[:, None] == self.group[None]
         if not bool(same.any(-1).all()):
             return None
         return same.int().argmax(-1)  # [R]
@@ -178,6 +187,7 @@ class Rectifier:
             visible = mask[:, new] != 0
         else:  # [R, 1, t, n], bool or additive: visible to any query
             seen = mask if mask.dtype == torch.bool else mask == 0
+            new = new if mask.shape[-1] >= new.stop else slice(-states.length, None)  # a sliding window is narrower
             visible = seen[:, 0, :, new].any(1)
         return visible.to(self.copilot.device)
 

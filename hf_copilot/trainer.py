@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +12,14 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from transformers import TrainerCallback
+from transformers import (
+    IntervalStrategy,
+    SchedulerType,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -54,6 +63,7 @@ def make_copilot(
     copilot.config.base_model_revision = getattr(base, "_commit_hash", None)
     copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
     copilot.config.hf_copilot_version = __version__
+    copilot.config.results = None
     return copilot
 
 
@@ -64,14 +74,20 @@ def make_learner(
     copilot_args: CopilotArguments,
     peft_config: PeftConfig | None = None,
 ) -> CopilotLearner:
-    """A learner with the Pilot's seed, schedule and mixed precision, and the Copilot's own learning rate."""
+    """A learner with the Pilot's seed, schedule and mixed precision, and the Copilot's own learning rate. A schedule
+    that follows a metric is replaced by a constant one, with a warning."""
+    schedule, schedule_kwargs = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    if schedule in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        logger.warning(f"lr_scheduler_type={schedule.value!r} follows the Pilot's metric: the Copilot's is constant.")
+        schedule, schedule_kwargs = SchedulerType.CONSTANT_WITH_WARMUP, None
     return CopilotLearner(
         copilot,
         pilot,
         learning_rate=copilot_args.copilot_learning_rate,
         weight_decay=copilot_args.copilot_weight_decay,
         max_grad_norm=copilot_args.copilot_max_grad_norm,
-        lr_scheduler_type=args.lr_scheduler_type,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=schedule_kwargs,
         log=MistakeLog(copilot_args.copilot_log_rounds, copilot_args.copilot_log_max_bytes),
         log_dtype=getattr(torch, copilot_args.copilot_log_dtype),
         seed=args.seed,
@@ -105,6 +121,12 @@ def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None
     if learner.peft_model is None:
         saved = CopilotModel.from_pretrained(Path(checkpoint) / WEIGHTS_FOLDER)
         learner.copilot.load_state_dict(saved.state_dict())
+        learner.copilot.config.results = saved.config.results
+
+
+def is_logging_step(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
+    """Whether Trainer logs after this step; with `logging_strategy="epoch"` it says so only later."""
+    return control.should_log or (args.logging_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch))
 
 
 class CopilotSteps(TrainerCallback):
@@ -117,7 +139,7 @@ class CopilotSteps(TrainerCallback):
         self.trainer.start_copilot(state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.learner.step(measure=control.should_log)
+        self.trainer.learner.step(measure=is_logging_step(args, state, control))
 
 
 class CopilotMixin:
@@ -137,8 +159,13 @@ class CopilotMixin:
         copilot_peft_config: PeftConfig | None = None,
         **kwargs,
     ):
+        copilot_peft_config = copy.deepcopy(copilot_peft_config)  # PEFT writes into the Pilot's, perhaps the same
+        bound = inspect.signature(super().__init__).bind_partial(model, args, *more, **kwargs)
+        data = bound.arguments.get("train_dataset")
+        if hasattr(data, "__len__") and len(data) == 0:
+            raise ValueError("`train_dataset` is empty: there is nothing to train on.")
         super().__init__(model, args, *more, **kwargs)
-        self._check_supported()
+        self._check_supported(copilot_peft_config)
         self.copilot_args = self.args if isinstance(self.args, CopilotArguments) else CopilotArguments()
         self.learner = make_learner(
             make_copilot(copilot, self.model, self.processing_class),
@@ -154,7 +181,7 @@ class CopilotMixin:
     def copilot(self) -> CopilotModel:
         return self.learner.exported()
 
-    def _check_supported(self) -> None:
+    def _check_supported(self, copilot_peft_config: PeftConfig | None) -> None:
         """Raise, before the first step, for what is not supported yet."""
         if self.args.world_size > 1:
             raise NotImplementedError(
@@ -165,6 +192,11 @@ class CopilotMixin:
             raise NotImplementedError(
                 f"{type(self).__name__} does not support DeepSpeed or FSDP yet: train on one device, with LoRA or "
                 "gradient checkpointing where memory is short."
+            )
+        if copilot_peft_config is not None and self.args.save_only_model and self.args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end needs the Copilot's adapter, which save_only_model leaves out of checkpoints: "
+                "set save_only_model=False."
             )
         if getattr(self, "_is_vlm", False):
             raise NotImplementedError(
@@ -211,7 +243,8 @@ class CopilotMixin:
                 self.learner.close()
         results = self.learner.pop_metrics("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in results.items()})
-        self.learner.copilot.config.results = results or None
+        if results and metric_key_prefix.startswith("eval"):
+            self.learner.copilot.config.results = results
         return output
 
     def log(self, logs, start_time=None):

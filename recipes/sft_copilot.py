@@ -1,7 +1,7 @@
 """Fine-tune a Pilot with a Copilot on any question-answer data, in TRL's script style.
 
     python recipes/sft_copilot.py --config recipes/mawps_tiny.yaml --dataset_name DIR/mawps
-    accelerate launch recipes/sft_copilot.py --config recipes/gsm8k_qwen2.5_0.5b.yaml
+    python recipes/sft_copilot.py --config recipes/gsm8k_qwen2.5_0.5b.yaml
 
 `dataset_name` is a Hub id, a JSON Lines file (`.jsonl`, `.jsonl.gz`) or a folder with `train`, `test` files of that
 kind. The Pilot is `model_name_or_path` (a Hub id or a folder), or built from scratch with `from_config`.

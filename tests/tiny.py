@@ -121,6 +121,6 @@ def teacher_forced(copilot: CopilotModel, pilot: PreTrainedModel, ids: torch.Ten
     with learner.observe(inputs):
         pilot(input_ids=extended)
     learner.close()
-    (batch,) = learner._batches(learner.round)
+    (batch,) = learner.batches(learner.round)
     copilot.eval()
     return copilot(**batch.inputs, return_logits=True).logits[0]
