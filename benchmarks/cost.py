@@ -3,8 +3,8 @@
     python benchmarks/cost.py                                  # CPU shape, writes benchmarks/results/cost_cpu.json
     python benchmarks/cost.py --device cuda --shape llama-3.2-1b
 
-Random weights in the exact shapes: timing needs no pretrained ones. Each repetition times all arms one after the
-other, so that a slow minute of the machine hits all of them; the figures are medians over repetitions.
+Random weights in the exact shapes: timing needs no pretrained ones. Each repetition times both arms, in turn the one
+and the other first, so that a slow minute of the machine hits both; ratios are medians over the repetitions' ratios.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,15 +60,21 @@ class Stopwatch:
     """Seconds by name, with the device's work done."""
 
     def __init__(self, device: str):
-        self.device, self.seconds = device, {}
+        self.device, self.started, self.seconds = device, {}, {}
 
     @contextmanager
     def time(self, name: str):
-        self.wait()
-        start = time.perf_counter()
+        self.start(name)
         yield
+        self.stop(name)
+
+    def start(self, name: str) -> None:
         self.wait()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        self.started[name] = time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        self.wait()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - self.started[name])
 
     def wait(self) -> None:
         if self.device == "cuda":
@@ -75,6 +82,18 @@ class Stopwatch:
 
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, base: str) -> float:
+        """Median of the paired ratios."""
+        return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[base], strict=True))
+
+    def repeat(self, repetitions: int, warm_up: int, arms: Callable) -> None:
+        """Run the functions that `arms()` returns, every second time in reverse order; forget the warm-up's times."""
+        for repetition in range(-warm_up, repetitions):
+            if repetition == 0:
+                self.seconds.clear()
+            for arm in arms()[:: 1 if repetition % 2 else -1]:
+                arm()
 
 
 def make_pair(shape: str, device: str):
@@ -134,29 +153,27 @@ def measure_training(shape: str, device: str, labelled: int, rows: int, accumula
     def timed_observe(batch: dict):
         with learner.observe(batch):
             yield
-            watch.wait()
-            start = time.perf_counter()
-        watch.wait()
-        watch.seconds.setdefault("log_part", []).append(time.perf_counter() - start)
+            watch.start("log_part")
+        watch.stop("log_part")
 
-    step_optimizer = learner.optimizer.step
-
-    def timed_optimizer(*args, **kwargs):
-        with watch.time("copilot_optimizer"):
-            return step_optimizer(*args, **kwargs)
-
-    learner.optimizer.step = timed_optimizer
-    for repetition in range(reps + 2):
-        batches = [make_batch(vocab_size, rows, length, labelled, device) for _ in range(accumulate)]
-        if repetition == 2:
-            watch.seconds.clear()
+    def pilot_alone(batches: list) -> None:
         with watch.time("pilot"):
             update(batches, lambda batch: nullcontext())
+
+    def with_copilot(batches: list) -> None:
         with watch.time("pilot_and_copilot"):
             update(batches, timed_observe)
             with watch.time("copilot_step"):
                 learner.step()
         learner.close()
+
+    def arms() -> list[Callable]:
+        batches = [make_batch(vocab_size, rows, length, labelled, device) for _ in range(accumulate)]
+        return [partial(pilot_alone, batches), partial(with_copilot, batches)]
+
+    learner.optimizer.register_step_pre_hook(lambda *_: watch.start("copilot_optimizer"))
+    learner.optimizer.register_step_post_hook(lambda *_: watch.stop("copilot_optimizer"))
+    watch.repeat(reps, 2, arms)
     parts = {name: watch.median(name) for name in ("copilot_step", "copilot_optimizer")}
     log = accumulate * watch.median("log_part")
     pilot_seconds = watch.median("pilot")
@@ -164,7 +181,7 @@ def measure_training(shape: str, device: str, labelled: int, rows: int, accumula
         "labelled_share": labelled / length,
         "pilot_s": pilot_seconds,
         "pilot_and_copilot_s": watch.median("pilot_and_copilot"),
-        "ratio": watch.median("pilot_and_copilot") / pilot_seconds,
+        "ratio": watch.ratio("pilot_and_copilot", "pilot"),
         "share_log": log / pilot_seconds,
         "share_forward_backward": (parts["copilot_step"] - parts["copilot_optimizer"]) / pilot_seconds,
         "share_optimizer": parts["copilot_optimizer"] / pilot_seconds,
@@ -190,17 +207,23 @@ def measure_generation(shape: str, device: str, rows: int, prompt: int, tokens: 
     copilot = copilot_for(pilot, config).to(device, dtype).eval()
     watch = Stopwatch(device)
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    for repetition in range(reps + 1):
-        batch = make_batch(SHAPES[shape]["vocab_size"], rows, prompt, 1, device)
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        if repetition == 1:
-            watch.seconds.clear()
-        with watch.time("pilot"):
-            pilot.generate(**inputs, **settings)
-        with CopilotLogitsProcessor(copilot, pilot) as processor, watch.time("rectified"):
-            pilot.generate(**inputs, logits_processor=[processor], **settings)
+
+    def generate(name: str, inputs: dict, processors: list) -> None:
+        with watch.time(name):
+            pilot.generate(**inputs, logits_processor=processors, **settings)
+
+    def rectified(inputs: dict) -> None:
+        with CopilotLogitsProcessor(copilot, pilot) as processor:
+            generate("rectified", inputs, [processor])
+
+    def arms() -> list[Callable]:
+        inputs = make_batch(SHAPES[shape]["vocab_size"], rows, prompt, 1, device)
+        del inputs["labels"]
+        return [partial(generate, "pilot", inputs, []), partial(rectified, inputs)]
+
+    watch.repeat(reps, 1, arms)
     share = weights_per_token(copilot) / weights_per_token(pilot)
-    overhead = watch.median("rectified") / watch.median("pilot") - 1
+    overhead = watch.ratio("rectified", "pilot") - 1
     return {
         "batch": rows,
         "pilot_ms_per_token": 1e3 * watch.median("pilot") / tokens,

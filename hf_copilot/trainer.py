@@ -294,9 +294,11 @@ class CopilotTrainer(CopilotMixin, SFTTrainer):
     """[`trl.SFTTrainer`], and beside the Pilot that it fine-tunes a Copilot learns from its mistakes.
 
     The Pilot's training is SFTTrainer's, bit for bit. The logs gain `copilot_loss`, `pilot_nll`, `rectified_nll`,
-    `pilot_token_accuracy` and `rectified_token_accuracy` (at every logging step, on documents that the Copilot has not
-    seen yet), and the same but the first with `eval_` in evaluation. The Copilot is saved in `output_dir/copilot` and
-    in every checkpoint.
+    `pilot_token_accuracy`, `rectified_token_accuracy` and `copilot_dropped_mass` (probability beyond the `top_k`
+    tokens that the Copilot is told of), at every logging step, on documents that it has not seen yet; in evaluation all but
+    the first, with `eval_`. The Copilot is saved in `output_dir/copilot` and in every checkpoint. Checkpoints also
+    hold the Mistake Log, and with it token ids of the training data: mind that where they are shared
+    (`hub_strategy="checkpoint"` or `"all_checkpoints"`).
 
     Takes every argument of SFTTrainer, and:
 

@@ -151,7 +151,7 @@ def main(arguments: Arguments) -> None:
     print_comparison(f"{len(test)} unseen problems, greedy", pilot_hits, rectified_hits, metrics)
 
     picture = Path(arguments.output_dir) / "quickstart.png"
-    token = rectified_token(trainer.learner, example_batch(tokenizer, test.select(range(100)), pilot.device), pilot)
+    token = rectified_token(trainer.learner, example_batch(tokenizer, validation, pilot.device), pilot)
     title = "Word problems: evaluation set over training, and one rectified token"
     save_summary(str(picture), history, token, tokenizer.convert_ids_to_tokens, title)
     print(f"\nPicture: {picture}\n\nTo use the Copilot again:\n")

@@ -143,6 +143,8 @@ def main(
     rows = load_rows(script_args)
     rows = DatasetDict({name: to_prompt_completion(part, recipe) for name, part in rows.items()})
     train = rows["train"].shuffle(seed=training_args.seed)
+    if len(train) <= recipe.validation_rows:
+        raise ValueError(f"{len(train)} training rows leave none beside validation_rows={recipe.validation_rows}.")
     validation = train.select(range(recipe.validation_rows))
     train = train.select(range(recipe.validation_rows, len(train)))
     if recipe.from_config is not None:

@@ -123,6 +123,7 @@ def test_zero_strength_is_the_bare_pilot(pilot, decoding, fusion):
         outputs.append(generate(pilot, processor, **DECODINGS[decoding], **settings))
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
     assert all(torch.equal(*pair) for pair in zip(outputs[0].scores, outputs[1].scores, strict=True))
+    assert count_hooks(pilot) == 0 and processor.rectifier is None
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "beams"])
@@ -154,6 +155,39 @@ def test_batch_equals_single(pilot, decoding):
         for row, row_mask, expected in zip(ids, mask, together, strict=True):
             alone = generate(pilot, processor, row[None, row_mask.bool()], **DECODINGS[decoding])
             assert torch.equal(alone[0, -NEW_TOKENS:], expected[-NEW_TOKENS:])
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "beams"])
+def test_rows_of_equal_ids_and_other_padding_are_not_confused(pilot, decoding):
+    """Pad tokens are ordinary tokens in one row and padding in the other."""
+    copilot = trained_like(pilot)
+    ids = torch.tensor([[0, 0, 5, 15, 6, 17]] * 2)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    with CopilotLogitsProcessor(copilot, pilot) as processor:
+        together = generate(pilot, processor, ids, mask, **DECODINGS[decoding])
+        for row in range(2):
+            alone = generate(pilot, processor, ids[row : row + 1], mask[row : row + 1], **DECODINGS[decoding])
+            assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "beams", "static_cache"])
+def test_a_sliding_window(decoding):
+    """Masks and caches that are narrower than the text."""
+    pilot = tiny_pilot("mistral", sliding_window=4).eval()
+    copilot = trained_like(pilot)
+    ids, mask = left_padded()
+    with Recorder(copilot, pilot) as processor:
+        generate(pilot, processor, ids, mask, **DECODINGS[decoding])
+    pads = lambda row: int((row != 0).int().argmax())  # noqa: E731
+    check_against_training_path(copilot, pilot, processor.calls, ids.shape[1], pads)
+
+
+def test_generating_on_continues_the_text(pilot):
+    """Documented: 3 tokens and then 5 more are the 8 of one call."""
+    with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor:
+        whole = generate(pilot, processor)
+        part = generate(pilot, processor, max_new_tokens=3)
+        assert torch.equal(generate(pilot, processor, part, max_new_tokens=5), whole)
 
 
 def test_all_caches_give_the_same_text(pilot):

@@ -168,6 +168,27 @@ def test_missing_labels_another_pilot_and_another_vocabulary_raise(pilot):
         CopilotLearner(copilot_for(pilot), tiny_pilot(vocab_size=VOCAB_SIZE + 1))
 
 
+def test_a_4d_mask_raises(pilot):
+    inputs = padded_batch()
+    inputs["attention_mask"] = torch.ones(4, 1, 9, 9, dtype=torch.bool)
+    with pytest.raises(ValueError, match="2D"):
+        observe(CopilotLearner(copilot_for(pilot), pilot), pilot, inputs)
+
+
+def test_a_schedule_with_settings(pilot):
+    learner = CopilotLearner(
+        copilot_for(pilot),
+        pilot,
+        num_training_steps=2,
+        learning_rate=1.0,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": 0.25},
+    )
+    for _ in range(2):
+        learner.step()
+    assert learner.scheduler.get_last_lr() == pytest.approx([0.25, 0.25])
+
+
 def round_of(documents, positions=4):
     def record():
         ints = torch.arange(positions)

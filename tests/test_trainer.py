@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import VOCAB_SIZE, addition, tiny_pilot, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -140,6 +140,56 @@ def test_the_copilot_learns_what_the_pilot_gets_wrong(tmp_path):
     assert results["rectified_nll"] == metrics["eval_rectified_nll"]
 
 
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped", None])
+def test_packed_and_padding_free_documents(tmp_path, strategy):
+    """Several documents in a row: no attention mask, positions that begin anew."""
+    packing = {"packing": True, "packing_strategy": strategy, "max_length": 16}
+    packing = packing if strategy else {"padding_free": True, "max_length": None}
+    data = "text" if strategy == "wrapped" else "prompt-completion"
+    trainer = train(CopilotTrainer, tmp_path, data=data, **packing)
+    assert len(trainer.learner.log) >= 16 and trainer.state.log_history[0]["copilot_loss"] > 0
+
+
+def test_compute_metrics_sees_the_pilot(tmp_path):
+    seen = []
+    trainer = CopilotTrainer(
+        model=tiny_pilot(),
+        args=CopilotSFTConfig(**settings(tmp_path)),
+        train_dataset=addition(64),
+        eval_dataset=addition(8, seed=2),
+        processing_class=tiny_tokenizer(),
+        compute_metrics=lambda prediction: seen.append(prediction.predictions.shape) or {"mine": 1.0},
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_mine"] == 1.0 and "eval_rectified_nll" in metrics and seen[0][-1] == VOCAB_SIZE
+
+
+def test_metrics_at_the_end_of_every_epoch(tmp_path):
+    trainer = train(CopilotTrainer, tmp_path, logging_strategy="epoch", max_steps=-1, num_train_epochs=2)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2 and all(entry["rectified_nll"] > 0 for entry in logs)
+
+
+def test_one_adapter_config_for_both(tmp_path):
+    """PEFT writes what it resolves into a config: the Pilot's adapter must still load into a Pilot."""
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2)
+    trainer = CopilotTrainer(
+        model=tiny_pilot(),
+        args=CopilotSFTConfig(**settings(tmp_path)),
+        train_dataset=addition(64),
+        processing_class=tiny_tokenizer(),
+        peft_config=lora,
+        copilot_peft_config=lora,
+    )
+    trainer.train()
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(tiny_pilot(), tmp_path)
+    assert_same(loaded, trainer.model)
+    adapted = {name.split(".lora_A")[0] for name, _ in trainer.learner.copilot.named_parameters() if "lora_A" in name}
+    assert any("mlp" in name for name in adapted) and not any("lm_head" in name for name in adapted)
+    assert_same(CopilotModel.from_pretrained(tmp_path / "copilot"), trainer.copilot)
+
+
 class GenerateInEvaluation(TrainerCallback):
     """What people do to look at samples while training."""
 
@@ -252,6 +302,8 @@ def test_best_model_takes_its_copilot_along(tmp_path):
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name != "checkpoint-4"
     assert_same(CopilotModel.from_pretrained(best / "copilot"), trainer.copilot)
+    first = next(entry for entry in trainer.state.log_history if "eval_rectified_nll" in entry)
+    assert trainer.copilot.config.results["rectified_nll"] == first["eval_rectified_nll"]
 
 
 def test_push_takes_the_copilot_along(tmp_path, monkeypatch):
