@@ -15,8 +15,8 @@ _TEMPLATE = """---
 # Transformer Copilot for {pilot}
 
 A [Transformer Copilot](https://huggingface.co/papers/2505.16270): a small decoder that was trained on the mistakes of
-a language model (the *Pilot*, {pilot}) while that was fine-tuned, and that rectifies the Pilot's distribution while it
-generates. It is an adapter: it needs a Pilot of the same vocabulary and hidden size.
+a language model (the *Pilot*, {pilot}) while that was fine-tuned, and that rectifies the Pilot's distribution in
+`generate`. It is an adapter: it needs a Pilot of the same vocabulary and hidden size.
 
 ## Use it
 
@@ -35,10 +35,16 @@ with CopilotLogitsProcessor(copilot, pilot, tokenizer=tokenizer) as processor:
 {results}
 ## Settings
 
-Trained with hf_copilot {version}: objective `{objective}`, fusion `{fusion}` with strength λ = {strength}, input
-`{copilot_input}`, error feedback `{error_feedback}`, {num_hidden_layers} layers of size {hidden_size} (pattern
-{pattern}), started from `init="{init}"`; it reads Pilot states of size {pilot_hidden_size}
-(`{pooling}` over `{pooled_layers}` layers) and the Pilot's top {top_k} tokens.
+Trained with hf_copilot {version}.
+
+| | |
+|---|---|
+| objective, fusion, strength λ | `{objective}`, `{fusion}`, {strength} |
+| input, error feedback | `{copilot_input}`, `{error_feedback}` |
+| layers, hidden size, pattern | {num_hidden_layers}, {hidden_size}, {pattern} |
+| started from | `init="{init}"` |
+| Pilot states | size {pilot_hidden_size}, `{pooling}` over `{pooled_layers}` layers |
+| Pilot tokens | top {top_k} |
 
 ## Limits
 

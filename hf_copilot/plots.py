@@ -36,7 +36,8 @@ def plot_training(log_history: Sequence[dict[str, float]], nll: Axes, accuracy: 
 def rectified_token(
     learner: CopilotLearner, inputs: dict[str, torch.Tensor], pilot: torch.nn.Module
 ) -> dict[str, Any]:
-    """The target of a labelled batch whose label gains most probability from the Copilot.
+    """The target of a labelled batch whose label gains most probability from the Copilot; one where the Pilot's first
+    choice was wrong and the rectified one is right goes before all others.
 
     Returns:
         `tokens` before it, `label`, and `pilot`, `correction`, `rectified`: probabilities, f and probabilities, `[V]`.
@@ -48,7 +49,9 @@ def rectified_token(
         for rows, pilot_logits, correction in learner.scores(batch):
             before = pilot_logits.softmax(-1)  # [c, V]
             after = fuse(pilot_logits, correction, config.strength, config.fusion).softmax(-1)  # [c, V]
-            gain = (after - before).gather(1, batch.labels[rows, None])[:, 0]  # [c]
+            label = batch.labels[rows]  # [c]
+            mended = (before.argmax(-1) != label) & (after.argmax(-1) == label)  # [c]
+            gain = (after - before).gather(1, label[:, None])[:, 0] + mended  # [c]
             at = int(gain.argmax())
             if best is None or gain[at] > best["gain"]:
                 position = rows.start + at
@@ -70,10 +73,11 @@ def plot_token(token: dict[str, Any], axes: Sequence[Axes], name: Any, top: int 
         token: From [`rectified_token`].
         axes: Three of them.
         name: Token id -> text.
-        top: How many tokens; those likeliest before or after, and the label.
+        top: How many tokens; those likeliest before or after, and the label, in the Pilot's order.
     """
     likeliest = torch.maximum(token["pilot"], token["rectified"]).topk(top).indices.tolist()
     shown = list(dict.fromkeys([token["label"], *likeliest]))[:top]
+    shown.sort(key=lambda index: -token["pilot"][index])
     titles = {"pilot": "Pilot p̂", "correction": "Copilot f", "rectified": "rectified p̃"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         colors = ["tab:green" if index == token["label"] else PILOT for index in shown]
