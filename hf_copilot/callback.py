@@ -11,11 +11,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from .checkpoint import STATE_FOLDER, WEIGHTS_FOLDER
 from .configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
+from .learner_state import save_state, written_beside
 from .modeling_copilot import CopilotModel
 from .pilot_tap import unwrap
-from .trainer import STATE_FOLDER, WEIGHTS_FOLDER, is_logging_step, load_checkpoint, make_copilot, make_learner
+from .trainer import is_logging_step, load_checkpoint, make_copilot, make_learner
 from .training_args import CopilotArguments
 
 
@@ -114,9 +116,11 @@ class CopilotCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.copilot.save_pretrained(checkpoint / WEIGHTS_FOLDER)
-        self.learner.save_state(checkpoint / STATE_FOLDER)
+        with written_beside(checkpoint / WEIGHTS_FOLDER) as folder:
+            self.copilot.save_pretrained(folder)
+        save_state(self.learner, checkpoint / STATE_FOLDER, self.copilot_args.copilot_save_mistake_log)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.copilot.save_pretrained(Path(args.output_dir) / WEIGHTS_FOLDER)
+        with written_beside(Path(args.output_dir) / WEIGHTS_FOLDER) as folder:
+            self.copilot.save_pretrained(folder)
         self.close()

@@ -11,21 +11,19 @@ for batch in loader:
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import get_scheduler
 
 from .batch import CopilotBatch, group_by_length, make_records
 from .discrepancy import cross_entropy_loss, fuse, rmse_loss, row_chunks
+from .distributed import copy_from_main_process, num_processes, process_index, sum_count, sum_over_processes
 from .mistake_log import MistakeLog, MistakeRecord
 from .modeling_copilot import CopilotModel
 from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, PilotTap, isolated_rng
@@ -33,13 +31,16 @@ from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, PilotTap, isolate
 logger = logging.getLogger(__name__)
 
 METRICS = ("pilot_nll", "rectified_nll", "pilot_token_accuracy", "rectified_token_accuracy", "copilot_dropped_mass")
-STATE_FILES = ("learner.safetensors", "learner.json", "mistake_log.safetensors")
+SKIPS_TO_WARN = 5  # steps in a row
 
 
 class CopilotLearner:
     """Owns the Copilot, its optimizer, scheduler, Mistake Log and random generator (Algorithm 1 of the paper).
 
     The Pilot is only read: its losses, weights and the global random state are what they were without a learner.
+
+    With several processes (DDP) each has its own log and draws; losses, gradients and metrics are summed over them, so
+    every process must call `start`, `step` and `pop_metrics`. The Copilots stay the same on all.
 
     Args:
         copilot: Trained in place; moved to the device of the Pilot's head.
@@ -86,12 +87,7 @@ class CopilotLearner:
         self.lr_scheduler_kwargs = lr_scheduler_kwargs or {}
         self.log = log if log is not None else MistakeLog()
         self.log_dtype, self.seed, self.autocast_dtype = log_dtype, seed, autocast_dtype
-        self.generator = torch.Generator().manual_seed(seed)
-        self.steps = self.skipped_steps = 0
-        self.round: list[MistakeRecord] = []
-        self.largest_batch = 1  # positions of the Pilot's largest micro-batch, the bound of the Copilot's own
-        self.loss_sum = torch.zeros((), device=self.device)
-        self.loss_count = 0
+        self._forget()
         self.sums = {"train": self._no_sums(), "eval": self._no_sums()}
         self._listening, self._caught = False, None
         config = copilot.config
@@ -99,11 +95,23 @@ class CopilotLearner:
         if num_training_steps is not None:
             self.start(num_training_steps)
 
+    def _forget(self) -> None:
+        """Begin with an empty log."""
+        self.generator = torch.Generator().manual_seed(self.seed + process_index())
+        self.steps = self.skipped_steps = self.skips_in_a_row = 0
+        self.round: list[MistakeRecord] = []
+        self.log.clear()
+        self.largest_batch = 1  # positions of the Pilot's largest micro-batch, the bound of the Copilot's own
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.loss_count = 0
+
     def start(self, num_training_steps: int) -> None:
-        """Check the Pilot's head, put the hooks in place, build the optimizer and the schedule."""
+        """Begin a run: check the Pilot's head, put the hooks in place, build optimizer and schedule, empty the log.
+        The Copilot's weights stay; those of the main process are copied to all."""
         self.head.check()
         self.tap.open()
-        self.round = []
+        self._forget()
+        copy_from_main_process(self.copilot.parameters())
         decay = [p for p in self.trainable_parameters() if p.ndim > 1]
         no_decay = [p for p in self.trainable_parameters() if p.ndim <= 1]
         groups = [{"params": decay, "weight_decay": self.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
@@ -181,20 +189,21 @@ class CopilotLearner:
     def step(self, measure: bool = False) -> None:
         """One step of the Copilot on as many documents as the round had, drawn from the log.
 
-        Without a labelled token in the round there is nothing to learn and only the schedule goes on. A step whose
-        loss or gradient is not finite is left out and counted in `skipped_steps`.
+        Without a labelled token in the round of any process there is nothing to learn and only the schedule goes on.
+        A step whose loss or gradient is not finite, or that runs out of memory, is left out on all processes and
+        counted in `skipped_steps`.
 
         Args:
             measure: First add this round's documents, which the Copilot has not seen, to the training metrics.
         """
         records, self.round = self.round, []
+        if records and measure:
+            self.sums["train"] += self.score(records)
         if records:
-            if measure:
-                self.sums["train"] += self.score(records)
             self._append(records)
-            draw = [self._random_start(record) for record in self.log.sample(len(records), self.generator)]
-            with isolated_rng(self.device, self.seed + 1_000_003 * self.steps):
-                self._update(draw)
+        draw = [self._random_start(record) for record in self.log.sample(len(records), self.generator)]
+        with isolated_rng(self.device, self.seed + 1_000_003 * self.steps + process_index()):
+            self._update(draw)
         self.steps += 1
         self.scheduler.step()
 
@@ -218,24 +227,51 @@ class CopilotLearner:
         return record.starting_at(int(torch.randint(len(record.positions), (), generator=self.generator)))
 
     def _update(self, records: list[MistakeRecord]) -> None:
-        batches = self.batches(records)
         per_sequence = self.copilot.config.objective == "rmse"
         count = sum(int(r.is_start.sum()) if per_sequence else len(r.labels) for r in records)
+        total = sum_count(count, self.device)
+        if not total:
+            return
         self.copilot.train()
-        loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            with self._autocast():
-                part = self.batch_loss(batch) / count
-            part.backward()
-            loss += part.detach()
-        norm = nn.utils.clip_grad_norm_(self.trainable_parameters(), self.max_grad_norm)
+        loss = self._backward(records, total)
+        parameters = self.trainable_parameters()
+        for parameter in parameters if num_processes() > 1 else ():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        sum_over_processes([loss, *(p.grad for p in parameters if p.grad is not None)])
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         if bool((loss + norm).isfinite()):
             self.optimizer.step()
             self.loss_sum += loss
             self.loss_count += 1
+            self.skips_in_a_row = 0
         else:
-            self.skipped_steps += 1
+            self._skip()
         self.optimizer.zero_grad()
+
+    def _backward(self, records: list[MistakeRecord], total: int) -> torch.Tensor:
+        """This process's part of the loss, with its gradients; NaN where memory ran out."""
+        loss = torch.zeros((), device=self.device)
+        try:
+            for batch in self.batches(records):
+                with self._autocast():
+                    part = self.batch_loss(batch) / total
+                part.backward()
+                loss += part.detach()
+        except torch.OutOfMemoryError:
+            loss.fill_(torch.nan)
+        return loss
+
+    def _skip(self) -> None:
+        self.skipped_steps += 1
+        self.skips_in_a_row += 1
+        if self.skips_in_a_row == SKIPS_TO_WARN:
+            logger.warning(
+                "The Copilot's step was left out %d times in a row: its loss or gradient is not finite, or its memory "
+                "ran out. The Pilot's training goes on. Lower copilot_learning_rate or copilot_max_grad_norm; for "
+                "memory lower per_device_train_batch_size, or train a smaller Copilot or one with an adapter "
+                "(copilot_peft_config).",
+                SKIPS_TO_WARN,
+            )
 
     def batches(self, records: list[MistakeRecord]) -> Iterator[CopilotBatch]:
         """The records, padded, in groups no larger than the Pilot's own micro-batches."""
@@ -296,8 +332,11 @@ class CopilotLearner:
         return sums
 
     def pop_metrics(self, mode: str = "train") -> dict[str, float]:
-        """The metrics since the last call: means over targets, and in training the mean of the Copilot's loss."""
-        sums, self.sums[mode] = self.sums[mode].tolist(), self._no_sums()
+        """The metrics since the last call, over all processes: means over targets, and in training the mean of the
+        Copilot's loss."""
+        sums, self.sums[mode] = self.sums[mode], self._no_sums()
+        sum_over_processes([sums])
+        sums = sums.tolist()
         metrics = {name: total / sums[-1] for name, total in zip(METRICS, sums, strict=False)} if sums[-1] else {}
         if mode == "train" and self.loss_count:
             metrics["copilot_loss"] = self.loss_sum.item() / self.loss_count
@@ -308,7 +347,7 @@ class CopilotLearner:
             metrics["copilot_log_rounds"] = len(self.log.rounds)
         return metrics
 
-    # ---- adapters and state ----------------------------------------------------------------------------------------
+    # ---- adapters ----------------------------------------------------------------------------------------
 
     def _add_adapter(self, peft_config: PeftConfig) -> nn.Module:
         """Put an adapter into the Copilot; what has no pretrained weights is trained in full."""
@@ -327,47 +366,3 @@ class CopilotLearner:
         if self.peft_model is None:
             return self.copilot
         return copy.deepcopy(self.peft_model).merge_and_unload()
-
-    def save_state(self, directory: str | Path) -> None:
-        """Write what a resumed run needs besides the exported weights: optimizer, schedule, generator, log, and the
-        trained tensors themselves where they live in an adapter."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        state = self.optimizer.state_dict()
-        tensors = {f"optimizer.{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
-        tensors["generator"] = self.generator.get_state()
-        if self.peft_model is not None:
-            tensors |= {f"trained.{n}": p.detach() for n, p in self.copilot.named_parameters() if p.requires_grad}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / STATE_FILES[0])
-        scalars = {
-            "param_groups": state["param_groups"],
-            "scheduler": self.scheduler.state_dict(),
-            "steps": self.steps,
-            "skipped_steps": self.skipped_steps,
-            "largest_batch": self.largest_batch,
-        }
-        (directory / STATE_FILES[1]).write_text(json.dumps(scalars), encoding="utf-8")
-        self.log.save(directory / STATE_FILES[2])
-
-    def load_state(self, directory: str | Path) -> None:
-        """Take up where [`save_state`] left off; call after `start`. The exported weights are loaded on their own."""
-        directory = Path(directory)
-        missing = [name for name in STATE_FILES if not (directory / name).is_file()]
-        if missing:
-            raise ValueError(f"{directory} is not a saved state of a CopilotLearner: {missing} missing.")
-        tensors = load_file(directory / STATE_FILES[0])
-        scalars = json.loads((directory / STATE_FILES[1]).read_text(encoding="utf-8"))
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                state.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({"state": state, "param_groups": scalars["param_groups"]})
-        self.scheduler.load_state_dict(scalars["scheduler"])
-        self.generator.set_state(tensors["generator"])
-        self.steps, self.skipped_steps = scalars["steps"], scalars["skipped_steps"]
-        self.largest_batch = scalars["largest_batch"]
-        trained = {n.removeprefix("trained."): t for n, t in tensors.items() if n.startswith("trained.")}
-        if self.peft_model is not None:
-            self.copilot.load_state_dict(trained, strict=False)
-        self.log.load(directory / STATE_FILES[2])

@@ -57,12 +57,15 @@ class MistakeLog:
             raise ValueError(f"max_rounds={max_rounds} and max_bytes={max_bytes} must both be at least 1.")
         self.max_rounds, self.max_bytes = max_rounds, max_bytes
         self.rounds: deque[list[MistakeRecord]] = deque()
-        self.nbytes = 0
-        self.capped = False
+        self.clear()
 
     def __len__(self) -> int:
         """Documents in the log."""
         return sum(len(records) for records in self.rounds)
+
+    def clear(self) -> None:
+        self.rounds.clear()
+        self.nbytes, self.capped = 0, False
 
     def append(self, records: list[MistakeRecord]) -> None:
         """Add a round; drop the oldest beyond the bounds. A round over `max_bytes` by itself loses its first
@@ -99,7 +102,7 @@ class MistakeLog:
     def load(self, path: str | Path) -> None:
         """Replace the contents with a file that [`save`] wrote."""
         tensors = load_file(path)
-        self.rounds, self.nbytes = deque(), 0
+        self.clear()
         if not len(tensors["rounds"]):
             return
         names = [field.name for field in fields(MistakeRecord)]

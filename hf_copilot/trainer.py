@@ -20,12 +20,22 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import SFTTrainer
 
+from .checkpoint import (
+    STATE_FOLDER,
+    WEIGHTS_FOLDER,
+    begin_checkpoint,
+    check_whole,
+    newest_whole_checkpoint,
+    write_manifest,
+)
 from .compatibility import check_pilot, tokenizer_fingerprint
 from .configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
+from .learner_state import load_state, save_state, written_beside
 from .mistake_log import MistakeLog
 from .modeling_copilot import CopilotModel
 from .pilot_tap import unwrap
@@ -35,8 +45,6 @@ from .weights import copilot_for
 
 logger = logging.get_logger(__name__)
 
-WEIGHTS_FOLDER = "copilot"  # in output_dir and in every checkpoint: the Copilot, ready for from_pretrained
-STATE_FOLDER = "copilot_state"  # in every checkpoint: what a resumed run needs besides
 CARD_LINE = (
     "\n## Copilot\n\nThis model was fine-tuned together with a [Transformer Copilot]"
     "(https://huggingface.co/papers/2505.16270), which rectifies it while it generates: see "
@@ -105,7 +113,7 @@ def load_checkpoint(learner: CopilotLearner, checkpoint: str | os.PathLike, star
     checkpoint = Path(checkpoint)
     if (checkpoint / STATE_FOLDER).is_dir():
         load_weights(learner, checkpoint)
-        learner.load_state(checkpoint / STATE_FOLDER)
+        load_state(learner, checkpoint / STATE_FOLDER)
     elif start_fresh:
         logger.warning(f"{checkpoint} holds no Copilot: starting a fresh one (copilot_start_fresh=True).")
     else:
@@ -117,11 +125,13 @@ def load_checkpoint(learner: CopilotLearner, checkpoint: str | os.PathLike, star
 
 
 def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None:
-    """Load the Copilot's exported weights; one that is trained with an adapter has them in its learner's state."""
+    """Load the Copilot's exported weights, its λ and results; one that is trained with an adapter has its weights in
+    its learner's state."""
+    folder, config = Path(checkpoint) / WEIGHTS_FOLDER, learner.copilot.config
     if learner.peft_model is None:
-        saved = CopilotModel.from_pretrained(Path(checkpoint) / WEIGHTS_FOLDER)
-        learner.copilot.load_state_dict(saved.state_dict())
-        learner.copilot.config.results = saved.config.results
+        learner.copilot.load_state_dict(CopilotModel.from_pretrained(folder).state_dict())
+    saved = CopilotConfig.from_pretrained(folder)
+    config.strength, config.results = saved.strength, saved.results
 
 
 def is_logging_step(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
@@ -183,14 +193,16 @@ class CopilotMixin:
 
     def _check_supported(self, copilot_peft_config: PeftConfig | None) -> None:
         """Raise, before the first step, for what is not supported yet."""
-        if self.args.world_size > 1:
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and parallelism.non_data_parallel_size > 1:
             raise NotImplementedError(
-                f"{type(self).__name__} runs in one process so far, this is a run of {self.args.world_size}: launch "
-                "it with plain `python`."
+                f"{type(self).__name__} does not support context, sequence or tensor parallelism: a process must see "
+                "whole sequences and the whole head. Use DDP (torchrun or accelerate launch, without a "
+                "parallelism_config)."
             )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise NotImplementedError(
-                f"{type(self).__name__} does not support DeepSpeed or FSDP yet: train on one device, with LoRA or "
+                f"{type(self).__name__} does not support DeepSpeed or FSDP yet: use one process or DDP, with LoRA or "
                 "gradient checkpointing where memory is short."
             )
         if copilot_peft_config is not None and self.args.save_only_model and self.args.load_best_model_at_end:
@@ -213,22 +225,39 @@ class CopilotMixin:
 
     # ---- training and evaluation -----------------------------------------------------------------------------------
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        with self.args.main_process_first(local=False):
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
+            elif resume_from_checkpoint:
+                check_whole(resume_from_checkpoint)
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.learner.close()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        training = self.model.training
-        if not training and inputs.get("labels") is None:
-            watch = contextlib.nullcontext()
+        if self.model.training:
+            watch = self.learner.observe(dict(inputs))
+        elif inputs.get("labels") is not None:
+            watch = self.learner.evaluate(self._without_repeated_rows(inputs))
         else:
-            watch = self.learner.observe(dict(inputs)) if training else self.learner.evaluate(dict(inputs))
+            watch = contextlib.nullcontext()
         with watch:
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+
+    def _without_repeated_rows(self, inputs):
+        """In the last batch of an evaluation, accelerate repeats rows so that all processes have as many: unlabelled
+        here, they are not counted twice."""
+        inputs, state = dict(inputs), self.accelerator.gradient_state
+        if self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
+            rows = len(inputs["labels"])
+            own = max(state.remainder - self.args.process_index * rows, 0)
+            inputs["labels"] = inputs["labels"].clone()
+            inputs["labels"][own:] = -100
+        return inputs
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -256,12 +285,24 @@ class CopilotMixin:
 
     def save_model(self, output_dir=None, _internal_call=False):
         if self.args.should_save:
-            self.copilot.save_pretrained(Path(output_dir or self.args.output_dir) / WEIGHTS_FOLDER)
+            with written_beside(Path(output_dir or self.args.output_dir) / WEIGHTS_FOLDER) as folder:
+                self.copilot.save_pretrained(folder)
         super().save_model(output_dir, _internal_call)
 
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        self.learner.save_state(Path(output_dir) / STATE_FOLDER)
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            run_dir = Path(self._get_output_dir(trial=trial))
+            begin_checkpoint(run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        """The last that every process writes into a checkpoint."""
+        super()._save_rng_state(output_dir)
+        save_state(self.learner, Path(output_dir) / STATE_FOLDER, self.copilot_args.copilot_save_mistake_log)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -269,10 +310,9 @@ class CopilotMixin:
 
     def _load_best_model(self):
         super()._load_best_model()
-        if self.learner.peft_model is None:
-            load_weights(self.learner, self.state.best_model_checkpoint)
-        else:
-            self.learner.load_state(Path(self.state.best_model_checkpoint) / STATE_FOLDER)
+        load_weights(self.learner, self.state.best_model_checkpoint)
+        if self.learner.peft_model is not None:
+            load_state(self.learner, Path(self.state.best_model_checkpoint) / STATE_FOLDER)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if self.is_world_process_zero():
@@ -295,10 +335,10 @@ class CopilotTrainer(CopilotMixin, SFTTrainer):
 
     The Pilot's training is SFTTrainer's, bit for bit. The logs gain `copilot_loss`, `pilot_nll`, `rectified_nll`,
     `pilot_token_accuracy`, `rectified_token_accuracy` and `copilot_dropped_mass` (probability beyond the `top_k`
-    tokens that the Copilot is told of), at every logging step, on documents that it has not seen yet; in evaluation all but
-    the first, with `eval_`. The Copilot is saved in `output_dir/copilot` and in every checkpoint. Checkpoints also
-    hold the Mistake Log, and with it token ids of the training data: mind that where they are shared
-    (`hub_strategy="checkpoint"` or `"all_checkpoints"`).
+    tokens that the Copilot is told of), at every logging step, on documents that it has not seen yet; in evaluation
+    all but the first, with `eval_`. The Copilot is saved in `output_dir/copilot` and in every checkpoint. Checkpoints
+    also hold the Mistake Log, and with it token ids of the training data: where they are shared
+    (`hub_strategy="checkpoint"` or `"all_checkpoints"`), `copilot_save_mistake_log=False` leaves it out.
 
     Takes every argument of SFTTrainer, and:
 

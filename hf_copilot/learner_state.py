@@ -1,0 +1,127 @@
+"""A learner's state on disk: what a resumed run needs besides the Copilot's exported weights. Safetensors and JSON.
+
+The main process writes what all share (optimizer, schedule, an adapter's tensors); every process writes its own
+generator and Mistake Log, under its number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .distributed import process_index
+
+if TYPE_CHECKING:
+    from .learner import CopilotLearner
+
+logger = logging.getLogger(__name__)
+
+TENSORS, SCALARS = "learner.safetensors", "learner.json"
+
+
+def generator_file(process: int) -> str:
+    return f"generator-{process}.safetensors"
+
+
+def log_file(process: int) -> str:
+    return f"mistake_log-{process}.safetensors"
+
+
+@contextmanager
+def written_beside(folder: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `folder`, whose files are moved into it when the block is done: a file of that name is
+    either the old one or the new one, whole, and a block that fails leaves no trace."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as beside:
+        yield Path(beside)
+        folder.mkdir(exist_ok=True)
+        for file in Path(beside).iterdir():
+            os.replace(file, folder / file.name)
+
+
+def save_state(learner: CopilotLearner, directory: str | os.PathLike, mistake_log: bool = True) -> None:
+    """Write the learner's state; every process calls it. The log can be left out: it may be large, and it holds
+    token ids of the training data."""
+    with written_beside(directory) as folder:
+        save_file({"generator": learner.generator.get_state()}, folder / generator_file(process_index()))
+        if mistake_log:
+            learner.log.save(folder / log_file(process_index()))
+        if process_index() == 0:
+            _save_shared(learner, folder)
+
+
+def _save_shared(learner: CopilotLearner, folder: Path) -> None:
+    state = learner.optimizer.state_dict()
+    tensors = {f"optimizer.{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
+    tensors |= {f"trained.{name}": tensor.detach() for name, tensor in _in_adapter(learner)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+    scalars = {
+        "param_groups": state["param_groups"],
+        "scheduler": learner.scheduler.state_dict(),
+        "steps": learner.steps,
+        "skipped_steps": learner.skipped_steps,
+        "largest_batch": learner.largest_batch,
+    }
+    (folder / SCALARS).write_text(json.dumps(scalars), encoding="utf-8")
+
+
+def _in_adapter(learner: CopilotLearner) -> list[tuple[str, torch.Tensor]]:
+    """What a Copilot that is trained with an adapter trains: its exported weights hold it merged."""
+    if learner.peft_model is None:
+        return []
+    return [(name, tensor) for name, tensor in learner.copilot.named_parameters() if tensor.requires_grad]
+
+
+def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
+    """Take up where [`save_state`] left off; call after `start`. The exported weights are loaded on their own.
+
+    Raises:
+        ValueError: If the folder holds no state of a learner.
+    """
+    directory = Path(directory)
+    missing = [name for name in (TENSORS, SCALARS) if not (directory / name).is_file()]
+    if missing:
+        raise ValueError(f"{directory} is not a saved state of a CopilotLearner: {missing} missing.")
+    tensors = load_file(directory / TENSORS)
+    scalars = json.loads((directory / SCALARS).read_text(encoding="utf-8"))
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor
+    learner.optimizer.load_state_dict({"state": state, "param_groups": scalars["param_groups"]})
+    learner.scheduler.load_state_dict(scalars["scheduler"])
+    learner.steps, learner.skipped_steps = scalars["steps"], scalars["skipped_steps"]
+    learner.largest_batch = scalars["largest_batch"]
+    with torch.no_grad():
+        for name, parameter in _in_adapter(learner):
+            parameter.copy_(tensors[f"trained.{name}"])
+    _load_own(directory / generator_file(process_index()), _set_generator(learner), "the draws from the log")
+    _load_own(directory / log_file(process_index()), learner.log.load, "the Mistake Log, which starts empty")
+
+
+def _set_generator(learner: CopilotLearner) -> Callable[[Path], None]:
+    return lambda path: learner.generator.set_state(load_file(path)["generator"])
+
+
+def _load_own(path: Path, load: Callable[[Path], None], loss: str) -> None:
+    """Load a file of this process, or say what is lost without it."""
+    if path.is_file():
+        load(path)
+    else:
+        logger.warning(
+            "%s is not there (saved without it, or by another number of processes): the Pilot resumes exactly, the "
+            "Copilot without %s.",
+            path,
+            loss,
+        )
