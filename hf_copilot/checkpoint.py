@@ -48,8 +48,8 @@ def find_fault(checkpoint: str | os.PathLike) -> str | None:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         manifest = checkpoint / STATE_FOLDER / MANIFEST
         sizes = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    except (OSError, ValueError) as error:
-        return f"{type(error).__name__} in reading what is written last ({error})"
+    except (OSError, ValueError):
+        return f"{TRAINER_STATE_NAME}, which is written last, is missing or cut off"
     for name, size in sizes.items():
         file = checkpoint / name
         if not file.is_file():

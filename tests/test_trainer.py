@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import VOCAB_SIZE, addition, tiny_pilot, tiny_tokenizer
+from tiny import QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -22,7 +22,6 @@ from hf_copilot import (
     CopilotTrainer,
 )
 
-QUIET = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
 DROPOUT = {"attention_dropout": 0.1}
 
 
@@ -44,13 +43,6 @@ def train(trainer_class, tmp_path, data="prompt-completion", peft=None, pilot=No
     )
     trainer.train()
     return trainer
-
-
-def assert_same(a, b):
-    states = a.state_dict(), b.state_dict()
-    assert states[0].keys() == states[1].keys()
-    different = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
-    assert not different
 
 
 def losses(trainer):
@@ -222,47 +214,6 @@ def test_generation_between_training_steps_changes_nothing(tmp_path):
     assert len(callback.texts) == 4
     assert_same(trainers[0].model, trainers[1].model)
     assert_same(trainers[0].copilot, trainers[1].copilot)
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora_copilot"])
-def test_resumed_equals_uninterrupted(tmp_path, lora):
-    def trainer(folder, **changes):
-        changes = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2} | changes
-        return CopilotTrainer(
-            model=tiny_pilot(**DROPOUT),
-            args=CopilotSFTConfig(**settings(tmp_path / folder, per_device_train_batch_size=2, **changes)),
-            train_dataset=addition(64),
-            processing_class=tiny_tokenizer(),
-            copilot=CopilotConfig(dropout=0.1),
-            copilot_peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None,
-        )
-
-    straight = trainer("a")
-    straight.train()
-    resumed = trainer("b")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    assert_same(straight.model, resumed.model)
-    assert_same(straight.copilot, resumed.copilot)
-    assert losses(straight)[1:] == losses(resumed)[1:]
-
-
-def test_resuming_from_plain_sft_names_the_flag(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 2}
-    train(SFTTrainer, tmp_path, **saving)
-
-    def resume(**changes):
-        trainer = CopilotTrainer(
-            model=tiny_pilot(**DROPOUT),
-            args=CopilotSFTConfig(**settings(tmp_path / "new", **changes)),
-            train_dataset=addition(64),
-            processing_class=tiny_tokenizer(),
-        )
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-        return trainer
-
-    with pytest.raises(ValueError, match="copilot_start_fresh=True"):
-        resume()
-    assert resume(copilot_start_fresh=True).learner.steps == 2
 
 
 def test_saving_and_loading(tmp_path):

@@ -47,6 +47,7 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+QUIET = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -124,3 +125,11 @@ def teacher_forced(copilot: CopilotModel, pilot: PreTrainedModel, ids: torch.Ten
     (batch,) = learner.batches(learner.round)
     copilot.eval()
     return copilot(**batch.inputs, return_logits=True).logits[0]
+
+
+def assert_same(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    """Two models have the same tensors, bit for bit."""
+    states = a.state_dict(), b.state_dict()
+    assert states[0].keys() == states[1].keys()
+    different = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
+    assert not different

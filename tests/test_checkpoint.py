@@ -1,0 +1,251 @@
+"""Resumed equals uninterrupted, wherever a run was interrupted; torn checkpoints are found and passed over."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import QUIET, addition, assert_same, tiny_pilot, tiny_tokenizer
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from hf_copilot import CopilotConfig, CopilotModel, CopilotSFTConfig, CopilotTrainer
+from hf_copilot.checkpoint import find_fault
+
+PACKED = {"packing": True, "packing_strategy": "bfd", "max_length": 16}
+VARIANTS = {
+    "full": {},
+    "lora_copilot": {"copilot_peft_config": LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])},
+    "lora_pilot": {"peft_config": LoraConfig(r=2, lora_dropout=0.1)},
+    "bf16": {"bf16": True},
+    "packing": PACKED,
+    "two_epochs": {"max_steps": -1, "num_train_epochs": 2, "rows": 12},
+    "paper": {"copilot": CopilotConfig.paper(num_hidden_layers=2, dropout=0.1)},
+    "small_log": {"copilot_log_rounds": 2},
+}
+
+
+def make_trainer(folder, rows=64, copilot=None, peft_config=None, copilot_peft_config=None, callbacks=None, **changes):
+    """Six steps, a checkpoint every second, dropout in Pilot and Copilot."""
+    args = {"max_steps": 6, "logging_steps": 2, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    args |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    return CopilotTrainer(
+        model=tiny_pilot(attention_dropout=0.1),
+        args=CopilotSFTConfig(output_dir=str(folder), **(QUIET | args | changes)),
+        train_dataset=addition(rows),
+        processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
+        copilot=copilot if copilot is not None else CopilotConfig(dropout=0.1),
+        copilot_peft_config=copilot_peft_config,
+        callbacks=callbacks,
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An uninterrupted run; copy its folder before changing it."""
+    trainer = make_trainer(tmp_path_factory.mktemp("straight"))
+    trainer.train()
+    return trainer
+
+
+def copy_of(straight, folder):
+    shutil.copytree(straight.args.output_dir, folder)
+    return Path(folder)
+
+
+def assert_same_run(a, b):
+    assert_same(a.model, b.model)
+    assert_same(a.copilot, b.copilot)
+    assert a.learner.steps == b.learner.steps and len(a.learner.log) == len(b.learner.log)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("step", [2, 4])
+def test_resumed_equals_uninterrupted(tmp_path, variant, step):
+    uninterrupted = make_trainer(tmp_path / "a", **VARIANTS[variant])
+    uninterrupted.train()
+    resumed = make_trainer(tmp_path / "b", **VARIANTS[variant])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+    assert uninterrupted.state.global_step == 6
+    assert_same_run(uninterrupted, resumed)
+
+
+def test_the_copilot_depends_on_what_a_checkpoint_holds(tmp_path, straight):
+    """The test above would prove nothing if the log did not matter."""
+    make_trainer(tmp_path, copilot_save_mistake_log=False).train()
+    assert not list(tmp_path.rglob("mistake_log*"))
+    again = make_trainer(tmp_path)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same(again.model, straight.model)
+    with pytest.raises(AssertionError):
+        assert_same(again.copilot, straight.copilot)
+
+
+def test_a_log_that_was_left_out_is_said(tmp_path, caplog):
+    make_trainer(tmp_path, copilot_save_mistake_log=False).train()
+    make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "the Copilot without the Mistake Log" in caplog.text
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+TEARS = {
+    "no_state": lambda folder: (folder / "trainer_state.json").unlink(),
+    "cut_state": lambda folder: cut(folder / "trainer_state.json"),
+    "no_copilot": lambda folder: (folder / "copilot" / "model.safetensors").unlink(),
+    "cut_log": lambda folder: cut(folder / "copilot_state" / "mistake_log-0.safetensors"),
+    "cut_pilot": lambda folder: cut(folder / "model.safetensors"),
+    "cut_optimizer": lambda folder: cut(folder / "optimizer.pt"),
+    "no_random_state": lambda folder: (folder / "rng_state.pth").unlink(),
+}
+
+
+@pytest.mark.parametrize("tear", TEARS)
+def test_a_torn_checkpoint_is_named_and_passed_over(tmp_path, straight, caplog, tear):
+    folder = copy_of(straight, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint-6")
+    TEARS[tear](folder / "checkpoint-4")
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        make_trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    started = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            started.append(state.global_step)
+
+    resumed = make_trainer(folder, callbacks=[Watch()])
+    resumed.train(resume_from_checkpoint=True)
+    assert started == [2] and "checkpoint-4 is not a whole checkpoint" in caplog.text
+    assert (folder / "torn-checkpoint-4").is_dir() and find_fault(folder / "checkpoint-4") is None
+    assert_same_run(straight, resumed)
+
+
+def test_no_whole_checkpoint_raises(tmp_path, straight):
+    folder = copy_of(straight, tmp_path / "run")
+    for checkpoint in folder.glob("checkpoint-*"):
+        (checkpoint / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        make_trainer(folder).train(resume_from_checkpoint=True)
+
+
+def test_a_torn_checkpoint_does_not_push_out_a_whole_one(tmp_path, straight):
+    """Rotation keeps the newest folder: here a torn one, were it still counted."""
+    folder = copy_of(straight, tmp_path / "run")
+    (folder / "checkpoint-6" / "trainer_state.json").unlink()
+    shutil.rmtree(folder / "checkpoint-4")
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    make_trainer(folder, save_total_limit=1, callbacks=[Stop()]).train(resume_from_checkpoint=True)
+    (kept,) = folder.glob("checkpoint-*")
+    assert kept.name == "checkpoint-4" and find_fault(kept) is None
+
+
+@pytest.mark.parametrize("at", ["hf_copilot.learner_state.save_file", "hf_copilot.checkpoint.json.dumps"])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, straight, monkeypatch, at):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class FillDisk(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                monkeypatch.setattr(at, full)
+
+    with pytest.raises(OSError, match="No space"):
+        make_trainer(tmp_path, save_total_limit=1, callbacks=[FillDisk()]).train()
+    monkeypatch.undo()
+    assert find_fault(tmp_path / "checkpoint-2") is None and find_fault(tmp_path / "checkpoint-4") is not None
+    assert not list((tmp_path / "checkpoint-4").glob("copilot_state.*"))
+    resumed = make_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(straight, resumed)
+
+
+def test_a_checkpoint_written_anew_is_torn_until_it_is_whole(tmp_path, straight, monkeypatch):
+    """A kill while an old checkpoint is overwritten must not leave its old mark."""
+    folder = copy_of(straight, tmp_path / "run")
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    trainer = make_trainer(folder)
+    monkeypatch.setattr(trainer, "_save_scaler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert find_fault(folder / "checkpoint-2") is not None and find_fault(folder / "checkpoint-4") is None
+
+
+def test_ctrl_c_leaves_the_last_checkpoint_loadable(tmp_path, straight):
+    class CtrlC(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, callbacks=[CtrlC()]).train()
+    assert CopilotModel.from_pretrained(tmp_path / "checkpoint-4" / "copilot").config.vocab_size
+    resumed = make_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(straight, resumed)
+
+
+def test_a_second_run_of_one_trainer_begins_anew(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.train()
+    assert trainer.learner.steps == 6 and len(trainer.learner.log.rounds) == 6
+
+
+def test_resuming_from_plain_sft_names_the_flag(tmp_path):
+    plain = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    SFTTrainer(
+        model=tiny_pilot(attention_dropout=0.1),
+        args=SFTConfig(output_dir=str(tmp_path), gradient_accumulation_steps=2, **(QUIET | plain)),
+        train_dataset=addition(64),
+        processing_class=tiny_tokenizer(),
+    ).train()
+    with pytest.raises(ValueError, match="copilot_start_fresh=True"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+    fresh = make_trainer(tmp_path, copilot_start_fresh=True)
+    fresh.train(resume_from_checkpoint=True)
+    assert fresh.learner.steps == 2
+
+
+def test_the_manifest_lists_every_file(straight):
+    checkpoint = Path(straight.args.output_dir) / "checkpoint-6"
+    listed = set(json.loads((checkpoint / "copilot_state" / "files.json").read_text()))
+    there = {str(f.relative_to(checkpoint)) for f in checkpoint.rglob("*") if f.is_file() and f.suffix != ".md"}
+    assert there - listed == {"trainer_state.json", "copilot_state/files.json"} and listed <= there
+
+
+def test_the_calibrated_strength_is_resumed(tmp_path, straight):
+    folder = copy_of(straight, tmp_path / "run")
+    config = folder / "checkpoint-4" / "copilot" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"strength": 0.75}))
+    (folder / "checkpoint-4" / "copilot_state" / "files.json").unlink()  # the file was changed by hand
+    resumed = make_trainer(folder)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert resumed.copilot.config.strength == 0.75
+
+
+def test_random_state_of_the_copilot_is_its_own(tmp_path):
+    """No step of the Copilot draws from the global generator."""
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    before = torch.get_rng_state()
+    trainer.learner._update(trainer.learner.log.sample(2, trainer.learner.generator))
+    assert not torch.equal(before, torch.get_rng_state())  # dropout does draw
+    torch.set_rng_state(before)
+    trainer.learner.round = [next(iter(trainer.learner.log.rounds[0]))]
+    trainer.learner.step(measure=True)
+    assert torch.equal(before, torch.get_rng_state())
