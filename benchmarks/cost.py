@@ -26,6 +26,8 @@ from transformers.utils import logging
 from trl.trainer.utils import add_fused_lm_head
 
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
+from hf_copilot.pilot_tap import unwrap
+from hf_copilot.report import multiplied_parameters
 
 LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8, "head_dim": 128}
 SMALL_DECODER = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -189,15 +191,6 @@ def measure_training(shape: str, device: str, labelled: int, rows: int, accumula
     }
 
 
-def weights_per_token(model) -> int:
-    """Parameters that a generated token multiplies with: layers, norms and head, not the embedding look-up."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    embedding = base.get_input_embeddings().weight
-    head = base.get_output_embeddings().weight
-    own = sum(p.numel() for p in base.parameters())
-    return own if head is embedding else own - embedding.numel()
-
-
 @torch.no_grad()
 def measure_generation(shape: str, device: str, rows: int, prompt: int, tokens: int, reps: int) -> dict:
     """Seconds of `generate`: greedy, the Pilot alone and rectified; both make the same number of tokens."""
@@ -222,7 +215,7 @@ def measure_generation(shape: str, device: str, rows: int, prompt: int, tokens: 
         return [partial(generate, "pilot", inputs, []), partial(rectified, inputs)]
 
     watch.repeat(reps, 1, arms)
-    share = weights_per_token(copilot) / weights_per_token(pilot)
+    share = multiplied_parameters(copilot) / multiplied_parameters(unwrap(pilot))
     overhead = watch.ratio("rectified", "pilot") - 1
     return {
         "batch": rows,

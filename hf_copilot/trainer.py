@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from rich.console import Console
 from transformers import (
     IntervalStrategy,
     SchedulerType,
@@ -39,6 +40,7 @@ from .learner_state import load_state, save_state, written_beside
 from .mistake_log import MistakeLog
 from .modeling_copilot import CopilotModel
 from .pilot_tap import unwrap
+from .report import describe_start, table_of_training
 from .training_args import CopilotArguments
 from .version import __version__
 from .weights import copilot_for
@@ -147,6 +149,13 @@ class CopilotSteps(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.start_copilot(state.max_steps)
+        if state.is_world_process_zero and not args.disable_tqdm:
+            Console().print(describe_start(self.trainer.learner), highlight=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        table = table_of_training(state.log_history, self.trainer.learner.log.nbytes / 1e6)
+        if state.is_world_process_zero and not args.disable_tqdm and table is not None:
+            Console().print(table)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.learner.step(measure=is_logging_step(args, state, control))

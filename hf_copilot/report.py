@@ -1,0 +1,50 @@
+"""What a user is told: one line when training starts, a table when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from torch import nn
+
+from .learner import CopilotLearner
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """All parameters, and those that are trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def multiplied_parameters(model: nn.Module) -> int:
+    """Parameters that a token is multiplied with: all but the input embedding, unless the head shares it."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return count_parameters(model)[0] - (0 if head is embedding else embedding.numel())
+
+
+def describe_start(learner: CopilotLearner) -> str:
+    """Sizes of both models, the log's bounds, and the cost to expect from the share of weights."""
+    pilot, copilot, log = learner.head.pilot, learner.copilot, learner.log
+    (pilot_all, pilot_trained), (own_all, own_trained) = count_parameters(pilot), count_parameters(copilot)
+    share = multiplied_parameters(copilot) / multiplied_parameters(pilot)
+    return (
+        f"Pilot: {pilot_all / 1e6:,.1f}M parameters, {pilot_trained / 1e6:,.1f}M trained. "
+        f"Copilot: {own_all / 1e6:,.1f}M parameters, {own_trained / 1e6:,.1f}M trained. "
+        f"Mistake Log: {log.max_rounds} rounds, at most {log.max_bytes / 1e6:,.0f} MB. "
+        f"Expected extra time: {share:.0%} of the Pilot's per generated token, {share:.0%} times the share of "
+        "labelled tokens per training step."
+    )
+
+
+def table_of_training(log_history: Sequence[dict[str, float]], log_megabytes: float) -> Table | None:
+    """The last figures of Pilot and Pilot + Copilot, in training and in evaluation; None if there are none."""
+    table = Table(title=f"Pilot and Copilot, last figures (Mistake Log: {log_megabytes:,.0f} MB)")
+    for column in ("", "Pilot", "Pilot + Copilot"):
+        table.add_column(column, justify="right" if column else "left")
+    for prefix, where in (("", "training, before learning"), ("eval_", "evaluation")):
+        entries = [entry for entry in log_history if f"{prefix}rectified_nll" in entry]
+        for quantity, title, form in (("nll", "NLL per token", ".4f"), ("token_accuracy", "token accuracy", ".1%")):
+            if entries:
+                figures = [format(entries[-1][f"{prefix}{who}_{quantity}"], form) for who in ("pilot", "rectified")]
+                table.add_row(f"{title} ({where})", *figures)
+    return table if table.row_count else None
