@@ -18,7 +18,7 @@ from hf_copilot import CopilotConfig
 TESTS = Path(__file__).parent
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--master_port={port}"],
-    "accelerate": ["accelerate.commands.launch", "--cpu", "--multi_cpu", "--num_processes=2", "--num_machines=1"]
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
     + ["--mixed_precision=no", "--main_process_port={port}", "--dynamo_backend=no"],
 }
 
