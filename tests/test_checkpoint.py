@@ -249,3 +249,13 @@ def test_random_state_of_the_copilot_is_its_own(tmp_path):
     trainer.learner.round = [next(iter(trainer.learner.log.rounds[0]))]
     trainer.learner.step(measure=True)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.slow
+def test_kills_lose_nothing(tmp_path):
+    from kills import final_weights, survive
+
+    survive(tmp_path / "whole", kills=0)
+    killed, _ = survive(tmp_path / "killed", kills=8)
+    assert killed >= 1
+    assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "whole")

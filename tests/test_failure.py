@@ -1,0 +1,71 @@
+"""What goes wrong in the Copilot stays in the Copilot: the Pilot's training goes on as if alone."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from test_data import train
+from tiny import addition, assert_same
+from trl import SFTConfig, SFTTrainer
+
+from hf_copilot import CopilotLearner, CopilotSFTConfig, CopilotTrainer
+
+
+def no_memory(self, batch):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def not_finite(self, batch):
+    return next(self.copilot.parameters()).sum() * torch.nan
+
+
+@pytest.mark.parametrize("failure", [no_memory, not_finite])
+def test_a_failing_copilot_step_is_left_out(tmp_path, monkeypatch, caplog, failure):
+    monkeypatch.setattr(CopilotLearner, "batch_loss", failure)
+    data = addition(32)
+    ours = train(CopilotTrainer, CopilotSFTConfig, tmp_path / "ours", data, max_steps=6)
+    theirs = train(SFTTrainer, SFTConfig, tmp_path / "theirs", data, max_steps=6)
+    assert_same(ours.model, theirs.model)
+    assert ours.learner.skipped_steps == 6
+    assert [entry["copilot_skipped_steps"] for entry in ours.state.log_history if "loss" in entry] == [2, 4, 6]
+    assert caplog.text.count("left out 5 times in a row") == 1 and "copilot_peft_config" in caplog.text
+
+
+def test_a_step_that_works_ends_the_streak(tmp_path, monkeypatch, caplog):
+    original = CopilotLearner.batch_loss
+
+    def every_second(self, batch):
+        return original(self, batch) if self.steps % 2 else no_memory(self, batch)
+
+    monkeypatch.setattr(CopilotLearner, "batch_loss", every_second)
+    with caplog.at_level(logging.WARNING):
+        ours = train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(32), max_steps=6)
+    assert ours.learner.skipped_steps == 3 and "in a row" not in caplog.text
+
+
+def test_an_unusual_error_of_the_copilot_is_not_hidden(tmp_path, monkeypatch):
+    def broken(self, batch):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(CopilotLearner, "batch_loss", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(32))
+
+
+def test_a_smaller_batch_is_found_and_the_run_begins_anew(tmp_path, monkeypatch):
+    """auto_find_batch_size: the first try fails in the Pilot's third step."""
+    original, calls = SFTTrainer.compute_loss, []
+
+    def fails_once(self, model, inputs, *args, **kwargs):
+        calls.append(len(inputs["labels"]))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", fails_once)
+    settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    trainer = train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(32), **settings)
+    assert calls[0] == 4 and calls[-1] < 4
+    assert trainer.learner.steps == 4 and len(trainer.learner.log.rounds) == 4
