@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+# A compiled forward must look whether there are hooks now: a static cache compiles the Pilot, with or without ours.
+torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 
 @dataclass
@@ -243,14 +247,15 @@ class PilotHead:
         input_ids = torch.arange(8, device=device)[None] % self.vocab_size  # [1, 8]
         decoder, _ = find_layers(pilot)
         handle = decoder.register_forward_hook(lambda module, args, output: caught.append(output[0]))
-        was_training = pilot.training
+        modes = [(module, module.training) for module in pilot.modules()]
         try:
             with torch.no_grad(), isolated_rng(device):
                 pilot.eval()
                 expected = pilot(input_ids=input_ids, use_cache=False).logits.float()  # [1, 8, V]
         finally:
             handle.remove()
-            pilot.train(was_training)
+            for module, was_training in modes:
+                module.training = was_training
         found = self(caught[0]).to(expected.device)  # [1, 8, V]
         error, largest = (found - expected).abs().max().item(), expected.abs().max().item()
         if not error <= 0.02 * largest + 1e-6:

@@ -67,8 +67,8 @@ class Rectifier:
         self.reset()
 
     def _take(self, states: PilotStates) -> None:
-        if states.past_length == 0:
-            self.pending = []
+        if self.pending and states.past_length != self.pending[-1].past_length + self.pending[-1].length:
+            self.pending = []  # of a forward that nobody asked about
         if self.pending:
             self.pending[-1].next_logits = None  # nobody asked for them
         self.pending.append(states)
@@ -81,10 +81,14 @@ class Rectifier:
             ValueError: If these are not the tokens that the Pilot has just been run on.
         """
         pending, self.pending = self.pending, []
-        self._check(pending, input_ids)
         ids = input_ids.to(self.copilot.device)  # [R, n]
+        rows = self._parents(ids, ids.shape[1] - 1) if self._is_next(ids) else None  # [R]
+        continues = rows is not None
+        pending = self._chain(pending, ids, continues)
         past = pending[0].past_length
-        continues = self._follow(ids, past)
+        self._arrange(self._parents(ids, past) if past and not continues else rows)
+        if past == 0:
+            self.visible = torch.ones_like(ids, dtype=torch.bool)  # [R, n]
         if not continues:
             self.cache.self_attention_cache = DynamicCache()
         self._cut_memory(past)
@@ -103,38 +107,35 @@ class Rectifier:
 
     # ---- following -------------------------------------------------------------------------------------------------
 
-    def _check(self, pending: list[PilotStates], input_ids: torch.Tensor) -> None:
-        """The forwards since the last call must be one chain that ends with these tokens."""
+    def _chain(self, pending: list[PilotStates], ids: torch.Tensor, continues: bool) -> list[PilotStates]:
+        """The forwards, last ones first to be looked at, that lead from tokens whose memory is known to `ids`."""
         if not pending or pending[-1].next_logits is None:
             raise ValueError(UNKNOWN_CALL)
-        position = pending[0].past_length
-        for states in pending:
-            tokens = input_ids[:, position : position + states.length]
-            known = states.input_ids
-            if states.past_length != position or known is None or known.shape != tokens.shape:
-                raise ValueError(UNKNOWN_CALL)
-            if not torch.equal(known.to(tokens.device), tokens):
-                raise ValueError(UNKNOWN_CALL)
-            position += states.length
-        if position != input_ids.shape[1]:
+        start = ids.shape[1]
+        for count, states in enumerate(reversed(pending), 1):
+            if not self._ends_with(states, ids[:, :start]):
+                break
+            start = states.past_length
+            if start == 0 or continues or self._parents(ids, start) is not None:
+                return pending[-count:]
+        if start == ids.shape[1]:
             raise ValueError(UNKNOWN_CALL)
+        raise ValueError(
+            "The Pilot's cache holds tokens that this processor has not seen: make the processor before the cache is "
+            "filled, or call generate without past_key_values."
+        )
 
-    def _follow(self, ids: torch.Tensor, past: int) -> bool:
-        """Put the rows of the state in the order of `ids`; whether these continue the last call by one token."""
-        rows = self._parents(ids, ids.shape[1] - 1) if self._is_next(ids) else None
-        continues = rows is not None
-        if not continues and past:
-            rows = self._parents(ids, past)
-            if rows is None:
-                raise ValueError(
-                    "The Pilot's cache holds tokens that this processor has not seen: make the processor before the "
-                    "cache is filled, or call generate without past_key_values."
-                )
+    def _ends_with(self, states: PilotStates, ids: torch.Tensor) -> bool:
+        """Whether a forward was run on the last of these tokens `[R, n]`, at their positions."""
+        tokens, known = ids[:, states.past_length :], states.input_ids
+        if known is None or known.shape != tokens.shape:
+            return False
+        return torch.equal(known.to(tokens.device), tokens)
+
+    def _arrange(self, rows: torch.Tensor | None) -> None:
+        """Put the rows of the state in the order of this call."""
         if rows is not None and not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
             self._reorder(rows)
-        if past == 0:
-            self.visible = torch.ones_like(ids, dtype=torch.bool)
-        return continues
 
     def _is_next(self, ids: torch.Tensor) -> bool:
         return self.ids is not None and ids.shape[1] == self.ids.shape[1] + 1
@@ -148,7 +149,8 @@ class Rectifier:
         old, new = self.ids[:, :length], ids[:, :length]
         if old.shape == new.shape and torch.equal(old, new):
             return torch.arange(len(new), device=new.device)
-        same = (new[:, None] == old[None]).all(-1)  # [R, R_old]
+        _, content = torch.unique(torch.cat([old, new]), dim=0, return_inverse=True)  # [R_old + R]
+        same = content[len(old) :, None] == content[None, : len(old)]  # [R, R_old]
         if len(new) == len(old):
             same &= self.group[:, None] == self.group[None]
         if not bool(same.any(-1).all()):
@@ -157,7 +159,7 @@ class Rectifier:
 
     def _reorder(self, rows: torch.Tensor) -> None:
         self.cache.reorder_cache(rows)
-        self.visible, self.ids = self.visible[rows], self.ids[rows]
+        self.visible, self.ids, self.group = self.visible[rows], self.ids[rows], self.group[rows]
         self.last_logits, self.last_correction = self.last_logits[rows], self.last_correction[rows]
 
     def _cut_memory(self, past: int) -> None:
@@ -194,10 +196,12 @@ class Rectifier:
     def _next_input(self, token: torch.Tensor, continues: bool) -> dict[str, torch.Tensor]:
         """What the Copilot is fed: the start vector, ℓ of the token just emitted, or (predicted) its own last f.
 
-        Realised: ℓ_{i−1} = onehot(token) − p̂_{i−1}, as in training. Predicted (Algorithm 2): f_{i−1}.
+        Realised: ℓ_{i−1} = onehot(token) − p̂_{i−1}, as in training. Predicted (Algorithm 2): f_{i−1}. After a token
+        that the Copilot has no row for (a padding row of this Pilot) it is fed the start vector.
         """
         rows, top_k = len(token), self.config.top_k
-        is_start = torch.full((rows, 1), not continues, device=token.device)
+        is_start = (token >= self.config.vocab_size)[:, None] | (not continues)  # [R, 1]
+        token = token.clamp(max=self.config.vocab_size - 1)
         if not continues:
             indices, values = token[:, None, None], torch.zeros(rows, 1, 1, device=token.device)
             return {"input_indices": indices, "input_values": values, "is_start": is_start}

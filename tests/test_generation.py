@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from tiny import VOCAB_SIZE, teacher_forced, tiny_pilot, trained_like
-from transformers import DynamicCache, LogitsProcessor, TextStreamer, pipeline
+from transformers import CompileConfig, DynamicCache, LogitsProcessor, TextStreamer, pipeline
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor
 
@@ -222,6 +222,47 @@ def test_a_cropped_cache_is_followed(pilot):
     check_against_training_path(copilot, pilot, processor.calls, turn.shape[1], lambda row: 0)
 
 
+def test_other_forwards_between_the_turns_of_a_chat(pilot):
+    """A bare forward, a bare text and another processor's, on a kept cache: none of them disturbs it."""
+    copilot, cache = trained_like(pilot), DynamicCache(config=pilot.config)
+    with Recorder(copilot, pilot) as processor, CopilotLogitsProcessor(copilot, pilot) as another:
+        first = generate(pilot, processor, past_key_values=cache)
+        with torch.no_grad():
+            pilot(PROMPT[:1])
+        generate(pilot, None)
+        assert len(processor.rectifier.pending) < 2 * NEW_TOKENS
+        generate(pilot, another, num_beams=2)
+        turn = torch.cat([first, PROMPT], dim=1)
+        processor.calls.clear()
+        generate(pilot, processor, turn, past_key_values=cache)
+    check_against_training_path(copilot, pilot, processor.calls, turn.shape[1], lambda row: 0)
+
+
+def test_going_on_with_beams(pilot):
+    """The number of rows changes in a text that goes on."""
+    copilot = trained_like(pilot)
+    with Recorder(copilot, pilot) as processor:
+        part = generate(pilot, processor, max_new_tokens=3)
+        processor.calls.clear()
+        generate(pilot, processor, part, num_beams=3)
+    check_against_training_path(copilot, pilot, processor.calls, PROMPT.shape[1], lambda row: 0)
+
+
+def test_a_compiled_static_cache(pilot):
+    """As on a GPU, where transformers compiles the forward: before there is a processor, and with several of them."""
+    config = CompileConfig(mode="default", backend="eager")
+    config._compile_all_devices = True
+    settings = {"cache_implementation": "static", "compile_config": config}
+    copilot = trained_like(pilot)
+    generate(pilot, None, **settings)
+    for _ in range(2):
+        with CopilotLogitsProcessor(copilot, pilot) as processor:
+            compiled = generate(pilot, processor, **settings)
+            assert torch.equal(compiled, generate(pilot, processor))
+        bare = generate(pilot, None, **settings)
+        assert torch.equal(bare, generate(pilot, None)) and not torch.equal(bare, compiled)
+
+
 def test_cache_filled_before_the_processor_raises(pilot):
     cache = DynamicCache(config=pilot.config)
     first = generate(pilot, None, past_key_values=cache)
@@ -410,6 +451,11 @@ def test_padding_rows_of_the_pilot_are_left_alone(pilot, tokenizer):
         warnings.simplefilter("error")
         out = generate(wide, processor, output_scores=True, return_dict_in_generate=True)
     assert out.scores[0].shape[1] == VOCAB_SIZE + 8
+    beyond = torch.cat([PROMPT, torch.full((3, 1), VOCAB_SIZE + 2)], dim=1)
+    with CopilotLogitsProcessor(copilot, wide, tokenizer=tokenizer) as processor:
+        torch.manual_seed(0)
+        sampled = generate(wide, processor, beyond, do_sample=True, temperature=20.0, max_new_tokens=20)
+    assert (sampled[:, beyond.shape[1] :] >= VOCAB_SIZE).any()
 
 
 def test_continuous_batching_gives_no_unrectified_text(pilot):

@@ -52,6 +52,13 @@ def reference(pilot):
     return first, torch.stack(outputs)
 
 
+def test_the_check_of_the_head_leaves_every_mode(pilot):
+    pilot.train()
+    pilot.model.layers[0].eval()
+    PilotHead(pilot).check()
+    assert pilot.training and pilot.model.layers[1].training and not pilot.model.layers[0].mlp.training
+
+
 def test_an_encoder_decoder_pilot_raises():
     pilot = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(NotImplementedError, match="encoder-decoder"):
