@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
@@ -25,8 +25,9 @@ class CopilotCallback(TrainerCallback):
     """Co-trains a Copilot in any `transformers.Trainer`: `Trainer(..., callbacks=[CopilotCallback()])`.
 
     It reads the labels and masks that the Pilot's forward is given in training. What a callback can't do, and
-    [`CopilotTrainer`] does: metrics in evaluation, `load_best_model_at_end`, pushing during training, and putting its
-    training metrics before reporters that were added earlier (they are in `trainer.state.log_history`). A resumed run
+    [`CopilotTrainer`] does: metrics in evaluation, `load_best_model_at_end`, pushing during training, finding torn
+    checkpoints, removing its hooks when training ends with an exception (call [`close`]), and putting its training
+    metrics before reporters that were added earlier (they are in `trainer.state.log_history`). A resumed run
     takes the Copilot up from `output_dir/checkpoint-<step>`.
 
     Args:
@@ -67,6 +68,11 @@ class CopilotCallback(TrainerCallback):
             raise NotImplementedError(
                 "CopilotCallback runs in one process on one GPU so far: launch it with plain `python`, and make one "
                 "GPU visible with CUDA_VISIBLE_DEVICES."
+            )
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            raise NotImplementedError(
+                "CopilotCallback does not see the token ids of a Pilot with virtual tokens (prompt tuning, prefix "
+                "tuning, p-tuning): use CopilotTrainer."
             )
         self.close()
         self.learner = make_learner(

@@ -13,10 +13,18 @@ from .modeling_copilot import CopilotModel
 from .pilot_tap import PilotHead, find_layers, unwrap
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the vocabulary (token and id, sorted); the same for every tokenizer of a family."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary, ensure_ascii=False).encode()).hexdigest()
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> str:
+    """`<size>:<SHA-256 of the tokens of the first `size` ids>`, of all by default. Tokens that are added to a
+    tokenizer later leave the fingerprint of the first ones as it was."""
+    size = len(tokenizer) if size is None else size
+    vocabulary = sorted((token, i) for token, i in tokenizer.get_vocab().items() if i < size)
+    return f"{size}:{hashlib.sha256(json.dumps(vocabulary, ensure_ascii=False).encode()).hexdigest()}"
+
+
+def same_vocabulary(tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> bool:
+    """Whether the tokens that a fingerprint was taken of have the same ids in this tokenizer."""
+    size = int(fingerprint.partition(":")[0])
+    return tokenizer_fingerprint(tokenizer, size) == fingerprint
 
 
 def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -38,12 +46,13 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
     config, base = copilot.config, unwrap(pilot)
     find_layers(base)
     rows, known = PilotHead(base).vocab_size, config.tokenizer_fingerprint
-    same_tokens = tokenizer is not None and known is not None and tokenizer_fingerprint(tokenizer) == known
+    same_tokens = tokenizer is not None and known is not None and same_vocabulary(tokenizer, known)
     if tokenizer is not None and known is not None and not same_tokens:
         raise ValueError(
-            "The tokenizer is not the one that this Copilot was trained with (another vocabulary), so its corrections "
-            f"would go to the wrong tokens. Use a Pilot of the family of {config.base_model_name_or_path!r}, or train "
-            "a Copilot beside this one with CopilotTrainer."
+            f"The tokenizer ({len(tokenizer)} tokens) gives other ids than the one that this Copilot was trained with "
+            f"({known.partition(':')[0]} tokens), so its corrections would go to the wrong tokens. Use a Pilot of the "
+            f"family of {config.base_model_name_or_path or config.pilot_model_type!r}, or train a Copilot beside this "
+            "one with CopilotTrainer."
         )
     if rows != config.vocab_size and not same_tokens:
         raise ValueError(

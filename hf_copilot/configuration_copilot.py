@@ -145,6 +145,11 @@ class CopilotConfig(PreTrainedConfig):
         }
         return cls(**(settings | kwargs))
 
+    def differences(self, other: CopilotConfig) -> list[str]:
+        """The fields in which two Copilots differ in shape, in what they read or in how they are trained and fused."""
+        shape = ("num_hidden_layers", "hidden_size", "intermediate_size", "top_k")
+        return [name for name in (*shape, *_CHOICES) if getattr(self, name) != getattr(other, name)]
+
     @property
     def attention_types(self) -> list[str]:
         """`"self"` or `"cross"` for every layer: alternating from `"self"` in Pattern 1, all `"cross"` in 2."""

@@ -42,6 +42,9 @@ class CopilotLearner:
     With several processes (DDP) each has its own log and draws; losses, gradients and metrics are summed over them, so
     every process must call `start`, `step` and `pop_metrics`. The Copilots stay the same on all.
 
+    `exported().save_pretrained(...)` saves the Copilot; [`hf_copilot.learner_state`] saves and loads what a run that
+    goes on needs besides.
+
     Args:
         copilot: Trained in place; moved to the device of the Pilot's head.
         pilot: The model that is fine-tuned, wrapped or not.
@@ -362,7 +365,9 @@ class CopilotLearner:
         return model
 
     def exported(self) -> CopilotModel:
-        """The Copilot as plain weights: itself, or a copy with its adapter merged."""
+        """The Copilot as plain weights: itself, or a copy of now with its adapter merged, and with the same config."""
         if self.peft_model is None:
             return self.copilot
-        return copy.deepcopy(self.peft_model).merge_and_unload()
+        merged = copy.deepcopy(self.peft_model).merge_and_unload()
+        merged.config = self.copilot.config
+        return merged

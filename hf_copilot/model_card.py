@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from huggingface_hub import ModelCard, ModelCardData
 
 from .configuration_copilot import CopilotConfig
@@ -59,8 +57,7 @@ Zou et al., *Transformer Copilot: Learning from the Mistake Log in LLM Fine-tuni
 
 def copilot_card(config: CopilotConfig) -> ModelCard:
     """The model card of a Copilot; keys that are not known are left out."""
-    base = config.base_model_name_or_path
-    on_hub = base if base and not os.path.isdir(base) else None
+    on_hub = config.base_model_name_or_path
     metadata = ModelCardData(
         library_name="hf_copilot",
         base_model=on_hub,

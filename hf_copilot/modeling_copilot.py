@@ -324,6 +324,8 @@ class CopilotModel(PreTrainedModel):
         """As `PreTrainedModel.push_to_hub`, in one commit and with the Copilot's own card; gives the commit's URL."""
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, max_shard_size=max_shard_size)
             card = copilot_card(self.config)

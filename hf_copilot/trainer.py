@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from rich.console import Console
 from transformers import (
@@ -69,12 +71,29 @@ def make_copilot(
     else:
         raise TypeError(f"copilot={copilot!r}: pass None, a CopilotConfig, a CopilotModel, a path or a Hub id.")
     base = unwrap(pilot).config
-    copilot.config.base_model_name_or_path = base.name_or_path or None
+    copilot.config.base_model_name_or_path = base.name_or_path if is_hub_id(base.name_or_path) else None
     copilot.config.base_model_revision = getattr(base, "_commit_hash", None)
     copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
     copilot.config.hf_copilot_version = __version__
     copilot.config.results = None
     return copilot
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a repository on the Hub, and is no folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(name) and not os.path.exists(name)
+
+
+def check_data(argument: str, data: Any) -> None:
+    """Raise a `ValueError` for a data set without rows."""
+    parts = data if isinstance(data, dict) else {"": data}
+    for name, part in parts.items():
+        if hasattr(part, "__len__") and len(part) == 0:
+            raise ValueError(f"`{argument}` {name} is empty: it has no rows to train on or to measure.")
 
 
 def make_learner(
@@ -130,9 +149,15 @@ def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None
     """Load the Copilot's exported weights, its λ and results; one that is trained with an adapter has its weights in
     its learner's state."""
     folder, config = Path(checkpoint) / WEIGHTS_FOLDER, learner.copilot.config
+    saved = CopilotConfig.from_pretrained(folder)
+    different = {name: (getattr(saved, name), getattr(config, name)) for name in saved.differences(config)}
+    if different:
+        raise ValueError(
+            f"The Copilot in {checkpoint} has other settings than this run's (saved, now): {different}. Resume with "
+            "the settings that it was started with."
+        )
     if learner.peft_model is None:
         learner.copilot.load_state_dict(CopilotModel.from_pretrained(folder).state_dict())
-    saved = CopilotConfig.from_pretrained(folder)
     config.strength, config.results = saved.strength, saved.results
 
 
@@ -180,10 +205,14 @@ class CopilotMixin:
     ):
         copilot_peft_config = copy.deepcopy(copilot_peft_config)  # PEFT writes into the Pilot's, perhaps the same
         bound = inspect.signature(super().__init__).bind_partial(model, args, *more, **kwargs)
-        data = bound.arguments.get("train_dataset")
-        if hasattr(data, "__len__") and len(data) == 0:
-            raise ValueError("`train_dataset` is empty: there is nothing to train on.")
-        super().__init__(model, args, *more, **kwargs)
+        for argument in ("train_dataset", "eval_dataset"):
+            check_data(argument, bound.arguments.get(argument))
+        try:
+            super().__init__(model, args, *more, **kwargs)
+        except StopIteration as error:
+            raise ValueError("A streamed data set is empty: it has no rows to train on or to measure.") from error
+        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
+            raise ValueError("No row of `train_dataset` has a labelled token: look at its masks and at max_length.")
         self._check_supported(copilot_peft_config)
         self.copilot_args = self.args if isinstance(self.args, CopilotArguments) else CopilotArguments()
         self.learner = make_learner(

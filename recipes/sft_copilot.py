@@ -48,7 +48,9 @@ class RecipeArguments:
         default="default", metadata={"help": "Settings of the Copilot.", "choices": ["default", "paper"]}
     )
     copilot_init: str = field(default="pilot", metadata={"help": "'pilot', 'random', or another checkpoint."})
-    copilot_layers: int | None = field(default=2, metadata={"help": "Layers of the Copilot; null takes all."})
+    copilot_layers: int | None = field(
+        default=None, metadata={"help": "Layers of the Copilot, 0 for all of its source; default: the preset's."}
+    )
     validation_rows: int = field(default=200, metadata={"help": "Rows of the training split kept for evaluation."})
     generate_rows: int = field(default=200, metadata={"help": "Test rows answered by generation; 0 for none."})
     answer_pattern: str = field(
@@ -158,6 +160,8 @@ def main(
             "dtype": model_args.dtype,
         }
     make_config = CopilotConfig.paper if recipe.copilot_preset == "paper" else CopilotConfig
+    layers = {} if recipe.copilot_layers is None else {"num_hidden_layers": recipe.copilot_layers or None}
+    resume = training_args.resume_from_checkpoint
     trainer = CopilotTrainer(
         model=model,
         args=training_args,
@@ -166,9 +170,9 @@ def main(
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
-        copilot=make_config(init=recipe.copilot_init, num_hidden_layers=recipe.copilot_layers),
+        copilot=make_config(init=recipe.copilot_init, **layers),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     trainer.save_model()
     if recipe.generate_rows:
         compare(trainer, tokenizer, rows["test"].select(range(min(recipe.generate_rows, len(rows["test"])))), recipe)

@@ -259,3 +259,11 @@ def test_kills_lose_nothing(tmp_path):
     killed, _ = survive(tmp_path / "killed", kills=8)
     assert killed >= 1
     assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "whole")
+
+
+def test_resuming_with_other_settings_raises(tmp_path, straight):
+    other = CopilotConfig(dropout=0.1, hidden_state_lag=0)
+    with pytest.raises(ValueError, match="hidden_state_lag.*(1, 0)"):
+        make_trainer(tmp_path, copilot=other).train(
+            resume_from_checkpoint=str(Path(straight.args.output_dir) / "checkpoint-2")
+        )

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB_SIZE, tiny_pilot, tiny_tokenizer, trained_like
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotModel, check_pilot, copilot_for
 from hf_copilot.compatibility import tokenizer_fingerprint
@@ -178,6 +178,10 @@ def test_push_to_hub_is_one_commit_with_the_card(pilot, monkeypatch):
 
     monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: Repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    branches = []
+    monkeypatch.setattr(HfApi, "create_branch", lambda self, repo, *, branch, exist_ok: branches.append(branch))
+    copilot.push_to_hub("copilot", revision="v2")
+    assert branches == [commits.pop()["revision"]] == ["v2"]
     assert copilot.push_to_hub("copilot", tags=["mine"]) == "url"
     (commit,) = commits
     card = commit["README.md"].decode()
@@ -201,8 +205,10 @@ def test_check_pilot(pilot, tokenizer):
     copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
     other = tiny_tokenizer()
     other.add_tokens(["<new>"])
-    assert isinstance(other, PreTrainedTokenizerFast)
-    with pytest.raises(ValueError, match="another vocabulary"):
-        check_pilot(copilot, pilot, other)
+    check_pilot(copilot, pilot, other)
+    copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(other)
+    with pytest.raises(ValueError, match=r"47 tokens.*48 tokens"):
+        check_pilot(copilot, pilot, tokenizer)
+    copilot.config.tokenizer_fingerprint = None
     with pytest.raises(ValueError, match="layers"):
         check_pilot(copilot, torch.nn.Linear(2, 2))

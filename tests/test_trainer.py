@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny import QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -318,6 +318,12 @@ def test_an_empty_data_set_and_a_wrong_copilot_raise(tmp_path):
 
     with pytest.raises(ValueError, match="empty"):
         build(train_dataset=Dataset.from_dict({"prompt": [], "completion": []}))
+    with pytest.raises(ValueError, match="`eval_dataset` b is empty"):
+        build(eval_dataset={"a": addition(2), "b": Dataset.from_dict({"prompt": [], "completion": []})})
+    with pytest.raises(ValueError, match="streamed data set is empty"):
+        build(train_dataset=IterableDataset.from_generator(lambda: iter(())), args=SFTConfig(**settings(tmp_path)))
+    with pytest.raises(ValueError, match="No row of `train_dataset`"):
+        build(args=SFTConfig(**settings(tmp_path, max_length=3)))
     with pytest.raises(TypeError, match="CopilotConfig"):
         build(copilot=3)
     from tiny import trained_like
@@ -409,3 +415,46 @@ def test_the_callback_without_labels_raises(tmp_path):
 def test_a_wrapped_pilot_is_trained_too(tmp_path):
     pilot = get_peft_model(tiny_pilot(), LoraConfig(task_type="CAUSAL_LM", r=2))
     assert train(CopilotTrainer, tmp_path, pilot=pilot).learner.steps == 4
+
+
+def test_the_callback_and_virtual_tokens_raise(tmp_path):
+    trainer = SFTTrainer(
+        model=tiny_pilot(),
+        args=SFTConfig(**settings(tmp_path)),
+        train_dataset=addition(16),
+        processing_class=tiny_tokenizer(),
+        peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        callbacks=[CopilotCallback()],
+    )
+    with pytest.raises(NotImplementedError, match="use CopilotTrainer"):
+        trainer.train()
+
+
+def test_prompt_tuning(tmp_path):
+    peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    assert train(CopilotTrainer, tmp_path, peft=peft).state.log_history[0]["copilot_loss"] > 0
+
+
+def test_a_local_path_of_the_pilot_stays_private(tmp_path):
+    tiny_pilot().save_pretrained(tmp_path / "pilot")
+    tiny_tokenizer().save_pretrained(tmp_path / "pilot")
+    trainer = CopilotTrainer(
+        model=str(tmp_path / "pilot"),
+        args=CopilotSFTConfig(**settings(tmp_path / "out")),
+        train_dataset=addition(16),
+    )
+    trainer.copilot.save_pretrained(tmp_path / "copilot")
+    for file in ("config.json", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "copilot" / file).read_text()
+
+
+def test_settings_of_an_adapted_copilot_are_live(tmp_path):
+    trainer = CopilotTrainer(
+        model=tiny_pilot(),
+        args=CopilotSFTConfig(**settings(tmp_path)),
+        train_dataset=addition(16),
+        processing_class=tiny_tokenizer(),
+        copilot_peft_config=LoraConfig(r=2),
+    )
+    trainer.copilot.config.strength = 0.5
+    assert trainer.copilot.config.strength == 0.5
