@@ -217,6 +217,20 @@ def test_the_log_keeps_the_last_rounds_within_its_bytes():
         MistakeLog(max_rounds=0)
 
 
+@pytest.mark.parametrize("stored_embeddings, megabytes, rounds", [(0, 560, 128), (255, 1094, 125)])
+def test_the_size_of_a_log(stored_embeddings, megabytes, rounds):
+    ints, floats, labelled, width = torch.arange(255), torch.zeros(255, 2048, dtype=torch.bfloat16), 10, 65
+    record = MistakeRecord(
+        ints, floats[:stored_embeddings], floats, ints[:labelled], ints[:labelled], floats[:labelled],
+        torch.zeros(labelled, width, dtype=torch.int32), torch.zeros(labelled, width), torch.zeros(labelled),
+    )  # fmt: skip
+    assert round(128 * 4 * record.nbytes / 1e6) == megabytes
+    log = MistakeLog()
+    for _ in range(128):
+        log.append([record] * 4)
+    assert len(log.rounds) == rounds
+
+
 def test_the_cap_is_said_once_and_logged(pilot, caplog):
     learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=9, log=MistakeLog(max_bytes=1))
     for _ in range(3):
