@@ -11,13 +11,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from .assembly import is_logging_step, load_checkpoint, make_copilot, make_learner
 from .checkpoint import STATE_FOLDER, WEIGHTS_FOLDER
 from .configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
 from .learner_state import save_state, written_beside
 from .modeling_copilot import CopilotModel
 from .pilot_tap import unwrap
-from .trainer import is_logging_step, load_checkpoint, make_copilot, make_learner
 from .training_args import CopilotArguments
 
 

@@ -26,7 +26,7 @@ from .discrepancy import cross_entropy_loss, fuse, rmse_loss, row_chunks
 from .distributed import copy_from_main_process, num_processes, process_index, sum_count, sum_over_processes
 from .mistake_log import MistakeLog, MistakeRecord
 from .modeling_copilot import CopilotModel
-from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, PilotTap, isolated_rng
+from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, PilotTap, is_sharded, isolated_rng
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class CopilotLearner:
         log_dtype: Of the hidden states in the log.
         seed: Of the draws from the log and of the Copilot's dropout.
         autocast_dtype: Runs the Copilot under autocast in this type; None for its own.
+        compile_backend: Compiles the Copilot's forward with this backend of `torch.compile`; None does not.
         peft_config: Trains the Copilot with this adapter; its new modules are trained in full.
     """
 
@@ -73,25 +74,31 @@ class CopilotLearner:
         log_dtype: torch.dtype = torch.bfloat16,
         seed: int = 42,
         autocast_dtype: torch.dtype | None = None,
+        compile_backend: str | None = None,
         peft_config: PeftConfig | None = None,
     ):
         self.head, self.embedding = PilotHead(pilot), PilotEmbedding(pilot)
+        if is_sharded(copilot):
+            raise NotImplementedError(
+                "The Copilot is sharded (fully_shard), but each process must hold it whole: where it is too large, "
+                "train it with an adapter (copilot_peft_config=LoraConfig(...))."
+            )
         if copilot.config.vocab_size != self.head.vocab_size:
             raise ValueError(
                 f"The Copilot has {copilot.config.vocab_size} output rows and the Pilot {self.head.vocab_size}: train "
                 "a Copilot beside a Pilot of its own vocabulary, or build one with copilot_for(pilot)."
             )
-        self.device = self.head.pilot.get_output_embeddings().weight.device
+        self.device = self.head.device
         self.copilot = copilot.to(self.device)
         with isolated_rng(self.device, seed):
             self.peft_model = self._add_adapter(peft_config) if peft_config is not None else None
+        self.forward = torch.compile(copilot, backend=compile_backend, dynamic=True) if compile_backend else copilot
         self.learning_rate, self.weight_decay, self.max_grad_norm = learning_rate, weight_decay, max_grad_norm
         self.warmup_steps, self.lr_scheduler_type = warmup_steps, lr_scheduler_type
         self.lr_scheduler_kwargs = lr_scheduler_kwargs or {}
         self.log = log if log is not None else MistakeLog()
         self.log_dtype, self.seed, self.autocast_dtype = log_dtype, seed, autocast_dtype
         self._forget()
-        self.sums = {"train": self._no_sums(), "eval": self._no_sums()}
         self._listening, self._caught = False, None
         config = copilot.config
         self.tap = PilotTap(pilot, config.pooled_layers, config.pooling, self._catch, lambda: self._listening)
@@ -105,6 +112,7 @@ class CopilotLearner:
         self.round: list[MistakeRecord] = []
         self.log.clear()
         self.largest_batch = 1  # positions of the Pilot's largest micro-batch, the bound of the Copilot's own
+        self.sums = {"train": self._no_sums(), "eval": self._no_sums()}
         self.loss_sum = torch.zeros((), device=self.device)
         self.loss_count = 0
 
@@ -113,6 +121,8 @@ class CopilotLearner:
         The Copilot's weights stay; those of the main process are copied to all."""
         self.head.check()
         self.tap.open()
+        self.device = self.head.device  # FSDP moves the Pilot late
+        self.copilot.to(self.device)
         self._forget()
         copy_from_main_process(self.copilot.parameters())
         decay = [p for p in self.trainable_parameters() if p.ndim > 1]
@@ -149,7 +159,8 @@ class CopilotLearner:
         with self._watch(inputs):
             yield
         self.largest_batch = max(self.largest_batch, inputs["labels"].numel())
-        self.round += self._records(inputs, dtype=self.log_dtype, device="cpu")
+        with self.head.gathered():
+            self.round += self._records(inputs, dtype=self.log_dtype, device="cpu")
 
     @contextmanager
     def evaluate(self, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -157,14 +168,16 @@ class CopilotLearner:
         with self._watch(inputs):
             yield
         self.largest_batch = max(self.largest_batch, inputs["labels"].numel())
-        self.sums["eval"] += self.score(self._records(inputs))
+        with self.head.gathered():
+            self.sums["eval"] += self.score(self._records(inputs))
 
     def read(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
         """The records of one forward, neither logged nor measured; the hooks are gone afterwards."""
         with self._watch(inputs):
             forward()
         self.close()
-        return self._records(inputs)
+        with self.head.gathered():
+            return self._records(inputs)
 
     @contextmanager
     def _watch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -200,15 +213,20 @@ class CopilotLearner:
             measure: First add this round's documents, which the Copilot has not seen, to the training metrics.
         """
         records, self.round = self.round, []
-        if records and measure:
-            self.sums["train"] += self.score(records)
-        if records:
-            self._append(records)
-        draw = [self._random_start(record) for record in self.log.sample(len(records), self.generator)]
-        with isolated_rng(self.device, self.seed + 1_000_003 * self.steps + process_index()):
-            self._update(draw)
+        with self.head.gathered(), isolated_rng(self.device, self.seed + 1_000_003 * self.steps + process_index()):
+            if records and measure:
+                self._measure(records)
+            if records:
+                self._append(records)
+            self._update([self._random_start(record) for record in self.log.sample(len(records), self.generator)])
         self.steps += 1
         self.scheduler.step()
+
+    def _measure(self, records: list[MistakeRecord]) -> None:
+        try:
+            self.sums["train"] += self.score(records)
+        except torch.OutOfMemoryError:
+            logger.warning("Memory ran out while the Copilot was measured: these documents are not in the metrics.")
 
     def _append(self, records: list[MistakeRecord]) -> None:
         was_capped = self.log.capped
@@ -285,7 +303,7 @@ class CopilotLearner:
 
     def _hidden(self, batch: CopilotBatch) -> torch.Tensor:
         """The Copilot's last hidden states at the batch's queries, `[Q, d]`, in the type of its matrix products."""
-        hidden = self.copilot(**batch.inputs).last_hidden_state[batch.valid]
+        hidden = self.forward(**batch.inputs).last_hidden_state[batch.valid]
         return hidden.to(self.autocast_dtype or hidden.dtype)
 
     def _autocast(self) -> torch.autocast:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
@@ -126,7 +127,7 @@ class CopilotMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class CopilotLayer(nn.Module):
+class CopilotLayer(GradientCheckpointingLayer):
     """One pre-norm decoder block: attention ("self" over the Copilot's own states, "cross" over the memory), MLP.
 
     The names are those of the Llama family, so that its weights fit; a cross layer norms the memory with a copy of
@@ -184,6 +185,7 @@ class CopilotModel(PreTrainedModel):
     main_input_name = "input_values"
     _no_split_modules = ["CopilotLayer"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: CopilotConfig):
         super().__init__(config)

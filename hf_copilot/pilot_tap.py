@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 # A compiled forward must look whether there are hooks now: a static cache compiles the Pilot, with or without ours.
@@ -186,6 +188,11 @@ class PilotTap:
             states.next_logits = logits[:, -1].detach().clone()
 
 
+def is_sharded(pilot: nn.Module) -> bool:
+    """Whether processes share its parameters (FSDP2, `fully_shard`)."""
+    return any(isinstance(module, FSDPModule) for module in pilot.modules())
+
+
 class PilotEmbedding:
     """X̃ from token ids, for a Pilot whose embedding matrix is frozen: then the log need not hold X̃."""
 
@@ -199,9 +206,10 @@ class PilotEmbedding:
 
     def gives(self, embeddings: torch.Tensor, input_ids: torch.Tensor) -> bool:
         """Whether these token ids will give exactly this X̃ from now on: nothing trains the matrix, and layer 0 is fed
-        its rows as they are (no positions, scale or noise on top)."""
+        its rows as they are (no positions, scale or noise on top). Never where the Pilot is sharded: the matrix would
+        have to be gathered for every draw."""
         module = self.pilot.get_input_embeddings()
-        if not isinstance(module, nn.Embedding) or module.weight.requires_grad:
+        if not isinstance(module, nn.Embedding) or module.weight.requires_grad or is_sharded(self.pilot):
             return False
         own = self(input_ids)
         return own.shape == embeddings.shape and torch.equal(own.to(embeddings.device), embeddings)
@@ -214,12 +222,17 @@ class PilotHead:
     """
 
     def __init__(self, pilot: nn.Module):
-        self.pilot = unwrap(pilot)
+        self.trained, self.pilot = extract_model_from_parallel(pilot, keep_torch_compile=False), unwrap(pilot)
         if self.pilot.get_output_embeddings() is None:
             raise ValueError(f"{type(self.pilot).__name__} has no output head (`get_output_embeddings()` is None).")
         config = self.pilot.config.get_text_config()
         self.scale = _logit_scale(config)
         self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.whole: dict[str, torch.Tensor] = {}  # the head's parameters inside `gathered`
+
+    @property
+    def device(self) -> torch.device:
+        return self.pilot.get_output_embeddings().weight.device
 
     @property
     def vocab_size(self) -> int:
@@ -227,40 +240,54 @@ class PilotHead:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., d_P]` -> z `[..., V]` float32, without gradient."""
-        head = self.pilot.get_output_embeddings()
+        head, device = self.pilot.get_output_embeddings(), hidden.device
+        weight = self.whole.get("weight", head.weight)  # [V, d_P]
         with torch.no_grad():
-            logits = head(hidden.to(head.weight.device, head.weight.dtype)).float()
+            hidden = hidden.to(weight.device, weight.dtype)
+            logits = (F.linear(hidden, **self.whole) if self.whole else head(hidden)).float()
             if self.scale != 1.0:
                 logits = logits * self.scale
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits.to(hidden.device)
+        return logits.to(device)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hold the whole head inside the block where processes share it (FSDP2): every process must enter. Right
+        after a forward it usually is whole, and nothing is sent."""
+        parameters = self.pilot.get_output_embeddings().named_parameters()
+        self.whole = {name: value.full_tensor() for name, value in parameters if isinstance(value, DTensor)}
+        try:
+            yield
+        finally:
+            self.whole = {}
 
     def check(self) -> None:
-        """Compare with the model's own logits on a few tokens: eval mode, forked random state.
+        """Compare with the model's own logits on a few tokens: forked random state; eval mode, unless quantised.
 
         Raises:
             ValueError: If they differ by more than 2 % of the largest logit.
         """
-        pilot, caught = self.pilot, []
-        device = pilot.get_input_embeddings().weight.device
+        pilot, caught = self.trained, []
+        device = self.pilot.get_input_embeddings().weight.device
         input_ids = torch.arange(8, device=device)[None] % self.vocab_size  # [1, 8]
         decoder, _ = find_layers(pilot)
         handle = decoder.register_forward_hook(lambda module, args, output: caught.append(output[0]))
         modes = [(module, module.training) for module in pilot.modules()]
         try:
             with torch.no_grad(), isolated_rng(device):
-                pilot.eval()
+                pilot.train(getattr(self.pilot, "is_quantized", False))  # bitsandbytes repacks on a CPU for inference
                 expected = pilot(input_ids=input_ids, use_cache=False).logits.float()  # [1, 8, V]
         finally:
             handle.remove()
             for module, was_training in modes:
                 module.training = was_training
-        found = self(caught[0]).to(expected.device)  # [1, 8, V]
+        with self.gathered():
+            found = self(caught[0]).to(expected.device)  # [1, 8, V]
         error, largest = (found - expected).abs().max().item(), expected.abs().max().item()
         if not error <= 0.02 * largest + 1e-6:
             raise ValueError(
-                f"The logits of {type(pilot).__name__} can't be recomputed from its decoder's output and its head: "
+                f"The logits of {type(self.pilot).__name__} can't be recomputed from its decoder's output and head: "
                 f"they differ by {error:.3g} (largest logit {largest:.3g}). It scales or caps them in a way that "
                 "hf_copilot does not know; please report the model."
             )

@@ -8,25 +8,14 @@ import inspect
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
-import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from rich.console import Console
-from transformers import (
-    IntervalStrategy,
-    SchedulerType,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 from trl import SFTTrainer
 
+from .assembly import check_data, is_logging_step, load_checkpoint, load_weights, make_copilot, make_learner
 from .checkpoint import (
     STATE_FOLDER,
     WEIGHTS_FOLDER,
@@ -35,135 +24,17 @@ from .checkpoint import (
     newest_whole_checkpoint,
     write_manifest,
 )
-from .compatibility import check_pilot, tokenizer_fingerprint
 from .configuration_copilot import CopilotConfig
-from .learner import CopilotLearner
 from .learner_state import load_state, save_state, written_beside
-from .mistake_log import MistakeLog
 from .modeling_copilot import CopilotModel
-from .pilot_tap import unwrap
 from .report import describe_start, table_of_training
 from .training_args import CopilotArguments
-from .version import __version__
-from .weights import copilot_for
-
-logger = logging.get_logger(__name__)
 
 CARD_LINE = (
     "\n## Copilot\n\nThis model was fine-tuned together with a [Transformer Copilot]"
     "(https://huggingface.co/papers/2505.16270), which rectifies it while it generates: see "
     f"[`{WEIGHTS_FOLDER}/`]({WEIGHTS_FOLDER}/README.md).\n"
 )
-
-
-def make_copilot(
-    copilot: CopilotModel | CopilotConfig | str | os.PathLike | None, pilot: torch.nn.Module, tokenizer: Any = None
-) -> CopilotModel:
-    """The Copilot to train beside a Pilot: the one that is given (a model, a path or Hub id), or a new one by its
-    config; with what [`check_pilot`] compares written into its config."""
-    if isinstance(copilot, str | os.PathLike):
-        copilot = CopilotModel.from_pretrained(copilot)
-    if isinstance(copilot, CopilotModel):
-        check_pilot(copilot, pilot, tokenizer)
-        copilot.float().train()
-    elif copilot is None or isinstance(copilot, CopilotConfig):
-        copilot = copilot_for(pilot, copilot)
-    else:
-        raise TypeError(f"copilot={copilot!r}: pass None, a CopilotConfig, a CopilotModel, a path or a Hub id.")
-    base = unwrap(pilot).config
-    copilot.config.base_model_name_or_path = base.name_or_path if is_hub_id(base.name_or_path) else None
-    copilot.config.base_model_revision = getattr(base, "_commit_hash", None)
-    copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
-    copilot.config.hf_copilot_version = __version__
-    copilot.config.results = None
-    return copilot
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name can be a repository on the Hub, and is no folder here."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return bool(name) and not os.path.exists(name)
-
-
-def check_data(argument: str, data: Any) -> None:
-    """Raise a `ValueError` for a data set without rows."""
-    parts = data if isinstance(data, dict) else {"": data}
-    for name, part in parts.items():
-        if hasattr(part, "__len__") and len(part) == 0:
-            raise ValueError(f"`{argument}` {name} is empty: it has no rows to train on or to measure.")
-
-
-def make_learner(
-    copilot: CopilotModel,
-    pilot: torch.nn.Module,
-    args: Any,
-    copilot_args: CopilotArguments,
-    peft_config: PeftConfig | None = None,
-) -> CopilotLearner:
-    """A learner with the Pilot's seed, schedule and mixed precision, and the Copilot's own learning rate. A schedule
-    that follows a metric is replaced by a constant one, with a warning."""
-    schedule, schedule_kwargs = args.lr_scheduler_type, args.lr_scheduler_kwargs
-    if schedule in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
-        logger.warning(f"lr_scheduler_type={schedule.value!r} follows the Pilot's metric: the Copilot's is constant.")
-        schedule, schedule_kwargs = SchedulerType.CONSTANT_WITH_WARMUP, None
-    return CopilotLearner(
-        copilot,
-        pilot,
-        learning_rate=copilot_args.copilot_learning_rate,
-        weight_decay=copilot_args.copilot_weight_decay,
-        max_grad_norm=copilot_args.copilot_max_grad_norm,
-        lr_scheduler_type=schedule,
-        lr_scheduler_kwargs=schedule_kwargs,
-        log=MistakeLog(copilot_args.copilot_log_rounds, copilot_args.copilot_log_max_bytes),
-        log_dtype=getattr(torch, copilot_args.copilot_log_dtype),
-        seed=args.seed,
-        autocast_dtype=torch.bfloat16 if args.bf16 else None,
-        peft_config=peft_config,
-    )
-
-
-def load_checkpoint(learner: CopilotLearner, checkpoint: str | os.PathLike, start_fresh: bool) -> None:
-    """Take the Copilot and its learner's state up from a Trainer checkpoint.
-
-    Raises:
-        ValueError: If the checkpoint holds no Copilot (plain SFTTrainer wrote it) and `start_fresh` is not set.
-    """
-    checkpoint = Path(checkpoint)
-    if (checkpoint / STATE_FOLDER).is_dir():
-        load_weights(learner, checkpoint)
-        load_state(learner, checkpoint / STATE_FOLDER)
-    elif start_fresh:
-        logger.warning(f"{checkpoint} holds no Copilot: starting a fresh one (copilot_start_fresh=True).")
-    else:
-        raise ValueError(
-            f"{checkpoint} holds no Copilot to resume ({STATE_FOLDER}/ is missing; a plain SFTTrainer or "
-            "save_only_model=True wrote it). Set copilot_start_fresh=True in CopilotSFTConfig to resume the Pilot "
-            "with a fresh Copilot."
-        )
-
-
-def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None:
-    """Load the Copilot's exported weights, its λ and results; one that is trained with an adapter has its weights in
-    its learner's state."""
-    folder, config = Path(checkpoint) / WEIGHTS_FOLDER, learner.copilot.config
-    saved = CopilotConfig.from_pretrained(folder)
-    different = {name: (getattr(saved, name), getattr(config, name)) for name in saved.differences(config)}
-    if different:
-        raise ValueError(
-            f"The Copilot in {checkpoint} has other settings than this run's (saved, now): {different}. Resume with "
-            "the settings that it was started with."
-        )
-    if learner.peft_model is None:
-        learner.copilot.load_state_dict(CopilotModel.from_pretrained(folder).state_dict())
-    config.strength, config.results = saved.strength, saved.results
-
-
-def is_logging_step(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
-    """Whether Trainer logs after this step; with `logging_strategy="epoch"` it says so only later."""
-    return control.should_log or (args.logging_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch))
 
 
 class CopilotSteps(TrainerCallback):
@@ -238,10 +109,10 @@ class CopilotMixin:
                 "whole sequences and the whole head. Use DDP (torchrun or accelerate launch, without a "
                 "parallelism_config)."
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             raise NotImplementedError(
-                f"{type(self).__name__} does not support DeepSpeed or FSDP yet: use one process or DDP, with LoRA or "
-                "gradient checkpointing where memory is short."
+                f"{type(self).__name__} does not support DeepSpeed or FSDP1: use FSDP2 "
+                "(fsdp_config={'fsdp_version': 2}), or DDP with LoRA or gradient checkpointing."
             )
         if copilot_peft_config is not None and self.args.save_only_model and self.args.load_best_model_at_end:
             raise ValueError(

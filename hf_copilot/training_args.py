@@ -19,6 +19,8 @@ class CopilotArguments:
         copilot_log_rounds (`int`, defaults to `128`): Rounds (optimizer steps) that the Mistake Log keeps.
         copilot_log_max_bytes (`int`, defaults to 1 GiB): Bound on the log in CPU memory.
         copilot_log_dtype (`str`, defaults to `"bfloat16"`): Type of the hidden states in the log.
+        copilot_gradient_checkpointing (`bool`, defaults to `False`): Recompute its activations in the backward pass.
+        copilot_torch_compile (`bool`, defaults to `False`): Compile it, with the Pilot's `torch_compile_backend`.
         copilot_save_mistake_log (`bool`, defaults to `True`): Save the log in checkpoints. Without it the Pilot still
             resumes exactly, the Copilot with an empty log. It may be large, and holds token ids of the training data.
         copilot_start_fresh (`bool`, defaults to `False`): On resuming from a checkpoint that holds no Copilot, start a
@@ -44,6 +46,12 @@ class CopilotArguments:
             "help": "Type of the hidden states in the Mistake Log.",
             "choices": ["bfloat16", "float16", "float32"],
         },
+    )
+    copilot_gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute the Copilot's activations in the backward pass."}
+    )
+    copilot_torch_compile: bool = field(
+        default=False, metadata={"help": "Compile the Copilot, with the Pilot's torch_compile_backend."}
     )
     copilot_save_mistake_log: bool = field(
         default=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -75,11 +74,31 @@ def block_state(layer: nn.Module) -> dict[str, torch.Tensor]:
         if "lora_" in name or ".original_module." in name:
             continue
         owner, _, leaf = name.rpartition(".")
-        if leaf == "weight" and not parameter.is_floating_point():
-            parameter = dequantize_module_weight(layer.get_submodule(owner))
+        if leaf == "weight" and is_quantized(layer.get_submodule(owner)):
+            parameter = dequantized(layer.get_submodule(owner))
         clean = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
         state[clean.replace("self_attn.", "attention.")] = parameter.detach()
     return state
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a linear layer stores its weight in another form than a floating-point matrix."""
+    weight = module.weight
+    return isinstance(module, nn.Linear) and not (
+        weight.is_floating_point() and weight.ndim == 2 and weight.shape[1] == module.in_features
+    )
+
+
+@torch.no_grad()
+def dequantized(linear: nn.Linear) -> torch.Tensor:
+    """The weight `[out, in]` of a quantised layer, whatever the kind: what it makes of the identity matrix."""
+    was_training = linear.training
+    linear.train()  # bitsandbytes repacks weights on a CPU for inference, and can't train on them any more
+    zero, identity = torch.zeros(1, linear.in_features), torch.eye(linear.in_features)
+    device = linear.weight.device
+    weight = (linear(identity.to(device)) - linear(zero.to(device))).T
+    linear.train(was_training)
+    return weight
 
 
 def _fill_sizes(config: CopilotConfig, source: PreTrainedConfig, num_source_layers: int) -> None:

@@ -30,19 +30,19 @@ VARIANTS = {
 }
 
 
-def make_trainer(folder, rows=64, copilot=None, peft_config=None, copilot_peft_config=None, callbacks=None, **changes):
+def make_trainer(folder, rows=64, copilot=None, pilot=None, callbacks=None, **changes):
     """Six steps, a checkpoint every second, dropout in Pilot and Copilot."""
+    adapters = {name: changes.pop(name, None) for name in ("peft_config", "copilot_peft_config")}
     args = {"max_steps": 6, "logging_steps": 2, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
     args |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     return CopilotTrainer(
-        model=tiny_pilot(attention_dropout=0.1),
+        model=tiny_pilot(attention_dropout=0.1, **(pilot or {})),
         args=CopilotSFTConfig(output_dir=str(folder), **(QUIET | args | changes)),
         train_dataset=addition(rows),
         processing_class=tiny_tokenizer(),
-        peft_config=peft_config,
         copilot=copilot if copilot is not None else CopilotConfig(dropout=0.1),
-        copilot_peft_config=copilot_peft_config,
         callbacks=callbacks,
+        **adapters,
     )
 
 

@@ -1,4 +1,4 @@
-"""Two processes (DDP over gloo): the same Copilot on both, and what one process would have learnt."""
+"""Two processes (DDP and FSDP2 over gloo): one Copilot on both, and what one process would have learnt."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from two_processes import evaluated, learn
 
-from hf_copilot import CopilotConfig
+from hf_copilot import CopilotConfig, CopilotLearner, copilot_for
 
 TESTS = Path(__file__).parent
 LAUNCHERS = {
@@ -29,11 +32,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(launcher: str, folder: Path) -> list[dict]:
+def launch(launcher: str, script: str, folder: Path) -> list[dict]:
     command = [part.format(port=free_port()) for part in LAUNCHERS[launcher]]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "ACCELERATE_USE_CPU": "true"}
-    script = [sys.executable, "-m", *command, str(TESTS / "two_processes.py"), str(folder)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=400, env=environment)
+    run = [sys.executable, "-m", *command, str(TESTS / script), str(folder)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -41,7 +44,7 @@ def launch(launcher: str, folder: Path) -> list[dict]:
 @pytest.fixture(scope="module", params=["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    return folder, *launch(request.param, folder)
+    return folder, *launch(request.param, "two_processes.py", folder)
 
 
 def test_both_have_the_same_copilot_and_the_parents_pilot(ranks):
@@ -86,3 +89,43 @@ def test_repeated_rows_of_an_evaluation_are_not_counted_twice(ranks, tmp_path):
     alone = evaluated(tmp_path)
     for name in ("eval_pilot_nll", "eval_rectified_nll", "eval_rectified_token_accuracy"):
         assert first["eval"][name] == second["eval"][name] == pytest.approx(alone[name], rel=1e-5)
+
+
+def test_a_failure_on_one_process_leaves_the_step_out_on_both(ranks):
+    """The second of three steps failed on the second process alone."""
+    _, *both = ranks
+    for failure in ("no_memory", "not_finite"):
+        first, second = (rank["failed"][failure] for rank in both)
+        assert first == second and first["skipped"] == 1
+        assert first["copilots"][0] == first["copilots"][1] != first["copilots"][2]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return launch("torchrun", "sharded_processes.py", tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.mark.parametrize("variant", ["full", "lora", "tied", "sharded_states"])
+def test_a_sharded_pilot_is_the_parents_and_resumes(sharded, variant):
+    """FSDP2: the Pilot is SFTTrainer's, both processes have one Copilot, resumed equals uninterrupted."""
+    first, second = (rank[variant] for rank in sharded)
+    assert first["sharded"] and second["sharded"]
+    assert {*first["pilots"], *second["pilots"]} == {first["plain_pilot"]}
+    assert len({*first["copilots"], *second["copilots"]}) == 1
+    assert first["eval_rectified_nll"] == second["eval_rectified_nll"]
+
+
+def test_a_sharded_pilot_teaches_what_a_whole_one_does(sharded, ranks):
+    _, whole, _ = ranks
+    losses = [[entry["copilot_loss"] for entry in logs] for logs in (sharded[0]["full"]["logs"], whole["logs"])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_sharded_copilot_raises(pilot):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        copilot = fully_shard(copilot_for(pilot), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(NotImplementedError, match="copilot_peft_config"):
+            CopilotLearner(copilot, pilot)
+    finally:
+        dist.destroy_process_group()

@@ -44,7 +44,7 @@ class Sharded:
 @pytest.mark.parametrize(
     ("owner", "attribute", "value", "message"),
     [
-        ("trainer", "is_fsdp_enabled", True, "FSDP"),
+        ("trainer", "is_fsdp_enabled", True, "use FSDP2"),
         ("trainer", "is_deepspeed_enabled", True, "DeepSpeed"),
         ("trainer", "_is_vlm", True, "vision-language"),
         ("state", "parallelism_config", Sharded, "context, sequence or tensor parallelism"),

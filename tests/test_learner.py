@@ -272,18 +272,6 @@ def test_the_log_survives_saving(pilot, tmp_path):
     assert len(loaded) == 0
 
 
-def test_the_size_of_the_log_at_a_real_shape():
-    """128 rounds of 4 x 256 tokens, hidden size 2048, 10 labelled each, frozen embedding (LoRA): at most 600 MB."""
-    n, m, width, k = 256, 10, 2048, 65
-    half, ints = {"dtype": torch.bfloat16}, {"dtype": torch.int64}
-    record = MistakeRecord(
-        torch.zeros(n, **ints), torch.zeros(0, width, **half), torch.zeros(n, width, **half), torch.zeros(m, **ints),
-        torch.zeros(m, **ints), torch.zeros(m, width, **half), torch.zeros(m, k, dtype=torch.int32),
-        torch.zeros(m, k), torch.zeros(m),
-    )  # fmt: skip
-    assert 128 * 4 * record.nbytes <= 600e6
-
-
 def test_state_of_another_kind_raises(pilot, tmp_path):
     learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=1)
     with pytest.raises(ValueError, match="missing"):

@@ -5,34 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from test_checkpoint import make_trainer
+from test_failure import no_memory, not_finite
 from test_learner import observe, padded_batch
 from tiny import QUIET, addition, tiny_pilot, tiny_tokenizer, trained_like
 from torch import distributed as dist
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotConfig, CopilotLearner
 
 
-def digest(model: torch.nn.Module) -> str:
-    tensors = (tensor.detach().contiguous().float().numpy().tobytes() for tensor in model.state_dict().values())
+def digest(state: dict[str, torch.Tensor]) -> str:
+    tensors = (tensor.detach().contiguous().float().numpy().tobytes() for tensor in state.values())
     return hashlib.sha256(b"".join(tensors)).hexdigest()
 
 
-def plain_pilot(folder: Path) -> str:
-    """What SFTTrainer makes of the same Pilot."""
+def plain_trainer(folder: Path, pilot: PreTrainedModel, peft_config=None, **changes) -> SFTTrainer:
+    """What SFTTrainer makes of a Pilot with the settings of `make_trainer`."""
     args = {"max_steps": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     trainer = SFTTrainer(
-        model=tiny_pilot(attention_dropout=0.1),
-        args=SFTConfig(output_dir=str(folder), **(QUIET | args)),
+        model=pilot,
+        args=SFTConfig(output_dir=str(folder), **(QUIET | args | changes)),
         train_dataset=addition(64),
         processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
     )
     trainer.train()
-    return digest(trainer.model)
+    return trainer
 
 
 def learn(records_of: list[int], config: CopilotConfig) -> CopilotLearner:
@@ -51,6 +56,18 @@ def evaluated(folder: Path) -> dict[str, float]:
     return trainer.evaluate(addition(7, seed=5))
 
 
+def failed(failure: Callable, rank: int) -> dict:
+    """Three steps, the second of which fails on the second process: the Copilot after each, and the steps left out."""
+    pilot = tiny_pilot().eval()
+    learner = CopilotLearner(trained_like(pilot), pilot, num_training_steps=3)
+    records, copilots, works = observe(learner, pilot, padded_batch()), [], learner.batch_loss
+    for step in range(3):
+        learner.batch_loss = partial(failure, learner) if (step, rank) == (1, 1) else works
+        learner._update(records)
+        copilots.append(digest(learner.copilot.state_dict()))
+    return {"copilots": copilots, "skipped": learner.skipped_steps}
+
+
 def main(folder: Path) -> None:
     trainer = make_trainer(folder / "straight")
     trainer.train()
@@ -58,10 +75,10 @@ def main(folder: Path) -> None:
     resumed.train(resume_from_checkpoint=str(folder / "straight" / "checkpoint-4"))
     seen = {
         "processes": dist.get_world_size(),
-        "pilot": digest(trainer.model),
-        "copilot": digest(trainer.copilot),
-        "resumed": [digest(resumed.model), digest(resumed.copilot)],
-        "plain_pilot": plain_pilot(folder / "plain"),
+        "pilot": digest(trainer.model.state_dict()),
+        "copilot": digest(trainer.copilot.state_dict()),
+        "resumed": [digest(resumed.model.state_dict()), digest(resumed.copilot.state_dict())],
+        "plain_pilot": digest(plain_trainer(folder / "plain", tiny_pilot(attention_dropout=0.1)).model.state_dict()),
         "documents": [record.input_ids.tolist() for round_ in trainer.learner.log.rounds for record in round_],
         "logs": [entry for entry in trainer.state.log_history if "copilot_loss" in entry],
         "eval": evaluated(folder),
@@ -75,6 +92,7 @@ def main(folder: Path) -> None:
             weights = torch.cat([p.detach().flatten() for p in learner.copilot.parameters()])
             torch.save(weights, folder / f"{name}-{objective}-{rank}.pt")
             seen["learnt"][f"{name}-{objective}"] = learner.pop_metrics()["copilot_loss"]
+    seen["failed"] = {failure.__name__: failed(failure, rank) for failure in (no_memory, not_finite)}
     (folder / f"{rank}.json").write_text(json.dumps(seen))
     dist.barrier()
 
