@@ -1,8 +1,10 @@
 """No network, quiet libraries, and the tiny Pilot that most tests share."""
 
 import os
+import tempfile
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1", TQDM_DISABLE="1")
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read once, on import
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

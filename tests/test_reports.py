@@ -1,0 +1,65 @@
+"""What the user sees: one line at the start, a table at the end, and every metric in Trainer's integrations."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+from pathlib import Path
+
+import trackio
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_data import train
+from tiny import addition
+
+from hf_copilot import CopilotSFTConfig, CopilotTrainer, MistakeLog
+from hf_copilot.learner import METRICS
+from hf_copilot.report import count_parameters, describe_start, table_of_training
+
+EXPECTED = {f"train/{name}" for name in (*METRICS, "copilot_loss")} | {f"eval/{name}" for name in METRICS}
+
+
+def run(folder, integration, **changes):
+    trainer = train(CopilotTrainer, CopilotSFTConfig, folder, addition(32), report_to=[integration], **changes)
+    trainer.evaluate(addition(4))
+
+
+def test_tensorboard_shows_every_metric(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    run(tmp_path, "tensorboard")
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert set(events.Tags()["scalars"]) >= EXPECTED
+    assert [event.step for event in events.Scalars("train/rectified_nll")] == [2, 4]
+
+
+def test_trackio_shows_every_metric(tmp_path):
+    run(tmp_path, "trackio", project="reports")
+    trackio.finish()
+    database = Path(os.environ["TRACKIO_DIR"]) / "reports.db"
+    rows = [json.loads(row) for (row,) in sqlite3.connect(database).execute("SELECT metrics FROM metrics")]
+    assert set().union(*rows) >= EXPECTED
+
+
+def test_the_line_at_the_start(tmp_path):
+    trainer = train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(32), copilot_log_rounds=7)
+    learner = trainer.learner
+    (pilot_all, _), (own_all, own_trained) = count_parameters(trainer.model), count_parameters(learner.copilot)
+    line = describe_start(learner)
+    assert "\n" not in line and "7 rounds" in line
+    assert re.findall(r"([\d.]+)M parameters", line) == [f"{pilot_all / 1e6:.1f}", f"{own_all / 1e6:.1f}"]
+    assert own_trained == own_all and "per generated token" in line
+
+
+def test_line_and_table_are_printed_when_bars_are_on(tmp_path, capsys):
+    trainer = train(CopilotTrainer, CopilotSFTConfig, tmp_path / "quiet", addition(32))
+    assert "Mistake Log" not in capsys.readouterr().out
+    trainer = train(CopilotTrainer, CopilotSFTConfig, tmp_path / "loud", addition(32), disable_tqdm=False)
+    shown = capsys.readouterr().out
+    assert "Expected extra time" in shown and "Pilot + Copilot" in shown
+    last = [entry for entry in trainer.state.log_history if "rectified_nll" in entry][-1]
+    assert f"{last['pilot_nll']:.4f}" in shown and f"{last['rectified_nll']:.4f}" in shown
+
+
+def test_no_figures_no_table():
+    assert table_of_training([{"loss": 1.0}], MistakeLog().nbytes) is None
