@@ -123,10 +123,10 @@ class CopilotCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         with written_beside(checkpoint / WEIGHTS_FOLDER) as folder:
-            self.copilot.save_pretrained(folder)
+            self.learner.exported("cpu").save_pretrained(folder)
         save_state(self.learner, checkpoint / STATE_FOLDER, self.copilot_args.copilot_save_mistake_log)
 
     def on_train_end(self, args, state, control, **kwargs):
         with written_beside(Path(args.output_dir) / WEIGHTS_FOLDER) as folder:
-            self.copilot.save_pretrained(folder)
+            self.learner.exported("cpu").save_pretrained(folder)
         self.close()

@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 WEIGHTS_FOLDER = "copilot"  # in output_dir and in every checkpoint: the Copilot, ready for from_pretrained
 STATE_FOLDER = "copilot_state"  # in every checkpoint: what a resumed run needs besides
 MANIFEST = "files.json"  # in STATE_FOLDER: the size of every file of the checkpoint
-TORN = "torn-"
+TORN = "_torn-"  # what begins with _ Trainer does not push
 
 
 def begin_checkpoint(checkpoint: str | os.PathLike) -> None:

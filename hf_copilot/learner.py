@@ -382,10 +382,16 @@ class CopilotLearner:
             parameter.data = parameter.data.float()
         return model
 
-    def exported(self) -> CopilotModel:
-        """The Copilot as plain weights: itself, or a copy of now with its adapter merged, and with the same config."""
+    def exported(self, device: str | torch.device | None = None) -> CopilotModel:
+        """The Copilot as plain weights: itself, or a copy of now with its adapter merged, and with the same config.
+
+        Args:
+            device: Where the copy is made; by default where the Copilot is.
+        """
         if self.peft_model is None:
             return self.copilot
-        merged = copy.deepcopy(self.peft_model).merge_and_unload()
+        device = device or self.device
+        copies = {id(p): nn.Parameter(p.detach().to(device, copy=True)) for p in self.peft_model.parameters()}
+        merged = copy.deepcopy(self.peft_model, copies).merge_and_unload()
         merged.config = self.copilot.config
         return merged

@@ -42,7 +42,7 @@ def written_beside(folder: str | os.PathLike) -> Iterator[Path]:
     either the old one or the new one, whole, and a block that fails leaves no trace."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as beside:
+    with tempfile.TemporaryDirectory(prefix=f"_{folder.name}.", dir=folder.parent) as beside:
         yield Path(beside)
         folder.mkdir(exist_ok=True)
         for file in Path(beside).iterdir():

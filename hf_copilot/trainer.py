@@ -195,7 +195,7 @@ class CopilotMixin:
     def save_model(self, output_dir=None, _internal_call=False):
         if self.args.should_save:
             with written_beside(Path(output_dir or self.args.output_dir) / WEIGHTS_FOLDER) as folder:
-                self.copilot.save_pretrained(folder)
+                self.learner.exported("cpu").save_pretrained(folder)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):

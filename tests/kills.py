@@ -71,7 +71,7 @@ def survive(folder: Path, kills: int, seed: int = 0) -> tuple[int, int]:
         killed += 1
     if process.exitcode:
         raise RuntimeError(f"The training process failed with exit code {process.exitcode}.")
-    return killed, len(list(folder.glob("torn-*")))
+    return killed, len(list(folder.glob("_torn-*")))
 
 
 def main() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tiny import SHAPE
 
+from hf_copilot import CopilotConfig
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import checkpoint  # noqa: E402
 import cost  # noqa: E402
 
 
@@ -29,3 +33,17 @@ def test_cost_of_generation():
     row = cost.measure_generation("cpu", "cpu", rows=2, prompt=6, tokens=4, reps=2)
     assert row["rectified_ms_per_token"] > 0 and 0 < row["share_of_weights"] < 1
     assert cost.table([row]).count("|") == 3 * (len(row) + 1)
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_cost_of_a_checkpoint(monkeypatch, training):
+    shape = {name: SHAPE[name] for name in checkpoint.SMALL_DECODER} | {"hidden_size": 64}
+    monkeypatch.setattr(checkpoint, "SMALL_DECODER", shape)
+    monkeypatch.setattr(checkpoint, "LLAMA_3", {"vocab_size": 50, "head_dim": 8})
+    monkeypatch.setattr(
+        checkpoint, "CONFIG", CopilotConfig(init="random", **(shape | {"num_hidden_layers": 2, "head_dim": 8}))
+    )
+    monkeypatch.setattr(checkpoint, "full_log", partial(checkpoint.full_log, 8, 2, 64, 5))
+    row = checkpoint.measure(training)
+    assert row["total_mb"] == row["weights_mb"] + row["optimizer_mb"] + row["log_mb"] > 0
+    assert row["total_s"] > 0

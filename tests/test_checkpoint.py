@@ -124,7 +124,7 @@ def test_a_torn_checkpoint_is_named_and_passed_over(tmp_path, straight, caplog, 
     resumed = make_trainer(folder, callbacks=[Watch()])
     resumed.train(resume_from_checkpoint=True)
     assert started == [2] and "checkpoint-4 is not a whole checkpoint" in caplog.text
-    assert (folder / "torn-checkpoint-4").is_dir() and find_fault(folder / "checkpoint-4") is None
+    assert (folder / "_torn-checkpoint-4").is_dir() and find_fault(folder / "checkpoint-4") is None
     assert_same_run(straight, resumed)
 
 
@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, straight, monkeypatch,
         make_trainer(tmp_path, save_total_limit=1, callbacks=[FillDisk()]).train()
     monkeypatch.undo()
     assert find_fault(tmp_path / "checkpoint-2") is None and find_fault(tmp_path / "checkpoint-4") is not None
-    assert not list((tmp_path / "checkpoint-4").glob("copilot_state.*"))
+    assert not list((tmp_path / "checkpoint-4").glob("_copilot_state.*"))
     resumed = make_trainer(tmp_path)
     resumed.train(resume_from_checkpoint=True)
     assert_same_run(straight, resumed)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny import QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -21,6 +22,8 @@ from hf_copilot import (
     CopilotSFTConfig,
     CopilotTrainer,
 )
+from hf_copilot.checkpoint import TORN
+from hf_copilot.learner_state import written_beside
 
 DROPOUT = {"attention_dropout": 0.1}
 
@@ -257,7 +260,24 @@ def test_best_model_takes_its_copilot_along(tmp_path):
     assert trainer.copilot.config.results["rectified_nll"] == first["eval_rectified_nll"]
 
 
-def test_push_takes_the_copilot_along(tmp_path, monkeypatch):
+def test_only_the_model_is_saved_with_its_copilot(tmp_path):
+    trainer = train(CopilotTrainer, tmp_path, save_strategy="steps", save_steps=2, save_only_model=True)
+    assert not list(tmp_path.rglob("copilot_state"))
+    assert_same(CopilotModel.from_pretrained(tmp_path / "checkpoint-4" / "copilot"), trainer.copilot)
+    with pytest.raises(ValueError, match="copilot_start_fresh=True"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+PUSHED = {  # by strategy: where the Copilot is in each push of a run that saves twice
+    "end": [],
+    "every_save": ["copilot"] * 2,
+    "checkpoint": ["copilot", "last-checkpoint/copilot"] * 2,
+    "all_checkpoints": ["copilot", "checkpoint-2/copilot", "copilot", "checkpoint-4/copilot"],
+}
+
+
+@pytest.mark.parametrize("strategy", PUSHED)
+def test_push_takes_the_copilot_along(tmp_path, monkeypatch, strategy):
     pushed = []
 
     class Api:
@@ -265,16 +285,28 @@ def test_push_takes_the_copilot_along(tmp_path, monkeypatch):
             return type("Repo", (), {"repo_id": repo_id})
 
         def upload_folder(self, folder_path, **kwargs):
-            pushed.append({str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*")})
+            where = Path(kwargs.get("path_in_repo") or ".")
+            files = [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*")]
+            kept = filter_repo_objects(files, ignore_patterns=kwargs.get("ignore_patterns"))
+            pushed.append({str(where / name) for name in kept})
             return type("Job", (), {"done": lambda self: True, "result": lambda self: None})()
 
     monkeypatch.setattr("transformers.trainer.hf_api", Api)
-    trainer = train(
-        CopilotTrainer, tmp_path, save_strategy="steps", save_steps=2, push_to_hub=True, hub_model_id="me/m"
-    )
-    assert all("copilot/model.safetensors" in files for files in pushed) and len(pushed) == 2
+    hub = {"push_to_hub": True, "hub_model_id": "me/m", "hub_strategy": strategy}
+    trainer = train(CopilotTrainer, tmp_path, save_strategy="steps", save_steps=2, **hub)
+    assert len(pushed) == len(PUSHED[strategy])
+    for files, folder in zip(pushed, PUSHED[strategy], strict=True):
+        assert {f"{folder}/model.safetensors", f"{folder}/config.json"} <= files
     trainer.push_to_hub()
     assert {"copilot/config.json", "copilot/README.md", "model.safetensors"} <= pushed[-1]
+
+
+def test_what_is_torn_or_half_written_is_not_pushed(tmp_path):
+    """A Mistake Log holds token ids of the training data."""
+    names = [f"{TORN}checkpoint-4/copilot_state/mistake_log-0.safetensors"]
+    with written_beside(tmp_path / "copilot") as folder:
+        names.append(f"{folder.name}/model.safetensors")
+    assert list(filter_repo_objects(names, ignore_patterns=["_*", "checkpoint-*"])) == []
 
 
 @pytest.mark.parametrize("kind", [SFTConfig, TrainingArguments])
