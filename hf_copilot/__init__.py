@@ -9,8 +9,8 @@ from .learner import CopilotLearner
 from .logits_processor import CopilotLogitsProcessor
 from .mistake_log import MistakeLog
 from .modeling_copilot import CopilotModel
-from .trainer import CopilotTrainer
-from .training_args import CopilotSFTConfig
+from .trainer import CopilotSeq2SeqTrainer, CopilotTrainer
+from .training_args import CopilotSeq2SeqConfig, CopilotSFTConfig
 from .version import __version__
 from .weights import copilot_for
 
@@ -24,6 +24,8 @@ __all__ = [
     "CopilotLogitsProcessor",
     "CopilotModel",
     "CopilotSFTConfig",
+    "CopilotSeq2SeqConfig",
+    "CopilotSeq2SeqTrainer",
     "CopilotTrainer",
     "MistakeLog",
     "__version__",

@@ -1,7 +1,8 @@
 """Documents, targets and runs: from a training batch to records, and from records to a batch of the Copilot.
 
-Position j is a target when the token at j + 1 carries a label, in the same document. A contiguous stretch of targets
-is a run, the unit that one `generate()` call produces; it starts from the learned start vector.
+Position j is a target when the token that the Pilot predicts there carries a label: the token at j + 1 of the same
+document, or, beside an encoder-decoder, the label at j. A contiguous stretch of targets is a run, the unit that one
+`generate()` call produces; it starts from the learned start vector.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from .configuration_copilot import CopilotConfig
 from .discrepancy import SparseDiscrepancy, discrepancy
 from .mistake_log import MistakeRecord
-from .modeling_copilot import interleave, memory_mask
-from .pilot_tap import PilotEmbedding, PilotHead, PilotStates
+from .modeling_copilot import encoder_memory_mask, interleave, memory_mask
+from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, is_encoder_decoder
 
 IGNORE = -100
 
@@ -29,10 +31,13 @@ class Document(NamedTuple):
     end: int
 
 
-def find_documents(inputs: Mapping[str, Any]) -> list[Document]:
-    """The documents of a collated batch: unpadded stretches of `attention_mask`; where there is none (packing,
-    padding-free), a document starts where `position_ids` is 0; with neither, every row is one document."""
+def find_documents(inputs: Mapping[str, Any], has_encoder: bool = False) -> list[Document]:
+    """The documents of a collated batch. Beside an encoder-decoder every row of labels is one. Else: unpadded
+    stretches of `attention_mask`; where there is none (packing, padding-free), a document starts where `position_ids`
+    is 0; with neither, every row is one document."""
     rows, length = inputs["labels"].shape
+    if has_encoder:
+        return [Document(i, 0, length) for i in range(rows)]
     mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and mask.ndim != 2:
         raise ValueError(
@@ -70,30 +75,36 @@ def make_records(
         dtype, device: Of the hidden states and of all tensors in the records; None keeps the Pilot's.
     """
     labels = inputs["labels"].cpu()  # [B, T]
-    length = labels.shape[1]
-    kept, spans, target_lists = [], [], []
-    for row, start, end in find_documents(inputs):
-        targets = (labels[row, start + 1 : end] != IGNORE).nonzero()[:, 0]  # [m], counted from start
+    length, has_encoder = labels.shape[1], is_encoder_decoder(head.pilot)
+    shift = 0 if has_encoder else 1  # the label of position j is at j + shift
+    documents, kept, target_lists = [], [], []
+    for document in find_documents(inputs, has_encoder):
+        row, start, end = document
+        targets = (labels[row, start + shift : end] != IGNORE).nonzero()[:, 0]  # [m], counted from start
         if len(targets):
-            spans.append(int(targets[-1]) + 1)
-            kept.append(torch.arange(spans[-1]) + row * length + start)  # [n], flat positions in the batch
+            documents.append(document)
+            kept.append(torch.arange(int(targets[-1]) + 1) + row * length + start)  # [n], flat positions in the batch
             target_lists.append(targets)
     if not kept:
         return []
     where = torch.cat(kept)  # [N]
     target_where = torch.cat([flat[targets] for flat, targets in zip(kept, target_lists, strict=True)])  # [M]
-    target_labels = labels.flatten()[target_where + 1]  # [M]
+    target_labels = labels.flatten()[target_where + shift]  # [M]
 
     def flat(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return tensor[:, -length:].flatten(0, 1)[positions.to(tensor.device)]
 
     final = flat(states.last_hidden_state, target_where)  # [M, d_P]
     mistake = discrepancy(head, final, target_labels.to(final.device), top_k)
-    input_ids = inputs["input_ids"].cpu().flatten()[where]  # [N]
-    embeddings = flat(states.embeddings, where)  # [N, d_P]
-    embedding_spans = spans
-    if embedding.gives(embeddings, input_ids):
-        embeddings, embedding_spans = embeddings[:0], [0] * len(spans)
+    spans = [len(positions) for positions in kept]
+    if has_encoder:
+        input_ids = flat(states.input_ids, where)  # [N]
+        embeddings, embedding_spans = encoder_outputs(states, [document.row for document in documents])
+    else:
+        input_ids = inputs["input_ids"].cpu().flatten()[where]  # [N]
+        embeddings, embedding_spans = flat(states.embeddings, where), spans  # [N, d_P]
+        if embedding.gives(embeddings, input_ids):
+            embeddings, embedding_spans = embeddings[:0], [0] * len(spans)
     columns = {
         "input_ids": (input_ids, spans),
         "embeddings": (embeddings.to(dtype=dtype), embedding_spans),
@@ -111,6 +122,13 @@ def make_records(
     split = {name: tensor.to(device).split(sizes or counts) for name, (tensor, sizes) in columns.items()}
     records = [MistakeRecord(**dict(zip(split, row, strict=True))) for row in zip(*split.values(), strict=True)]
     return [record for record, is_finite in zip(records, finite, strict=True) if is_finite]
+
+
+def encoder_outputs(states: PilotStates, rows: list[int]) -> tuple[torch.Tensor, list[int]]:
+    """X̃ of some rows without padding, one after the other `[N, d_P]`, and the length of each."""
+    outputs, mask = states.embeddings[rows], states.encoder_attention_mask
+    visible = torch.ones(outputs.shape[:2], dtype=torch.bool) if mask is None else mask[rows] != 0  # [R, S]
+    return outputs[visible.to(outputs.device)], visible.sum(1).tolist()
 
 
 def group_by_length(records: list[MistakeRecord], max_positions: int) -> list[list[MistakeRecord]]:
@@ -141,7 +159,7 @@ class CopilotBatch:
         cls,
         records: list[MistakeRecord],
         embedding: PilotEmbedding,
-        lag: int,
+        config: CopilotConfig,
         device: torch.device,
         dtype: torch.dtype,
     ) -> CopilotBatch:
@@ -153,24 +171,33 @@ class CopilotBatch:
         def cat(name: str) -> torch.Tensor:
             return torch.cat([getattr(record, name) for record in records]).to(device)
 
+        def mask(tensors: list[torch.Tensor]) -> torch.Tensor:
+            return pad([torch.ones(len(tensor), dtype=torch.bool) for tensor in tensors])
+
         length = max(len(record.input_ids) for record in records)
         is_start = pad([record.is_start for record in records])  # [B, m]
         run = is_start.cumsum(1)  # [B, m]
         positions = pad([record.positions for record in records], length)  # [B, m]; padding sees all
         valid = positions < length
-        visible = pad([torch.ones_like(record.input_ids, dtype=torch.bool) for record in records])  # [B, n]
+        visible = mask([record.input_ids for record in records])  # [B, n]
         indices = pad([record.indices for record in records]).long()  # [B, m, k + 1]
         values = pad([record.values for record in records])  # [B, m, k + 1]
         known = [r.embeddings if len(r.embeddings) else embedding(r.input_ids) for r in records]
-        embeddings = pad(known).to(dtype)  # [B, n, d_P]
+        embeddings = pad(known).to(dtype)  # [B, n, d_P], or [B, S, d_P]
         hidden_states = pad([record.hidden_states for record in records]).to(dtype)  # [B, n, d_P]
+        if config.pilot_is_encoder_decoder:
+            memory = torch.cat([embeddings, hidden_states], dim=1)  # [B, S + n, d_P]
+            readable = encoder_memory_mask(positions, mask(known), visible, config.hidden_state_lag)
+        else:
+            memory = interleave(embeddings, hidden_states)  # [B, 2n, d_P]
+            readable = memory_mask(positions, visible, config.hidden_state_lag)
         same_run = run[:, :, None] == run[:, None, :]  # [B, m, m]
         inputs = {
             "input_indices": indices.roll(1, dims=1),  # ℓ of the target before; a start has none
             "input_values": values.roll(1, dims=1),
             "is_start": is_start,
-            "memory": interleave(embeddings, hidden_states),  # [B, 2n, d_P]
-            "memory_mask": memory_mask(positions, visible, lag),  # [B, m, 2n]
+            "memory": memory,
+            "memory_mask": readable,  # [B, m, entries of the memory]
             "self_mask": same_run.tril(),
         }
         sequence = torch.cat([record.is_start for record in records]).cumsum(0) - 1  # [Q]

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .modeling_copilot import CopilotModel
-from .pilot_tap import PilotHead, find_layers, unwrap
+from .pilot_tap import PilotHead, find_layers, is_encoder_decoder, unwrap
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> str:
@@ -58,6 +58,12 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
         raise ValueError(
             f"The Copilot has {config.vocab_size} vocabulary rows and the Pilot {rows}. If both share one tokenizer, "
             "prove it with tokenizer=AutoTokenizer.from_pretrained(<the Pilot>); else train a Copilot beside this one."
+        )
+    if is_encoder_decoder(base) != config.pilot_is_encoder_decoder:
+        kinds = {True: "an encoder-decoder", False: "decoder-only"}
+        raise ValueError(
+            f"The Pilot is {kinds[is_encoder_decoder(base)]} and the Copilot was trained beside one that is "
+            f"{kinds[config.pilot_is_encoder_decoder]}: train a Copilot beside this one."
         )
     text_config = base.config.get_text_config()
     if text_config.hidden_size != config.pilot_hidden_size:

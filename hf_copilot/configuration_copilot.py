@@ -39,13 +39,19 @@ class CopilotConfig(PreTrainedConfig):
         hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, hidden_act, rms_norm_eps,
         attention_bias, attention_output_bias, mlp_bias, qk_norm, vocab_size:
             Shape of the decoder block, named as in transformers' Llama family.
+        attention_scaling (`float`, *optional*):
+            Factor on the scores; `None` is 1 / sqrt(head_dim), T5 has 1.
+        mlp_gated (`bool`, defaults to `True`):
+            Whether the MLP is W_down (act(W_gate x) * W_up x) or W_down act(W_up x), as in T5.
         dropout (`float`, defaults to `0.0`):
             Dropout on both residual branches of every layer, in training.
         pilot_hidden_size (`int`, *optional*):
             Width of the Pilot's hidden states. Where it differs from `hidden_size` one linear layer aligns them.
+        pilot_is_encoder_decoder (`bool`, defaults to `False`):
+            Whether the Pilot has an encoder; set when the Copilot is built for one.
         pattern (`int`, defaults to `1`):
-            The paper's Pattern 1 (odd layers self-attention, even layers modified cross-attention) or 2 (modified
-            cross-attention in every layer).
+            The paper's Pattern 1 (odd layers self-attention, even layers modified cross-attention; beside an
+            encoder-decoder every layer has both) or 2 (modified cross-attention alone in every layer).
         pooled_layers (`str`, defaults to `"all"`):
             Which Pilot layers form h: `"all"`, `"first_half"` or `"second_half"` (the paper's Patterns 3 and 4).
         pooling (`str`, defaults to `"mean"`):
@@ -85,10 +91,13 @@ class CopilotConfig(PreTrainedConfig):
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    attention_scaling: float | None = None
+    mlp_gated: bool = True
     dropout: float = 0.0
     initializer_range: float = 0.02
 
     pilot_hidden_size: int | None = None
+    pilot_is_encoder_decoder: bool = False
     pattern: int = 1
     pooled_layers: str = "all"
     pooling: str = "mean"
@@ -123,11 +132,12 @@ class CopilotConfig(PreTrainedConfig):
                 "error_feedback='predicted' feeds f back as a discrepancy, which only objective='rmse' makes of it. "
                 "Use error_feedback='realized', or the paper's settings: CopilotConfig.paper()."
             )
-        minimum = 2 if self.pattern == 1 else 1
+        minimum = 2 if self.pattern == 1 and not self.pilot_is_encoder_decoder else 1
         if self.num_hidden_layers is not None and self.num_hidden_layers < minimum:
             raise ValueError(
                 f"num_hidden_layers={self.num_hidden_layers}: pattern {self.pattern} needs at least {minimum} "
-                "(one layer of self-attention and one of the modified cross-attention)."
+                "(one of self-attention and one of the modified cross-attention; beside an encoder-decoder, with "
+                "pilot_is_encoder_decoder=True, one layer has both)."
             )
         if self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: must be at least 1.")
@@ -152,9 +162,12 @@ class CopilotConfig(PreTrainedConfig):
 
     @property
     def attention_types(self) -> list[str]:
-        """`"self"` or `"cross"` for every layer: alternating from `"self"` in Pattern 1, all `"cross"` in 2."""
+        """`"self"`, `"cross"` or `"both"` for every layer: Pattern 1 alternates from `"self"`, or has both in every
+        layer beside an encoder-decoder; in Pattern 2 all are `"cross"`."""
         if self.pattern == 2:
             return ["cross"] * self.num_hidden_layers
+        if self.pilot_is_encoder_decoder:
+            return ["both"] * self.num_hidden_layers
         return ["self" if i % 2 == 0 else "cross" for i in range(self.num_hidden_layers)]
 
 

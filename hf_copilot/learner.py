@@ -241,9 +241,9 @@ class CopilotLearner:
             )
 
     def _random_start(self, record: MistakeRecord) -> MistakeRecord:
-        """Where the run is the whole document (no prompt), start it at a random target, so that training looks like
-        continuing a prompt; what comes before is memory only."""
-        if record.positions[0] != 0:
+        """Where the run is the whole document (no prompt, no encoder that holds it), start it at a random target, so
+        that training looks like continuing a prompt; what comes before is memory only."""
+        if record.positions[0] != 0 or self.copilot.config.pilot_is_encoder_decoder:
             return record
         return record.starting_at(int(torch.randint(len(record.positions), (), generator=self.generator)))
 
@@ -297,9 +297,8 @@ class CopilotLearner:
     def batches(self, records: list[MistakeRecord]) -> Iterator[CopilotBatch]:
         """The records, padded, in groups no larger than the Pilot's own micro-batches."""
         dtype = self.copilot.norm.weight.dtype
-        lag = self.copilot.config.hidden_state_lag
         for group in group_by_length(records, self.largest_batch):
-            yield CopilotBatch.collate(group, self.embedding, lag, self.device, dtype)
+            yield CopilotBatch.collate(group, self.embedding, self.copilot.config, self.device, dtype)
 
     def _hidden(self, batch: CopilotBatch) -> torch.Tensor:
         """The Copilot's last hidden states at the batch's queries, `[Q, d]`, in the type of its matrix products."""

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 class MistakeRecord:
     """One document of one training forward (X̃, h, ℓ of the paper), without padding."""
 
-    input_ids: torch.Tensor  # [n] int64
-    embeddings: torch.Tensor  # [n, d_P] X̃, or [0, d_P] where the input ids give it exactly
+    input_ids: torch.Tensor  # [n] int64, of the decoder
+    embeddings: torch.Tensor  # [n, d_P] X̃, or [0, d_P] where the input ids give it exactly; [S, d_P] of an encoder
     hidden_states: torch.Tensor  # [n, d_P] h
     positions: torch.Tensor  # [m] int64, j such that the token at j + 1 is a label
     labels: torch.Tensor  # [m] int64

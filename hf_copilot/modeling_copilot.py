@@ -1,8 +1,8 @@
 """The Copilot: a small decoder that reads the Pilot's states and predicts its discrepancies.
 
 It knows no Pilot, no hook and no trainer: tensors in, tensors out. Shapes: B rows (documents), m queries (target
-positions), n Pilot positions (2n memory entries), d hidden size, d_P the Pilot's hidden size, V vocabulary, k kept
-entries of a discrepancy.
+positions), n positions of the Pilot's decoder, S of its encoder, d hidden size, d_P the Pilot's hidden size, V
+vocabulary, k kept entries of a discrepancy. The memory [X̃ ; h] has 2n entries, or S + n beside an encoder-decoder.
 """
 
 from __future__ import annotations
@@ -52,6 +52,24 @@ def memory_mask(positions: torch.Tensor, visible: torch.Tensor, lag: int) -> tor
     return torch.stack([embeddings, hidden_states], dim=-1).flatten(2) & visible.repeat_interleave(2, 1)[:, None]
 
 
+def encoder_memory_mask(
+    positions: torch.Tensor, encoder_visible: torch.Tensor, visible: torch.Tensor, lag: int
+) -> torch.Tensor:
+    """What a query may read beside an encoder-decoder: all X̃, and h at positions ≤ j − lag, where not padded.
+
+    Args:
+        positions, visible, lag: As in [`memory_mask`], of the decoder.
+        encoder_visible: `[B, S]` bool, False at padding of the encoder.
+
+    Returns:
+        `[B, m, S + n]` bool, for a memory of X̃ and then h.
+    """
+    position = torch.arange(visible.shape[1], device=visible.device)  # [n]
+    hidden_states = (position <= positions[:, :, None] - lag) & visible[:, None]  # [B, m, n]
+    encoder = encoder_visible[:, None].expand(-1, positions.shape[1], -1)  # [B, m, S]
+    return torch.cat([encoder, hidden_states], dim=-1)
+
+
 class CopilotRMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) * w, computed in float32."""
 
@@ -73,6 +91,7 @@ class CopilotAttention(nn.Module):
         self.head_dim = config.head_dim
         self.cache_index = cache_index  # among the layers of its kind
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5 if config.attention_scaling is None else config.attention_scaling
         heads, kv_heads = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, heads, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.attention_bias)
@@ -109,38 +128,47 @@ class CopilotAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.cache_index)  # [B, kv_heads, cached + s, head_dim]
         mask = None if mask is None else mask[:, None]  # [B, 1, m, cached + s]
-        out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](self, q, k, v, mask, is_causal=False)  # [B, m, heads, head_dim]
+        out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            self, q, k, v, mask, scaling=self.scaling, is_causal=False
+        )  # [B, m, heads, head_dim]
         return self.o_proj(out.flatten(2))  # [B, m, d]
 
 
 class CopilotMLP(nn.Module):
-    """W_down (act(W_gate x) * W_up x)"""
+    """W_down (act(W_gate x) * W_up x), or W_down act(W_up x) without a gate."""
 
     def __init__(self, config: CopilotConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.gated = config.mlp_gated
+        if self.gated:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        up = self.up_proj(x)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * up if self.gated else self.act_fn(up))
 
 
 class CopilotLayer(GradientCheckpointingLayer):
-    """One pre-norm decoder block: attention ("self" over the Copilot's own states, "cross" over the memory), MLP.
+    """One pre-norm decoder block: attention ("self" over the Copilot's own states, "cross" over the memory, "both" one
+    after the other), MLP.
 
-    The names are those of the Llama family, so that its weights fit; a cross layer norms the memory with a copy of
-    its input norm, since the residual stream's scale differs from layer to layer.
+    The names are those of the Llama family, so that its weights fit. The memory is normed first: the scale of the
+    Pilot's residual stream differs from layer to layer.
     """
 
     def __init__(self, config: CopilotConfig, layer_type: str, cache_index: int):
         super().__init__()
         self.layer_type = layer_type
         self.input_layernorm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
-        if layer_type == "cross":
-            self.memory_layernorm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = CopilotAttention(config, cache_index)
+        if layer_type != "self":
+            self.memory_layernorm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if layer_type == "both":
+            self.cross_layernorm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.cross_attention = CopilotAttention(config, cache_index)
         self.post_attention_layernorm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = CopilotMLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -154,14 +182,16 @@ class CopilotLayer(GradientCheckpointingLayer):
         cache: EncoderDecoderCache | None,
     ) -> torch.Tensor:
         """`[B, m, d]` -> `[B, m, d]`; see [`CopilotModel.forward`] for the other arguments."""
+        own, shared = (None, None) if cache is None else (cache.self_attention_cache, cache.cross_attention_cache)
         normed = self.input_layernorm(hidden_states)  # [B, m, d]
-        if self.layer_type == "self":
-            own = None if cache is None else cache.self_attention_cache
-            attended = self.attention(normed, normed, self_mask, own)
-        else:
-            shared = None if cache is None else cache.cross_attention_cache
+        if self.layer_type == "cross":
             attended = self.attention(normed, self.memory_layernorm(memory), memory_mask, shared)
+        else:
+            attended = self.attention(normed, normed, self_mask, own)
         hidden_states = hidden_states + self.dropout(attended)
+        if self.layer_type == "both":
+            normed, memory = self.cross_layernorm(hidden_states), self.memory_layernorm(memory)
+            hidden_states = hidden_states + self.dropout(self.cross_attention(normed, memory, memory_mask, shared))
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
@@ -271,8 +301,8 @@ class CopilotModel(PreTrainedModel):
         Args:
             input_indices, input_values: `[B, m, k + 1]`, the discrepancy before each query.
             is_start: `[B, m]` bool, the first query of a run.
-            memory: `[B, s, d_P]`, memory entries that are not in the cache yet, from [`interleave`].
-            memory_mask: `[B, m, cached + s]` bool, from [`memory_mask`].
+            memory: `[B, s, d_P]`, memory entries that are not in the cache yet: from [`interleave`], or X̃ and then h.
+            memory_mask: `[B, m, cached + s]` bool, from [`memory_mask`] or [`encoder_memory_mask`].
             self_mask: `[B, m, cached + m]` bool, which of the Copilot's own states a query reads; None for all.
             past_key_values: Cache from [`new_cache`]; updated in place.
             inputs_embeds: `[B, m, d]` instead of what [`embed`] makes of the first three.

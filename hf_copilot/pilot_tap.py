@@ -1,7 +1,7 @@
 """What is read of the Pilot: its states through hooks, and its logits through its own head.
 
-The one place with hooks, for training, generation and scoring. Shapes: B rows, T positions of one forward, d_P the
-Pilot's hidden size, V vocabulary.
+The one place with hooks, for training, generation and scoring. Shapes: B rows, T positions of one forward of the
+decoder, S of the encoder, d_P the Pilot's hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class PilotStates:
     input_ids: torch.Tensor | None  # [B, T]; None if the forward was given embeddings
     attention_mask: Any  # as the decoder was given it: 2D, 4D, a mapping of these, or None
     past_length: int  # positions that were in the Pilot's cache before
-    embeddings: torch.Tensor | None = None  # X̃, [B, T, d_P], the input of layer 0
+    embeddings: torch.Tensor | None = None  # X̃, [B, T, d_P], the input of layer 0; or [B, S, d_P], of the encoder
+    encoder_attention_mask: torch.Tensor | None = None  # [B, S]; None without an encoder, or without padding
     hidden_states: torch.Tensor | None = None  # h, [B, T, d_P], the pooled outputs of the layers
     last_hidden_state: torch.Tensor | None = None  # [B, T, d_P], the decoder's output
     next_logits: torch.Tensor | None = None  # [B, V], the model's logits at the last position, where it made any
@@ -61,14 +62,13 @@ def isolated_rng(device: torch.device, seed: int | None = None) -> Iterator[None
         yield
 
 
+def is_encoder_decoder(pilot: nn.Module) -> bool:
+    return getattr(unwrap(pilot).config, "is_encoder_decoder", False)
+
+
 def find_layers(pilot: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The Pilot's decoder and its layers, or a `ValueError` if they can't be found;
-    `NotImplementedError` for an encoder-decoder."""
+    """The Pilot's decoder and its layers, or a `ValueError` if they can't be found."""
     base = unwrap(pilot)
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        raise NotImplementedError(
-            f"{type(base).__name__} is an encoder-decoder: only decoder-only Pilots are supported so far."
-        )
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     lists = (
         [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child)] if decoder else []
@@ -77,7 +77,7 @@ def find_layers(pilot: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
         raise ValueError(
             f"The decoder layers of {type(base).__name__} can't be found: expected a `get_decoder()` whose only "
             f"non-empty ModuleList holds them, found {len(lists)} such lists. Use a Pilot that transformers ships as "
-            "`...ForCausalLM`."
+            "`...ForCausalLM` or `...ForConditionalGeneration`."
         )
     return decoder, lists[0]
 
@@ -154,9 +154,12 @@ class PilotTap:
         cache = kwargs.get("past_key_values")
         past_length = 0 if cache is None else int(cache.get_seq_length())
         self.states = PilotStates(input_ids, kwargs.get("attention_mask"), past_length)
+        if kwargs.get("encoder_hidden_states") is not None:
+            self.states.embeddings = kwargs["encoder_hidden_states"].detach()
+            self.states.encoder_attention_mask = kwargs.get("encoder_attention_mask")
 
     def _read_embeddings(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.states is not None:
+        if self.states is not None and self.states.embeddings is None:
             self.states.embeddings = (args[0] if args else kwargs["hidden_states"]).detach()
 
     def _pool(self, layer: nn.Module, args: tuple, output: Any) -> None:
@@ -216,9 +219,10 @@ class PilotEmbedding:
 
 
 class PilotHead:
-    """z = softcap(scale * (W_P x + b)): the Pilot's logits from its decoder's output, as the model itself makes them.
+    """z = softcap(scale * (W_P x + b)) + c: the Pilot's logits from its decoder's output, as the model makes them.
 
-    Knows the scalings that TRL's fused head knows; [`check`] compares with the model's own logits.
+    Knows the scalings that TRL's fused head knows, T5's, and BART's bias c; [`check`] compares with the model's own
+    logits.
     """
 
     def __init__(self, pilot: nn.Module):
@@ -249,6 +253,9 @@ class PilotHead:
                 logits = logits * self.scale
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
+            bias = getattr(self.pilot, "final_logits_bias", None)  # [1, V]
+            if bias is not None:
+                logits = logits + bias.to(logits)
         return logits.to(device)
 
     @contextmanager
@@ -271,13 +278,16 @@ class PilotHead:
         pilot, caught = self.trained, []
         device = self.pilot.get_input_embeddings().weight.device
         input_ids = torch.arange(8, device=device)[None] % self.vocab_size  # [1, 8]
+        inputs = {"input_ids": input_ids}
+        if is_encoder_decoder(pilot):
+            inputs["decoder_input_ids"] = input_ids
         decoder, _ = find_layers(pilot)
         handle = decoder.register_forward_hook(lambda module, args, output: caught.append(output[0]))
         modes = [(module, module.training) for module in pilot.modules()]
         try:
             with torch.no_grad(), isolated_rng(device):
                 pilot.train(getattr(self.pilot, "is_quantized", False))  # bitsandbytes repacks on a CPU for inference
-                expected = pilot(input_ids=input_ids, use_cache=False).logits.float()  # [1, 8, V]
+                expected = pilot(**inputs, use_cache=False).logits.float()  # [1, 8, V]
         finally:
             handle.remove()
             for module, was_training in modes:
@@ -294,7 +304,10 @@ class PilotHead:
 
 
 def _logit_scale(config: Any) -> float:
-    """The factor on the head's output: Cohere, MPT, Muse Glimmer, Falcon-H1; Granite and MiniCPM3 divide by theirs."""
+    """The factor on the head's output: T5 by its width; Cohere, MPT, Muse Glimmer, Falcon-H1; Granite and MiniCPM3
+    divide by theirs."""
+    if getattr(config, "scale_decoder_outputs", False):
+        return config.d_model**-0.5
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(config, name, None)
         if scale is not None:

@@ -1,8 +1,9 @@
 """Follows a running `generate` of the Pilot and gives the Copilot's correction for every next token (Algorithm 2).
 
 Mirror image of the learner: it reads the same states through the same tap. Its state hangs on content alone: a row
-of this call continues the row of the last call that has the same tokens, so beams, kept caches and several `generate`
-calls in a row need no hint from outside. Shapes: R rows, n tokens so far, t of them new, V vocabulary.
+of this call continues the row of the last call that has the same tokens (and the same encoder output), so beams, kept
+caches and several `generate` calls in a row need no hint from outside. Shapes: R rows, n tokens so far, t of them new,
+S positions of the encoder, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from .discrepancy import sparse_discrepancy
-from .modeling_copilot import CopilotModel, interleave, memory_mask
+from .modeling_copilot import CopilotModel, encoder_memory_mask, interleave, memory_mask
 from .pilot_tap import PilotStates, PilotTap
 
 UNKNOWN_CALL = (
@@ -58,6 +59,8 @@ class Rectifier:
         self.cache = self.copilot.new_cache()  # the memory of n positions, the run of the queries so far
         self.ids: torch.Tensor | None = None  # [R, n] tokens of the last call
         self.visible: torch.Tensor | None = None  # [R, n] bool, which of them are not padding
+        self.encoder_output: torch.Tensor | None = None  # [R, S, d_P], X̃ of an encoder-decoder
+        self.encoder_visible: torch.Tensor | None = None  # [R, S] bool, which of its positions are not padding
         self.group: torch.Tensor | None = None  # [R] rows of one group began the run with the same content
         self.last_logits: torch.Tensor | None = None  # [R, V] the Pilot's logits at the last call
         self.last_correction: torch.Tensor | None = None  # [R, V] f at the last call
@@ -83,7 +86,8 @@ class Rectifier:
         """
         pending, self.pending = self.pending, []
         ids = input_ids.to(self.copilot.device)  # [R, n]
-        rows = self._parents(ids, ids.shape[1] - 1) if self._is_next(ids) else None  # [R]
+        is_next = self._is_next(ids) and self._has_same_encoder(pending)
+        rows = self._parents(ids, ids.shape[1] - 1) if is_next else None  # [R]
         continues = rows is not None
         pending = self._chain(pending, ids, continues)
         past = pending[0].past_length
@@ -92,15 +96,15 @@ class Rectifier:
             self.visible = torch.ones_like(ids, dtype=torch.bool)  # [R, n]
         if not continues:
             self.cache.self_attention_cache = DynamicCache()
+        if self.config.pilot_is_encoder_decoder:
+            self.encoder_output, self.encoder_visible = pending[-1].embeddings, self._encoder_visible(pending[-1])
         self._cut_memory(past)
         inputs = self._next_input(ids[:, -1], continues)
-        memory = torch.cat([self._memory(states) for states in pending], dim=1)  # [R, 2t, d_P]
+        memory = self._memory(pending)  # [R, new entries, d_P]
         self.visible = torch.cat([self.visible[:, :past], *(self._new_visible(s) for s in pending)], dim=1)  # [R, n]
         if not continues:
-            content = ids.masked_fill(~self.visible, -1)  # [R, n]
-            self.group = torch.unique(content, dim=0, return_inverse=True)[1]  # [R]
-        positions = ids.new_full((len(ids), 1), ids.shape[1] - 1)  # [R, 1]
-        mask = memory_mask(positions, self.visible, self.config.hidden_state_lag)  # [R, 1, 2n]
+            self.group = self._groups(ids)
+        mask = self._memory_mask(ids.new_full((len(ids), 1), ids.shape[1] - 1))  # [R, 1, entries]
         correction = self._run(inputs, memory, mask)  # [R, V]
         self.ids, self.last_correction = ids, correction
         self.last_logits = pending[-1].next_logits.to(ids.device)  # [R, V]
@@ -141,6 +145,21 @@ class Rectifier:
     def _is_next(self, ids: torch.Tensor) -> bool:
         return self.ids is not None and ids.shape[1] == self.ids.shape[1] + 1
 
+    def _has_same_encoder(self, pending: list[PilotStates]) -> bool:
+        """Whether the last forward read the encoder output of the last call; beams keep to their prompt's rows."""
+        if not self.config.pilot_is_encoder_decoder or not pending:
+            return True
+        old, new = self.encoder_output, pending[-1].embeddings
+        return old.shape == new.shape and (old.data_ptr() == new.data_ptr() or torch.equal(old, new))
+
+    def _groups(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows that begin with the same content have one number: `[R]`."""
+        content = ids.masked_fill(~self.visible, -1)  # [R, n]
+        if self.config.pilot_is_encoder_decoder:
+            _, encoder = torch.unique(self.encoder_output.flatten(1), dim=0, return_inverse=True)  # [R]
+            content = torch.cat([content, encoder.to(content.device)[:, None]], dim=1)  # [R, n + 1]
+        return torch.unique(content, dim=0, return_inverse=True)[1]
+
     def _parents(self, ids: torch.Tensor, length: int) -> torch.Tensor | None:
         """For every row the row of the last call with the same first `length` tokens: `[R]`, or None if some row has
         none. Beams keep to the rows of their prompt, so a row's parent is in the group of its own place: rows with
@@ -166,17 +185,38 @@ class Rectifier:
     def _cut_memory(self, past: int) -> None:
         """Keep the memory of the first `past` positions: all of it in most calls."""
         memory = self.cache.cross_attention_cache
+        encoder = self.config.pilot_is_encoder_decoder
+        kept = self.encoder_visible.shape[1] + past if encoder else 2 * past
         if past == 0:
             self.cache.cross_attention_cache = DynamicCache()
-        elif memory.get_seq_length() > 2 * past:
-            memory.crop(2 * past - memory.get_seq_length())
+        elif memory.get_seq_length() > kept:
+            memory.crop(kept - memory.get_seq_length())
 
     # ---- the Copilot's step ----------------------------------------------------------------------------------------
 
-    def _memory(self, states: PilotStates) -> torch.Tensor:
-        """[X̃ ; h] of one forward on the Copilot's device and in its type, `[R, 2t, d_P]`."""
+    def _memory(self, pending: list[PilotStates]) -> torch.Tensor:
+        """What these forwards add to the memory [X̃ ; h], on the Copilot's device and in its type: `[R, 2t, d_P]`, or
+        `[R, t, d_P]` beside an encoder-decoder, with X̃ before it `[R, S, d_P]` where the memory is empty."""
         to = {"device": self.copilot.device, "dtype": self.copilot.dtype}
-        return interleave(states.embeddings.to(**to), states.hidden_states.to(**to))
+        if not self.config.pilot_is_encoder_decoder:
+            parts = [interleave(states.embeddings.to(**to), states.hidden_states.to(**to)) for states in pending]
+            return torch.cat(parts, dim=1)
+        empty = pending[0].past_length == 0
+        parts = [self.encoder_output] * empty + [states.hidden_states for states in pending]
+        return torch.cat([part.to(**to) for part in parts], dim=1)
+
+    def _memory_mask(self, positions: torch.Tensor) -> torch.Tensor:
+        """What the queries at `positions` `[R, 1]` may read."""
+        lag = self.config.hidden_state_lag
+        if self.config.pilot_is_encoder_decoder:
+            return encoder_memory_mask(positions, self.encoder_visible, self.visible, lag)  # [R, 1, S + n]
+        return memory_mask(positions, self.visible, lag)  # [R, 1, 2n]
+
+    def _encoder_visible(self, states: PilotStates) -> torch.Tensor:
+        mask = states.encoder_attention_mask
+        if mask is None:
+            return torch.ones(states.embeddings.shape[:2], dtype=torch.bool, device=self.copilot.device)
+        return mask.to(self.copilot.device) != 0
 
     def _new_visible(self, states: PilotStates) -> torch.Tensor:
         """Which positions of one forward are not padding, `[R, t]` bool, from the mask in whatever form it came."""

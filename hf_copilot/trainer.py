@@ -9,10 +9,12 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from peft import PeftConfig
 from rich.console import Console
-from transformers import TrainerCallback
+from transformers import LogitsProcessorList, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from .assembly import check_data, is_logging_step, load_checkpoint, load_weights, make_copilot, make_learner
@@ -26,9 +28,12 @@ from .checkpoint import (
 )
 from .configuration_copilot import CopilotConfig
 from .learner_state import load_state, save_state, written_beside
+from .logits_processor import CopilotLogitsProcessor
 from .modeling_copilot import CopilotModel
 from .report import describe_start, table_of_training
 from .training_args import CopilotArguments
+
+logger = logging.get_logger(__name__)
 
 CARD_LINE = (
     "\n## Copilot\n\nThis model was fine-tuned together with a [Transformer Copilot]"
@@ -113,6 +118,11 @@ class CopilotMixin:
             raise NotImplementedError(
                 f"{type(self).__name__} does not support DeepSpeed or FSDP1: use FSDP2 "
                 "(fsdp_config={'fsdp_version': 2}), or DDP with LoRA or gradient checkpointing."
+            )
+        if self.args.n_gpu > 1:
+            raise NotImplementedError(
+                f"{type(self).__name__} does not support several GPUs in one process (DataParallel): launch it with "
+                "torchrun or accelerate, or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
         if copilot_peft_config is not None and self.args.save_only_model and self.args.load_best_model_at_end:
             raise ValueError(
@@ -262,3 +272,46 @@ class CopilotTrainer(CopilotMixin, SFTTrainer):
     """
 
     _tag_names = ["trl", "sft", "transformer-copilot"]
+
+
+class CopilotSeq2SeqTrainer(CopilotMixin, Seq2SeqTrainer):
+    """[`transformers.Seq2SeqTrainer`], and beside the Pilot that it fine-tunes a Copilot learns from its mistakes.
+
+    As [`CopilotTrainer`], for encoder-decoders (T5, FLAN-T5, BART, ...). With `predict_with_generate=True` generation
+    is the Pilot's own, or the rectified one with `CopilotSeq2SeqConfig(copilot_predict=True)`; none of it is recorded.
+
+    Takes every argument of Seq2SeqTrainer, and `copilot` and `copilot_peft_config` of [`CopilotTrainer`].
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.model_accepts_loss_kwargs and self.args.gradient_accumulation_steps > 1:
+            logger.warning(
+                f"{type(self.model).__name__} gives the mean loss of a micro-batch, and Trainer takes it for part of "
+                "the whole batch's: gradients grow with gradient_accumulation_steps, with a Copilot and without. "
+                "Left as it is; to set it right: trainer.model_accepts_loss_kwargs = False."
+            )
+
+    @contextlib.contextmanager
+    def _rectified(self, gen_kwargs):
+        """The arguments of `generate`, with the Copilot's processor among them where it is asked for."""
+        if not (self.args.predict_with_generate and self.copilot_args.copilot_predict):
+            yield gen_kwargs
+            return
+        with CopilotLogitsProcessor(self.copilot, self.model) as processor:
+            processors = LogitsProcessorList([*gen_kwargs.get("logits_processor", []), processor])
+            yield gen_kwargs | {"logits_processor": processors}
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **gen_kwargs):
+        with self._rectified(gen_kwargs) as gen_kwargs:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
+        if self.args.predict_with_generate and not prediction_loss_only and "labels" in inputs:
+            with torch.no_grad():  # the parent calls the model itself here, behind the forwards of generate
+                self.compute_loss(model, self._prepare_inputs(inputs))
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test", **gen_kwargs):
+        with self._rectified(gen_kwargs) as gen_kwargs:
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)

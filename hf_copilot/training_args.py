@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from transformers import Seq2SeqTrainingArguments
 from trl import SFTConfig
 
 
@@ -23,6 +24,8 @@ class CopilotArguments:
         copilot_torch_compile (`bool`, defaults to `False`): Compile it, with the Pilot's `torch_compile_backend`.
         copilot_save_mistake_log (`bool`, defaults to `True`): Save the log in checkpoints. Without it the Pilot still
             resumes exactly, the Copilot with an empty log. It may be large, and holds token ids of the training data.
+        copilot_predict (`bool`, defaults to `False`): With `predict_with_generate=True` (Seq2Seq), evaluation and
+            prediction generate with the Copilot.
         copilot_start_fresh (`bool`, defaults to `False`): On resuming from a checkpoint that holds no Copilot, start a
             fresh one instead of raising an error.
     """
@@ -57,6 +60,10 @@ class CopilotArguments:
         default=True,
         metadata={"help": "Save the Mistake Log (with token ids of the training data) in checkpoints."},
     )
+    copilot_predict: bool = field(
+        default=False,
+        metadata={"help": "With predict_with_generate=True, evaluation and prediction generate with the Copilot."},
+    )
     copilot_start_fresh: bool = field(
         default=False,
         metadata={"help": "On resuming from a checkpoint that holds no Copilot, start a fresh one."},
@@ -66,3 +73,8 @@ class CopilotArguments:
 @dataclass
 class CopilotSFTConfig(CopilotArguments, SFTConfig):
     """[`trl.SFTConfig`] with the fields of [`CopilotArguments`]."""
+
+
+@dataclass
+class CopilotSeq2SeqConfig(CopilotArguments, Seq2SeqTrainingArguments):
+    """[`transformers.Seq2SeqTrainingArguments`] with the fields of [`CopilotArguments`]."""

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from .configuration_copilot import CopilotConfig
 from .modeling_copilot import CopilotModel
-from .pilot_tap import PilotHead, find_layers, isolated_rng, unwrap
+from .pilot_tap import PilotHead, find_layers, is_encoder_decoder, isolated_rng, unwrap
 
-# Families whose block is the Copilot's own: pre-norm RMSNorm, gated MLP, plain scaled attention (rotary left out).
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+# Families whose block is the Copilot's own: pre-norm RMSNorm, MLP, attention (rotary and relative positions left out).
+T5_FAMILIES = ("t5", "mt5")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *T5_FAMILIES)
+COPILOT_NAMES = {  # of a layer's parameters, by the source's; applied one after the other
+    "self_attn.": "attention.",
+    "layer.0.SelfAttention.": "attention.",
+    "layer.0.layer_norm.": "input_layernorm.",
+    "layer.1.EncDecAttention.": "cross_attention.",
+    "layer.1.layer_norm.": "cross_layernorm.",
+    "layer.2.DenseReluDense.": "mlp.",
+    "layer.2.layer_norm.": "post_attention_layernorm.",
+    "attention.q.": "attention.q_proj.",
+    "attention.k.": "attention.k_proj.",
+    "attention.v.": "attention.v_proj.",
+    "attention.o.": "attention.o_proj.",
+    "mlp.wi_0.": "mlp.gate_proj.",
+    "mlp.wi_1.": "mlp.up_proj.",
+    "mlp.wi.": "mlp.up_proj.",
+    "mlp.wo.": "mlp.down_proj.",
+}
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
 
 
@@ -21,7 +40,7 @@ def copilot_for(pilot: nn.Module, config: CopilotConfig | None = None) -> Copilo
     """Build the Copilot of a Pilot. The global random state is left as it was.
 
     Args:
-        pilot: A causal LM, PEFT-wrapped and quantised ones included.
+        pilot: A causal LM or an encoder-decoder, PEFT-wrapped and quantised ones included.
         config: Sizes left at None come from the source that `config.init` names. Not changed.
 
     Returns:
@@ -35,10 +54,14 @@ def copilot_for(pilot: nn.Module, config: CopilotConfig | None = None) -> Copilo
     config.vocab_size = PilotHead(pilot).vocab_size
     config.pilot_hidden_size = base.config.get_text_config().hidden_size
     config.pilot_model_type = base.config.get_text_config().model_type
+    config.pilot_is_encoder_decoder = is_encoder_decoder(base)
     if config.init == "random":
         _fill_sizes(config, base.config.get_text_config(), len(find_layers(base)[1]))
         return _build(config)
-    source = base if config.init == "pilot" else AutoModelForCausalLM.from_pretrained(config.init)
+    source = base
+    if config.init != "pilot":
+        loader = AutoModelForSeq2SeqLM if config.pilot_is_encoder_decoder else AutoModelForCausalLM
+        source = loader.from_pretrained(config.init)
     return _take_over(config, source)
 
 
@@ -49,35 +72,69 @@ def _take_over(config: CopilotConfig, source: nn.Module) -> CopilotModel:
     states = [block_state(layer) for layer in layers]
     if source_config.model_type not in FAMILIES:
         raise ValueError(_no_way(config, f"the family {source_config.model_type!r} is not among {FAMILIES}"))
-    config.attention_bias = "attention.q_proj.bias" in states[0]
-    config.attention_output_bias = "attention.o_proj.bias" in states[0]
-    config.mlp_bias = "mlp.up_proj.bias" in states[0]
-    config.qk_norm = "attention.q_norm.weight" in states[0]
-    config.rms_norm_eps = source_config.rms_norm_eps
+    for name, value in _block_settings(source_config, states[0]).items():
+        setattr(config, name, value)
+    config.intermediate_size = config.intermediate_size or len(states[0]["mlp.up_proj.weight"])
     _fill_sizes(config, source_config, len(layers))
     copilot = _build(config)
     picked = torch.linspace(0, len(layers) - 1, config.num_hidden_layers).round().int().tolist()
     for layer, index in zip(copilot.layers, picked, strict=True):
-        state = dict(states[index])
-        if layer.layer_type == "cross":
-            state["memory_layernorm.weight"] = state["input_layernorm.weight"]
-        _load(layer, state, config)
-    _load(copilot.norm, {"weight": decoder.norm.weight}, config)
+        _load(layer, _layer_state(states[index], layer.layer_type, source), config)
+    final_norm = decoder.final_layer_norm if source_config.model_type in T5_FAMILIES else decoder.norm
+    _load(copilot.norm, {"weight": final_norm.weight}, config)
     _copy_embedding(copilot, source.get_input_embeddings().weight)
     return copilot
+
+
+def _block_settings(source: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The fields of the Copilot's config that say what the source's block computes."""
+    is_t5 = source.model_type in T5_FAMILIES
+    return {
+        "attention_bias": "attention.q_proj.bias" in state,
+        "attention_output_bias": "attention.o_proj.bias" in state,
+        "attention_scaling": 1.0 if is_t5 else None,
+        "mlp_bias": "mlp.up_proj.bias" in state,
+        "mlp_gated": "mlp.gate_proj.weight" in state,
+        "qk_norm": "attention.q_norm.weight" in state,
+        "hidden_act": source.dense_act_fn if is_t5 else source.hidden_act,
+        "rms_norm_eps": source.layer_norm_epsilon if is_t5 else source.rms_norm_eps,
+    }
+
+
+def _layer_state(state: dict[str, torch.Tensor], layer_type: str, source: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a source's layer for a layer of the Copilot, with a norm of the memory.
+
+    A decoder-only source norms a layer's input: the memory gets a copy of that norm. An encoder's output comes normed,
+    w * x / rms(x): norming it again with the root mean square of w leaves it about as it is.
+    """
+    if layer_type == "cross" and source.config.is_encoder_decoder:
+        kept = {name: tensor for name, tensor in state.items() if name.startswith(("mlp.", "post_", "cross_"))}
+        state = {
+            name.replace("cross_attention.", "attention.").replace("cross_layernorm.", "input_layernorm."): tensor
+            for name, tensor in kept.items()
+        }
+    if layer_type == "self":
+        return state
+    memory_norm = state["input_layernorm.weight"]
+    if source.config.is_encoder_decoder:
+        weight = source.get_encoder().final_layer_norm.weight.detach()
+        memory_norm = weight.square().mean().sqrt().expand_as(weight)
+    return state | {"memory_layernorm.weight": memory_norm}
 
 
 def block_state(layer: nn.Module) -> dict[str, torch.Tensor]:
     """A decoder layer's plain weights under the Copilot's names: adapters dropped, quantised weights dequantised."""
     state = {}
     for name, parameter in layer.named_parameters():
-        if "lora_" in name or ".original_module." in name:
+        if "lora_" in name or ".original_module." in name or "relative_attention_bias" in name:
             continue
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight" and is_quantized(layer.get_submodule(owner)):
             parameter = dequantized(layer.get_submodule(owner))
         clean = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
-        state[clean.replace("self_attn.", "attention.")] = parameter.detach()
+        for theirs, ours in COPILOT_NAMES.items():
+            clean = clean.replace(theirs, ours)
+        state[clean] = parameter.detach()
     return state
 
 
@@ -109,8 +166,6 @@ def _fill_sizes(config: CopilotConfig, source: PreTrainedConfig, num_source_laye
     for name in _SIZES:
         if getattr(config, name) is None and (shares_width or name == "num_attention_heads"):
             setattr(config, name, getattr(source, name, None))
-    if config.init != "random":
-        config.hidden_act = source.hidden_act
     config.intermediate_size = config.intermediate_size or 4 * config.hidden_size
     config.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
     config.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads

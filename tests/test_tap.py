@@ -10,7 +10,6 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import tiny_pilot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_copilot.pilot_tap import PilotHead, PilotTap, find_layers
@@ -57,12 +56,6 @@ def test_the_check_of_the_head_leaves_every_mode(pilot):
     pilot.model.layers[0].eval()
     PilotHead(pilot).check()
     assert pilot.training and pilot.model.layers[1].training and not pilot.model.layers[0].mlp.training
-
-
-def test_an_encoder_decoder_pilot_raises():
-    pilot = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
-    with pytest.raises(NotImplementedError, match="encoder-decoder"):
-        find_layers(pilot)
 
 
 @pytest.mark.parametrize("wrap", [plain, lora, modules_to_save, prompt_tuning])

@@ -6,6 +6,8 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -22,6 +24,8 @@ from transformers import (
     Qwen3ForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotModel, copilot_for
@@ -84,6 +88,62 @@ def tiny_pilot(family: str = "llama", seed: int = 0, **changes) -> PreTrainedMod
             )
         config_class, model_class = FAMILIES[family]
         return model_class(config_class(**(SHAPE | {"initializer_range": 0.2} | changes)))
+
+
+T5_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_heads": 4,
+    "num_layers": 3,
+    "relative_attention_num_buckets": 8,
+    "dropout_rate": 0.1,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}
+BART_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 32,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 128,
+    "init_std": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+SEQ2SEQ = {
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**T5_SHAPE)),
+    "flan_t5": lambda: T5ForConditionalGeneration(
+        T5Config(**T5_SHAPE, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    ),
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**BART_SHAPE)),
+}
+
+
+def tiny_seq2seq(family: str = "t5", seed: int = 0) -> PreTrainedModel:
+    """A random encoder-decoder whose logits are spread enough for its greedy choices not to be ties."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pilot = SEQ2SEQ[family]()
+        with torch.no_grad():
+            pilot.get_output_embeddings().weight.normal_(std=1.0 if family == "t5" else 0.3)
+        return pilot
+
+
+def sums(count: int, seed: int = 0) -> Dataset:
+    """`addition`, tokenised for an encoder-decoder."""
+    tokenizer, rows = tiny_tokenizer(), addition(count, seed)
+    labels = [tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id] for row in rows]
+    return Dataset.from_dict({"input_ids": [tokenizer(row["prompt"])["input_ids"] for row in rows], "labels": labels})
 
 
 def addition(count: int, seed: int = 0, form: str = "prompt-completion") -> Dataset:

@@ -1,0 +1,158 @@
+"""Every family of Pilots that docs/families.md names trains a step, generates, saves and loads.
+
+python tests/test_families.py      # writes the table anew
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import test_generation
+import test_seq2seq
+import torch
+import transformers
+from test_generation import PROMPT, Recorder, generate
+from test_seq2seq import make
+from tiny import BART_SHAPE, QUIET, SHAPE, T5_SHAPE, VOCAB_SIZE, addition, assert_same, tiny_tokenizer
+from transformers import PreTrainedModel
+
+from hf_copilot import (
+    CopilotConfig,
+    CopilotModel,
+    CopilotSeq2SeqConfig,
+    CopilotSeq2SeqTrainer,
+    CopilotSFTConfig,
+    CopilotTrainer,
+    copilot_for,
+)
+
+TABLE = Path(__file__).parent.parent / "docs" / "families.md"
+HEAD = """# Families of Pilots
+
+Each of these trains (`CopilotTrainer`, or `CopilotSeq2SeqTrainer` for encoder-decoders), generates with beams, where
+the Copilot's f of every step is the training path's, saves and loads: `tests/test_families.py`, which also wrote this
+table. "Pilot's decoder" means that the Copilot can start from the Pilot's own weights; where it says "random", ask for
+it with `CopilotConfig(init="random")`: the default raises an error that says so.
+
+| family | class | the Copilot starts from |
+|---|---|---|
+"""
+GPT = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "eos_token_id": 2}
+OLD = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "eos_token_id": 2,
+}
+MOE = {"num_experts_per_tok": 2}
+FAMILIES = {
+    "Llama": ("Llama", SHAPE),
+    "Mistral": ("Mistral", SHAPE),
+    "Qwen2": ("Qwen2", SHAPE),
+    "Qwen3": ("Qwen3", SHAPE),
+    "SmolLM3": ("SmolLM3", SHAPE),
+    "Gemma 2": ("Gemma2", SHAPE),
+    "Gemma 3": ("Gemma3", SHAPE),
+    "Phi-3": ("Phi3", SHAPE),
+    "OLMo 2": ("Olmo2", SHAPE),
+    "GPT-2": ("GPT2", GPT),
+    "GPT-NeoX": ("GPTNeoX", OLD | {"intermediate_size": 48}),
+    "OPT": ("OPT", OLD | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "Falcon": ("Falcon", OLD),
+    "Bloom": ("Bloom", OLD | {"n_layer": 3, "n_head": 4}),
+    "Mixtral (mixture of experts)": ("Mixtral", SHAPE | MOE | {"num_local_experts": 4}),
+    "Qwen3-MoE (mixture of experts)": ("Qwen3Moe", SHAPE | MOE | {"num_experts": 4, "moe_intermediate_size": 24}),
+    "T5": ("T5", T5_SHAPE),
+    "FLAN-T5": ("T5", T5_SHAPE | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "mT5": ("MT5", T5_SHAPE | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "BART": ("Bart", BART_SHAPE),
+}
+CLASSES = {
+    "Bloom": "BloomForCausalLM",
+    "GPT2": "GPT2LMHeadModel",
+    "T5": "T5ForConditionalGeneration",
+    "MT5": "MT5ForConditionalGeneration",
+    "Bart": "BartForConditionalGeneration",
+}
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+QUICK = ("Llama", "Qwen3", "GPT-2", "T5")
+
+
+def make_pilot(family: str) -> PreTrainedModel:
+    name, shape = FAMILIES[family]
+    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(transformers, CLASSES.get(name, f"{name}ForCausalLM"))(config)
+
+
+def start_of(pilot: PreTrainedModel) -> str:
+    """Whether the Copilot can take over the Pilot's weights."""
+    try:
+        copilot_for(pilot)
+    except ValueError as error:
+        assert "init='random'" in str(error)
+        return "random"
+    return "Pilot's decoder"
+
+
+def row_of(family: str) -> str:
+    pilot = make_pilot(family)
+    return f"| {family} | `{type(pilot).__name__}` | {start_of(pilot)} |"
+
+
+def trained(pilot: PreTrainedModel, folder: str, init: str):
+    settings = {"max_steps": 2, "copilot": CopilotConfig(init=init), "copilot_learning_rate": 1e-2}
+    if pilot.config.is_encoder_decoder:
+        trainer = make(CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, folder, pilot, **settings)
+    else:
+        copilot = settings.pop("copilot")
+        trainer = CopilotTrainer(
+            model=pilot,
+            args=CopilotSFTConfig(output_dir=folder, **(QUIET | settings)),
+            train_dataset=addition(16),
+            processing_class=tiny_tokenizer(),
+            copilot=copilot,
+        )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+def test_a_family(family, tmp_path):
+    row = row_of(family)
+    assert row in TABLE.read_text(encoding="utf-8").splitlines(), "python tests/test_families.py writes the table"
+    pilot = make_pilot(family)
+    trainer = trained(pilot, str(tmp_path), "random" if "random" in row else "pilot")
+    assert trainer.learner.skipped_steps == 0 and trainer.copilot.lm_head.weight.abs().sum() > 0
+    trainer.save_model()
+    loaded = CopilotModel.from_pretrained(tmp_path / "copilot")
+    assert_same(loaded, trainer.copilot)
+    pilot.eval()
+    texts = []
+    for copilot in (trainer.copilot, loaded):
+        with Recorder(copilot, pilot, strength=3.0) as processor:
+            texts.append(generate(pilot, processor, num_beams=3))
+        check_steps(copilot, pilot, processor.calls)
+    assert torch.equal(*texts)
+
+
+def check_steps(copilot: CopilotModel, pilot: PreTrainedModel, calls: list) -> None:
+    """f of every step equals the training path's."""
+    if pilot.config.is_encoder_decoder:
+        test_seq2seq.check_against_training_path(copilot, pilot, calls, PROMPT)
+    else:
+        test_generation.check_against_training_path(copilot, pilot, calls, PROMPT.shape[1], lambda row: 0)
+
+
+def test_the_table_names_these_families():
+    rows = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(FAMILIES)
+
+
+if __name__ == "__main__":
+    TABLE.write_text(HEAD + "\n".join(row_of(family) for family in FAMILIES) + "\n", encoding="utf-8")
