@@ -14,8 +14,9 @@ from .modeling_copilot import CopilotModel
 from .pilot_tap import PilotHead, find_layers, is_encoder_decoder, isolated_rng, unwrap
 
 # Families whose block is the Copilot's own: pre-norm RMSNorm, MLP, attention (rotary and relative positions left out).
+LLAMA_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 T5_FAMILIES = ("t5", "mt5")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *T5_FAMILIES)
+FAMILIES = LLAMA_FAMILIES + T5_FAMILIES
 COPILOT_NAMES = {  # of a layer's parameters, by the source's; applied one after the other
     "self_attn.": "attention.",
     "layer.0.SelfAttention.": "attention.",

@@ -49,8 +49,7 @@ def test_padding_free_documents():
 
 
 def forward(learner, records):
-    lag = learner.copilot.config.hidden_state_lag
-    batch = CopilotBatch.collate(records, learner.embedding, lag, learner.device, torch.float32)
+    batch = CopilotBatch.collate(records, learner.embedding, learner.copilot.config, learner.device, torch.float32)
     with torch.no_grad():
         return learner.copilot(**batch.inputs, return_logits=True).logits[batch.valid]
 

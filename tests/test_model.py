@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotModel, check_pilot, copilot_for
 from hf_copilot.compatibility import tokenizer_fingerprint
-from hf_copilot.weights import FAMILIES
+from hf_copilot.weights import LLAMA_FAMILIES
 
 
 def no_rotary(hidden):
@@ -24,7 +24,7 @@ def no_rotary(hidden):
     return torch.ones(shape), torch.zeros(shape)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_FAMILIES)
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_layer_taken_over_computes_what_the_pilots_layer_computes(family, biased):
     changes = {"attention_bias": biased, "mlp_bias": biased} if family in ("llama", "smollm3") else {}
