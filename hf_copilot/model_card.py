@@ -19,10 +19,10 @@ a language model (the *Pilot*, {pilot}) while that was fine-tuned, and that rect
 ## Use it
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 from hf_copilot import CopilotLogitsProcessor, CopilotModel
 
-pilot = AutoModelForCausalLM.from_pretrained("{pilot_id}")  # or your fine-tuned version of it
+pilot = {auto_class}.from_pretrained("{pilot_id}")  # or your fine-tuned version of it
 tokenizer = AutoTokenizer.from_pretrained("{pilot_id}")
 copilot = CopilotModel.from_pretrained("<this repository or folder>")
 
@@ -72,6 +72,7 @@ def copilot_card(config: CopilotConfig) -> ModelCard:
             metadata=metadata.to_yaml(),
             pilot=f"`{on_hub}`" if on_hub else f"a `{config.pilot_model_type}` model",
             pilot_id=on_hub or "<the Pilot>",
+            auto_class="AutoModelForSeq2SeqLM" if config.pilot_is_encoder_decoder else "AutoModelForCausalLM",
             version=config.hf_copilot_version,
             results=_results(config.results),
         )

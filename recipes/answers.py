@@ -19,7 +19,7 @@ def generate_answers(
     batch_size: int = 64,
     **generation,
 ) -> list[str]:
-    """The text after each prompt, in left-padded batches, with a progress bar."""
+    """The text after each prompt (of an encoder-decoder all its text), in left-padded batches, with a progress bar."""
     answers = []
     tokenizer.padding_side = "left"
     processors = [processor] if processor is not None else []
@@ -27,7 +27,8 @@ def generate_answers(
         inputs = tokenizer(prompts[start : start + batch_size], return_tensors="pt", padding=True).to(pilot.device)
         inputs.pop("token_type_ids", None)
         out = pilot.generate(**inputs, logits_processor=processors, pad_token_id=tokenizer.pad_token_id, **generation)
-        answers += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        prompt = 0 if pilot.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        answers += tokenizer.batch_decode(out[:, prompt:], skip_special_tokens=True)
     return answers
 
 

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -29,6 +30,7 @@ from transformers import (
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer
+from hf_copilot.trainer import CopilotMixin
 
 
 @dataclass
@@ -90,6 +92,17 @@ def to_prompt_completion(rows: Dataset, recipe: RecipeArguments) -> Dataset:
     return rows.map(convert, remove_columns=rows.column_names)
 
 
+def prepare_rows(script_args: ScriptArguments, recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset, Dataset]:
+    """Rows to train on, to validate on (both of the training split) and to generate for."""
+    rows = {name: to_prompt_completion(part, recipe) for name, part in load_rows(script_args).items()}
+    train, test = rows["train"].shuffle(seed=seed), rows["test"]
+    if len(train) <= recipe.validation_rows:
+        raise ValueError(f"{len(train)} training rows leave none beside validation_rows={recipe.validation_rows}.")
+    validation = train.select(range(recipe.validation_rows))
+    train = train.select(range(recipe.validation_rows, len(train)))
+    return train, validation, test.select(range(min(recipe.generate_rows, len(test))))
+
+
 def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE with a padding and an end token."""
     bpe = Tokenizer(models.BPE())
@@ -109,7 +122,10 @@ def build_from_scratch(recipe: RecipeArguments, train: Dataset) -> tuple[torch.n
     settings = json.loads(Path(given).read_text() if Path(given).is_file() else given)
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     tokens |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings, **tokens)), tokenizer
+    tokens |= {"decoder_start_token_id": tokenizer.pad_token_id}  # of an encoder-decoder
+    config = AutoConfig.for_model(**settings, **tokens)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto_class.from_config(config), tokenizer
 
 
 def matches(answers: list[str], expected: list[str], pattern: str) -> torch.Tensor:
@@ -125,10 +141,13 @@ def matches(answers: list[str], expected: list[str], pattern: str) -> torch.Tens
 
 
 def compare(
-    trainer: CopilotTrainer, tokenizer: PreTrainedTokenizerBase, test: Dataset, recipe: RecipeArguments
+    trainer: CopilotMixin,
+    tokenizer: PreTrainedTokenizerBase,
+    test: Dataset,
+    recipe: RecipeArguments,
+    metrics: dict[str, float],
 ) -> None:
-    """Pilot and Pilot + Copilot on the test split: teacher-forced, and by generation."""
-    metrics = trainer.evaluate(test)
+    """Pilot and Pilot + Copilot on the test split, by generation; `metrics` are teacher-forced, on the same rows."""
     pilot = trainer.accelerator.unwrap_model(trainer.model).eval()
     settings = {"max_new_tokens": recipe.max_new_tokens, "num_beams": recipe.num_beams, "do_sample": False}
     answers = generate_answers(pilot, tokenizer, test["prompt"][:], None, "Pilot", **settings)
@@ -138,17 +157,17 @@ def compare(
     print_comparison(f"{len(test)} test rows", *hits, metrics)
 
 
+def copilot_config(recipe: RecipeArguments) -> CopilotConfig:
+    make_config = CopilotConfig.paper if recipe.copilot_preset == "paper" else CopilotConfig
+    layers = {} if recipe.copilot_layers is None else {"num_hidden_layers": recipe.copilot_layers or None}
+    return make_config(init=recipe.copilot_init, **layers)
+
+
 def main(
     script_args: ScriptArguments, training_args: CopilotSFTConfig, model_args: ModelConfig, recipe: RecipeArguments
 ) -> None:
     set_seed(training_args.seed)
-    rows = load_rows(script_args)
-    rows = DatasetDict({name: to_prompt_completion(part, recipe) for name, part in rows.items()})
-    train = rows["train"].shuffle(seed=training_args.seed)
-    if len(train) <= recipe.validation_rows:
-        raise ValueError(f"{len(train)} training rows leave none beside validation_rows={recipe.validation_rows}.")
-    validation = train.select(range(recipe.validation_rows))
-    train = train.select(range(recipe.validation_rows, len(train)))
+    train, validation, test = prepare_rows(script_args, recipe, training_args.seed)
     if recipe.from_config is not None:
         model, tokenizer = build_from_scratch(recipe, train)
     else:
@@ -159,9 +178,6 @@ def main(
             "attn_implementation": model_args.attn_implementation,
             "dtype": model_args.dtype,
         }
-    make_config = CopilotConfig.paper if recipe.copilot_preset == "paper" else CopilotConfig
-    layers = {} if recipe.copilot_layers is None else {"num_hidden_layers": recipe.copilot_layers or None}
-    resume = training_args.resume_from_checkpoint
     trainer = CopilotTrainer(
         model=model,
         args=training_args,
@@ -170,12 +186,13 @@ def main(
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
-        copilot=make_config(init=recipe.copilot_init, **layers),
+        copilot=copilot_config(recipe),
     )
+    resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     trainer.save_model()
     if recipe.generate_rows:
-        compare(trainer, tokenizer, rows["test"].select(range(min(recipe.generate_rows, len(rows["test"])))), recipe)
+        compare(trainer, tokenizer, test, recipe, trainer.evaluate(test))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 

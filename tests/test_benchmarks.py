@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import checkpoint  # noqa: E402
 import cost  # noqa: E402
+import parameters  # noqa: E402
+from equations import solves  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +49,34 @@ def test_cost_of_a_checkpoint(monkeypatch, training):
     row = checkpoint.measure(training)
     assert row["total_mb"] == row["weights_mb"] + row["optimizer_mb"] + row["log_mb"] > 0
     assert row["total_s"] > 0
+
+
+@pytest.mark.parametrize(
+    "equation, value, right",
+    [
+        ("x=3-1.5", 1.5, True),
+        ("X = ((2.0*3)+1)", 7, True),
+        ("x+1=3", 2, True),
+        ("2x=6", 3, True),
+        ("2(x+1)=8", 3, True),
+        ("(6.0+x)*(x-6.0)=189.0", -15, True),
+        ("x=4", 3, False),
+        ("x=x", 3, False),  # every number solves it
+        ("3=3", 3, False),
+        ("x=1/0", 3, False),
+        ("x=", 3, False),
+        ("x=3=3", 3, False),
+        ("x=__import__('os')", 3, False),
+        ("((((", 3, False),
+    ],
+)
+def test_equations(equation, value, right):
+    assert solves(equation, value) is right
+
+
+def test_parameters_are_counted_without_weights(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(parameters, "__file__", str(tmp_path / "parameters.py"))
+    (tmp_path / "results").mkdir()
+    parameters.main()
+    committed = Path(cost.__file__).parent / "results" / "parameters.md"
+    assert (tmp_path / "results" / "parameters.md").read_text() == committed.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -33,11 +34,33 @@ def test_quickstart(tmp_path):
     assert again.returncode == 0 and "answer" in again.stdout, again.stderr[-3000:]
 
 
-@pytest.mark.parametrize("source", ["folder", "file"])
-def test_sft_copilot(tmp_path, source):
+@pytest.mark.parametrize("launcher", [[], ["--accelerate"]], ids=["plain", "accelerate"])
+def test_plain_loop(tmp_path, launcher):
+    assert len((ROOT / "recipes" / "plain_loop.py").read_text().splitlines()) < 80
+    out = run("plain_loop.py", "--steps", "61", "--output", str(tmp_path / "copilot"), *launcher)
+    last = ast.literal_eval(out.splitlines()[-2].partition(" ")[2])
+    assert last["rectified_nll"] < last["pilot_nll"]
+    assert "=" in out.splitlines()[-1] and (tmp_path / "copilot" / "model.safetensors").is_file()
+
+
+def write_sums(folder: Path) -> None:
     rows = [{"question": row["prompt"], "equation": row["completion"]} for row in addition(400)]
     for name, part in (("train", rows[:300]), ("test", rows[300:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+
+def test_seq2seq_copilot(tmp_path):
+    write_sums(tmp_path)
+    config = str(ROOT / "recipes" / "mawps_t5_tiny.yaml")
+    short = ["--num_train_epochs", "1", "--generate_rows", "20", "--max_new_tokens", "8"]
+    places = ["--dataset_name", str(tmp_path), "--output_dir", str(tmp_path)]
+    out = run("seq2seq_copilot.py", "--config", config, *places, *short)
+    assert "Pilot + Copilot" in out and (tmp_path / "copilot" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_sft_copilot(tmp_path, source):
+    write_sums(tmp_path)
     data = tmp_path if source == "folder" else tmp_path / "train.jsonl"
     config = str(ROOT / "recipes" / "mawps_tiny.yaml")
     short = ["--num_train_epochs", "1", "--generate_rows", "20", "--max_new_tokens", "8"]

@@ -1,0 +1,46 @@
+"""Does an equation have a given value? For MAWPS, where `x=3-1` and `x+1=3` are the same answer."""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import re
+
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+ELSEWHERE = 0.7312  # no equation that pins x down holds here too
+
+
+def solves(equation: str, value: float) -> bool:
+    """Whether `value` solves an equation in x, and not every number does. Text that is no equation is not solved."""
+    try:
+        left, right = (_parse(side) for side in equation.lower().split("="))
+        holds = [abs(_compute(left, x) - _compute(right, x)) <= 1e-4 * max(1, abs(value)) for x in (value, ELSEWHERE)]
+    except (ValueError, SyntaxError, ZeroDivisionError, OverflowError, RecursionError):
+        return False
+    return holds[0] and (not holds[1] or math.isclose(value, ELSEWHERE))
+
+
+def _parse(text: str) -> ast.expr:
+    """`2x` and `2(x+1)` mean products."""
+    text = re.sub(r"(?<=[\dx)])\s*(?=[x(])", "*", text.strip())
+    return ast.parse(text, mode="eval").body
+
+
+def _compute(node: ast.expr, x: float) -> float:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return node.value
+    if isinstance(node, ast.Name) and node.id == "x":
+        return x
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](_compute(node.left, x), _compute(node.right, x))
+    if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](_compute(node.operand, x))
+    raise ValueError("not arithmetic")

@@ -1,0 +1,77 @@
+"""Fine-tune an encoder-decoder (T5, FLAN-T5, BART, ...) with a Copilot on any question-answer data.
+
+    python recipes/seq2seq_copilot.py --config recipes/mawps_t5_tiny.yaml --dataset_name DIR/mawps
+    python recipes/seq2seq_copilot.py --config recipes/gsm8k_flan_t5_small.yaml
+
+Data and Pilot are given as to `sft_copilot.py`.
+"""
+
+from __future__ import annotations
+
+from datasets import Dataset
+from peft import get_peft_model
+from sft_copilot import RecipeArguments, build_from_scratch, compare, copilot_config, prepare_rows
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+
+from hf_copilot import CopilotSeq2SeqConfig, CopilotSeq2SeqTrainer
+
+
+def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> Dataset:
+    """Prompts as the encoder's input, completions as labels; both end with the end token."""
+    end = tokenizer.eos_token_id
+
+    def ids(text: str) -> list[int]:
+        found = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+        return found if found[-1] == end else [*found, end]
+
+    return rows.map(
+        lambda row: {"input_ids": ids(row["prompt"]), "labels": ids(row["completion"])},
+        remove_columns=rows.column_names,
+    )
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: CopilotSeq2SeqConfig,
+    model_args: ModelConfig,
+    recipe: RecipeArguments,
+) -> None:
+    set_seed(training_args.seed)
+    train, validation, test = prepare_rows(script_args, recipe, training_args.seed)
+    if recipe.from_config is not None:
+        model, tokenizer = build_from_scratch(recipe, train)
+    else:
+        name, revision = model_args.model_name_or_path, model_args.model_revision
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        model = AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision)
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None:
+        model = get_peft_model(model, peft_config)
+    trainer = CopilotSeq2SeqTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=tokenize(train, tokenizer),
+        eval_dataset=tokenize(validation, tokenizer),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model),
+        processing_class=tokenizer,
+        copilot=copilot_config(recipe),
+    )
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
+    trainer.save_model()
+    if recipe.generate_rows:
+        compare(trainer, tokenizer, test, recipe, trainer.evaluate(tokenize(test, tokenizer)))
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset=script_args.dataset_name)
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ScriptArguments, CopilotSeq2SeqConfig, ModelConfig, RecipeArguments))
+    main(*parser.parse_args_and_config(fail_with_unknown_args=True))
