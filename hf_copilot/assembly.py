@@ -47,7 +47,9 @@ def make_copilot(
     copilot.config.base_model_revision = getattr(base, "_commit_hash", None)
     copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
     copilot.config.hf_copilot_version = __version__
-    copilot.config.results = None
+    if copilot.config.calibration is not None:  # its λ was chosen for the weights that it had
+        copilot.config.strength = CopilotConfig().strength
+    copilot.config.results = copilot.config.calibration = None
     return copilot
 
 
@@ -133,7 +135,7 @@ def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None
         )
     if learner.peft_model is None:
         learner.copilot.load_state_dict(CopilotModel.from_pretrained(folder).state_dict())
-    config.strength, config.results = saved.strength, saved.results
+    config.strength, config.results, config.calibration = saved.strength, saved.results, saved.calibration
 
 
 def is_logging_step(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:

@@ -97,6 +97,11 @@ def make_records(
     final = flat(states.last_hidden_state, target_where)  # [M, d_P]
     mistake = discrepancy(head, final, target_labels.to(final.device), top_k)
     spans = [len(positions) for positions in kept]
+    if has_encoder and states.input_ids is None:
+        raise ValueError(
+            "The Pilot's decoder was given embeddings, not token ids (decoder_inputs_embeds, prompt tuning of its "
+            "decoder): the Mistake Log needs the ids. Use LoRA or full fine-tuning."
+        )
     if has_encoder:
         input_ids = flat(states.input_ids, where)  # [N]
         embeddings, embedding_spans = encoder_outputs(states, [document.row for document in documents])
@@ -131,11 +136,18 @@ def encoder_outputs(states: PilotStates, rows: list[int]) -> tuple[torch.Tensor,
     return outputs[visible.to(outputs.device)], visible.sum(1).tolist()
 
 
-def group_by_length(records: list[MistakeRecord], max_positions: int) -> list[list[MistakeRecord]]:
-    """Split into groups of like length whose padded size (rows x longest) stays within `max_positions`."""
+def group_by_length(
+    records: list[MistakeRecord], max_positions: int, has_encoder: bool = False
+) -> list[list[MistakeRecord]]:
+    """Split into groups of like length (of decoder and encoder together) whose padded size (rows x longest) stays
+    within `max_positions`."""
+
+    def length(record: MistakeRecord) -> int:
+        return len(record.input_ids) + (len(record.embeddings) if has_encoder else 0)
+
     groups: list[list[MistakeRecord]] = []
-    for record in sorted(records, key=lambda record: -len(record.input_ids)):
-        if groups and (len(groups[-1]) + 1) * len(groups[-1][0].input_ids) <= max_positions:
+    for record in sorted(records, key=lambda record: -length(record)):
+        if groups and (len(groups[-1]) + 1) * length(groups[-1][0]) <= max_positions:
             groups[-1].append(record)
         else:
             groups.append([record])

@@ -43,6 +43,11 @@ class CopilotCallback(TrainerCallback):
     ):
         self.source = copilot
         self.copilot_args = copilot_args if copilot_args is not None else CopilotArguments()
+        if self.copilot_args.copilot_strength == "auto" or self.copilot_args.copilot_predict:
+            raise ValueError(
+                "CopilotCallback sees no evaluation: copilot_strength='auto' and copilot_predict need a trainer of "
+                "hf_copilot. Calibrate with callback.learner.calibrate()."
+            )
         self.copilot_peft_config = copilot_peft_config
         self.learner: CopilotLearner | None = None
         self.handles: list[RemovableHandle] = []

@@ -73,6 +73,8 @@ class CopilotConfig(PreTrainedConfig):
             What the Copilot was trained beside; read by [`check_pilot`].
         results (`dict`, *optional*):
             Last evaluation figures of the run that trained it; shown in the model card.
+        calibration (`dict`, *optional*):
+            How `strength` was chosen, if it was: NLL and token accuracy at every λ that was tried, and on what.
     """
 
     model_type = "copilot"
@@ -115,6 +117,7 @@ class CopilotConfig(PreTrainedConfig):
     tokenizer_fingerprint: str | None = None
     hf_copilot_version: str | None = None
     results: dict | None = None
+    calibration: dict | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any):

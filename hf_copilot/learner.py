@@ -10,27 +10,29 @@ for batch in loader:
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import nn
 from transformers import get_scheduler
 
+from .adapter import add_adapter, merged_copy
 from .batch import CopilotBatch, group_by_length, make_records
-from .discrepancy import cross_entropy_loss, fuse, rmse_loss, row_chunks
+from .configuration_copilot import check_strength
+from .discrepancy import cross_entropy_loss, rmse_loss, row_chunks
 from .distributed import copy_from_main_process, num_processes, process_index, sum_count, sum_over_processes
+from .measures import STRENGTHS, calibration_of, no_sums, sums_of
 from .mistake_log import MistakeLog, MistakeRecord
 from .modeling_copilot import CopilotModel
 from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, PilotTap, is_sharded, isolated_rng
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("pilot_nll", "rectified_nll", "pilot_token_accuracy", "rectified_token_accuracy", "copilot_dropped_mass")
+METRICS = ("pilot_nll", "pilot_token_accuracy", "rectified_nll", "rectified_token_accuracy", "copilot_dropped_mass")
 SKIPS_TO_WARN = 5  # steps in a row
 
 
@@ -91,7 +93,7 @@ class CopilotLearner:
         self.device = self.head.device
         self.copilot = copilot.to(self.device)
         with isolated_rng(self.device, seed):
-            self.peft_model = self._add_adapter(peft_config) if peft_config is not None else None
+            self.peft_model = add_adapter(copilot, peft_config) if peft_config is not None else None
         self.forward = torch.compile(copilot, backend=compile_backend, dynamic=True) if compile_backend else copilot
         self.learning_rate, self.weight_decay, self.max_grad_norm = learning_rate, weight_decay, max_grad_norm
         self.warmup_steps, self.lr_scheduler_type = warmup_steps, lr_scheduler_type
@@ -99,6 +101,7 @@ class CopilotLearner:
         self.log = log if log is not None else MistakeLog()
         self.log_dtype, self.seed, self.autocast_dtype = log_dtype, seed, autocast_dtype
         self._forget()
+        self.calibration: tuple[Sequence[float], torch.Tensor] | None = None  # λ and sums, inside `calibrate`
         self._listening, self._caught = False, None
         config = copilot.config
         self.tap = PilotTap(pilot, config.pooled_layers, config.pooling, self._catch, lambda: self._listening)
@@ -112,7 +115,7 @@ class CopilotLearner:
         self.round: list[MistakeRecord] = []
         self.log.clear()
         self.largest_batch = 1  # positions of the Pilot's largest micro-batch, the bound of the Copilot's own
-        self.sums = {"train": self._no_sums(), "eval": self._no_sums()}
+        self.sums = {mode: no_sums(self.strengths) for mode in ("train", "eval")}
         self.loss_sum = torch.zeros((), device=self.device)
         self.loss_count = 0
 
@@ -121,9 +124,9 @@ class CopilotLearner:
         The Copilot's weights stay; those of the main process are copied to all."""
         self.head.check()
         self.tap.open()
-        self.device = self.head.device  # FSDP moves the Pilot late
-        self.copilot.to(self.device)
+        self._follow_pilot()
         self._forget()
+        self.copilot.config.calibration = None
         copy_from_main_process(self.copilot.parameters())
         decay = [p for p in self.trainable_parameters() if p.ndim > 1]
         no_decay = [p for p in self.trainable_parameters() if p.ndim <= 1]
@@ -136,6 +139,12 @@ class CopilotLearner:
             max(num_training_steps, 1),
             scheduler_specific_kwargs=self.lr_scheduler_kwargs,
         )
+
+    def _follow_pilot(self) -> None:
+        """Move the Copilot to where the Pilot is now: FSDP and full evaluation in half precision move it late."""
+        if self.device != self.head.device:
+            self.device = self.head.device
+            self.copilot.to(self.device)
 
     def close(self) -> None:
         """Remove the hooks from the Pilot; the next `observe` or `evaluate` puts them back."""
@@ -158,7 +167,6 @@ class CopilotLearner:
         """
         with self._watch(inputs):
             yield
-        self.largest_batch = max(self.largest_batch, inputs["labels"].numel())
         with self.head.gathered():
             self.round += self._records(inputs, dtype=self.log_dtype, device="cpu")
 
@@ -167,9 +175,13 @@ class CopilotLearner:
         """Add the first forward inside the block to the evaluation's metrics; nothing is logged."""
         with self._watch(inputs):
             yield
-        self.largest_batch = max(self.largest_batch, inputs["labels"].numel())
         with self.head.gathered():
-            self.sums["eval"] += self.score(self._records(inputs))
+            records = self._records(inputs)
+            if self.calibration is None:
+                self.sums["eval"] += self.score(records)
+            else:
+                strengths, sums = self.calibration
+                sums += self.score(records, strengths)
 
     def read(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
         """The records of one forward, neither logged nor measured; the hooks are gone afterwards."""
@@ -191,12 +203,14 @@ class CopilotLearner:
             self._listening = False
         if self._caught is None:
             raise ValueError("The Pilot's decoder did not run inside the block: is it the Pilot of this learner?")
+        self._follow_pilot()
 
     def _catch(self, states: PilotStates) -> None:
         self._caught, self._listening = states, False
 
     def _records(self, inputs: Mapping[str, Any], **kwargs: Any) -> list[MistakeRecord]:
         states, self._caught = self._caught, None
+        self.largest_batch = max(self.largest_batch, states.positions)
         with self._autocast():
             return make_records(states, inputs, self.head, self.embedding, self.copilot.config.top_k, **kwargs)
 
@@ -297,7 +311,8 @@ class CopilotLearner:
     def batches(self, records: list[MistakeRecord]) -> Iterator[CopilotBatch]:
         """The records, padded, in groups no larger than the Pilot's own micro-batches."""
         dtype = self.copilot.norm.weight.dtype
-        for group in group_by_length(records, self.largest_batch):
+        has_encoder = self.copilot.config.pilot_is_encoder_decoder
+        for group in group_by_length(records, self.largest_batch, has_encoder):
             yield CopilotBatch.collate(group, self.embedding, self.copilot.config, self.device, dtype)
 
     def _hidden(self, batch: CopilotBatch) -> torch.Tensor:
@@ -317,8 +332,31 @@ class CopilotLearner:
 
     # ---- measuring -------------------------------------------------------------------------------------------------
 
-    def _no_sums(self) -> torch.Tensor:
-        return torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self.device)
+    @property
+    def strengths(self) -> tuple[float, float]:
+        """λ of the metrics: the Pilot's and the Copilot's own."""
+        return 0.0, self.copilot.config.strength
+
+    @contextmanager
+    def calibrate(self, strengths: Sequence[float] = STRENGTHS, data: str = "") -> Iterator[None]:
+        """Choose λ: inside the block `evaluate` measures at all `strengths`, and 0, the Pilot alone; at its end the
+        one with the least NLL becomes the Copilot's, so that it is never worse than the Pilot there. All of it is kept
+        in `copilot.config.calibration`.
+
+        Args:
+            data: What is measured on, in words.
+        """
+        strengths = sorted({0.0, *(check_strength(strength) for strength in strengths)})
+        self.calibration = strengths, no_sums(strengths)
+        try:
+            yield
+            sums = self.calibration[1]
+        finally:
+            self.calibration = None
+        sums = self._over_processes(sums)
+        config = self.copilot.config
+        config.calibration = calibration_of(sums, strengths, data)
+        config.strength = config.calibration["strength"]
 
     def scores(self, batch: CopilotBatch) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Chunks of the batch's queries: which, the Pilot's logits z and the correction f, each `[c, V]` float32."""
@@ -331,33 +369,35 @@ class CopilotLearner:
             yield chunk
 
     @torch.no_grad()
-    def score(self, records: list[MistakeRecord]) -> torch.Tensor:
-        """Sums over the records' targets, teacher-forced with the Copilot's own λ, `[6]` float64: the Pilot's and the
-        rectified negative log-likelihood (nats), the Pilot's and the rectified top-1 hits, the probability mass that
-        the discrepancies leave out, the targets."""
-        config, sums = self.copilot.config, self._no_sums()
+    def score(self, records: list[MistakeRecord], strengths: Sequence[float] | None = None) -> torch.Tensor:
+        """Sums over the records' targets, teacher-forced, at each λ of `strengths`: see [`sums_of`]."""
+        strengths = self.strengths if strengths is None else strengths
+        sums = no_sums(strengths)
         was_training = self.copilot.training
         self.copilot.eval()
         for batch in self.batches(records):
-            labels, dropped = batch.labels[:, None], batch.target.dropped  # [Q, 1], [Q]
+            labels, dropped = batch.labels, batch.target.dropped  # [Q], [Q]
             for rows, pilot, correction in self.scores(batch):
-                pilot = pilot.log_softmax(-1)  # [c, V]
-                rectified = fuse(pilot, correction, config.strength, config.fusion)
-                label = labels[rows]
-                hits = [(scores.argmax(-1, keepdim=True) == label).sum() for scores in (pilot, rectified)]
-                nlls = [-scores.gather(-1, label).sum() for scores in (pilot, rectified)]
-                count = torch.tensor(len(label), device=self.device)
-                sums += torch.stack([*nlls, *hits, dropped[rows].sum(), count]).double()
+                fusion = self.copilot.config.fusion
+                sums += sums_of(pilot, correction, labels[rows], dropped[rows], strengths, fusion)
         self.copilot.train(was_training)
         return sums
+
+    def _over_processes(self, sums: torch.Tensor) -> torch.Tensor:
+        sums = sums.to(self.device)
+        sum_over_processes([sums])
+        return sums
+
+    def forget_metrics(self, mode: str) -> None:
+        """Begin the sums of "train" or "eval" anew, on this process."""
+        self.sums[mode] = no_sums(self.strengths)
 
     def pop_metrics(self, mode: str = "train") -> dict[str, float]:
         """The metrics since the last call, over all processes: means over targets, and in training the mean of the
         Copilot's loss."""
-        sums, self.sums[mode] = self.sums[mode], self._no_sums()
-        sum_over_processes([sums])
-        sums = sums.tolist()
-        metrics = {name: total / sums[-1] for name, total in zip(METRICS, sums, strict=False)} if sums[-1] else {}
+        sums, self.sums[mode] = self.sums[mode], no_sums(self.strengths)
+        *totals, targets = self._over_processes(sums).flatten().tolist()
+        metrics = {name: total / targets for name, total in zip(METRICS, totals, strict=True)} if targets else {}
         if mode == "train" and self.loss_count:
             metrics["copilot_loss"] = self.loss_sum.item() / self.loss_count
             self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
@@ -367,30 +407,10 @@ class CopilotLearner:
             metrics["copilot_log_rounds"] = len(self.log.rounds)
         return metrics
 
-    # ---- adapters ----------------------------------------------------------------------------------------
-
-    def _add_adapter(self, peft_config: PeftConfig) -> nn.Module:
-        """Put an adapter into the Copilot; what has no pretrained weights is trained in full."""
-        peft_config = copy.deepcopy(peft_config)  # PEFT writes into it, and the Pilot may have been given the same
-        peft_config.task_type = None
-        peft_config.target_modules = peft_config.target_modules or "all-linear"
-        new = ["lm_head", "start"] + ["memory_proj"] * isinstance(self.copilot.memory_proj, nn.Linear)
-        peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *new})
-        model = get_peft_model(self.copilot, peft_config)
-        for parameter in self.trainable_parameters():
-            parameter.data = parameter.data.float()
-        return model
-
     def exported(self, device: str | torch.device | None = None) -> CopilotModel:
         """The Copilot as plain weights: itself, or a copy of now with its adapter merged, and with the same config.
 
         Args:
             device: Where the copy is made; by default where the Copilot is.
         """
-        if self.peft_model is None:
-            return self.copilot
-        device = device or self.device
-        copies = {id(p): nn.Parameter(p.detach().to(device, copy=True)) for p in self.peft_model.parameters()}
-        merged = copy.deepcopy(self.peft_model, copies).merge_and_unload()
-        merged.config = self.copilot.config
-        return merged
+        return self.copilot if self.peft_model is None else merged_copy(self.peft_model, device or self.device)

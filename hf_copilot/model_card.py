@@ -62,8 +62,8 @@ def copilot_card(config: CopilotConfig) -> ModelCard:
         library_name="hf_copilot",
         base_model=on_hub,
         base_model_relation="adapter" if on_hub else None,
-        pipeline_tag="text-generation",
-        tags=["transformer-copilot", "copilot", "trl", "sft", "generated_from_trainer", "arxiv:2505.16270"],
+        pipeline_tag="text2text-generation" if config.pilot_is_encoder_decoder else "text-generation",
+        tags=["transformer-copilot", "copilot", "generated_from_trainer", "arxiv:2505.16270"],
     )
     fields = {name: value for name, value in config.to_dict().items() if name != "results"}
     return ModelCard(
@@ -74,7 +74,7 @@ def copilot_card(config: CopilotConfig) -> ModelCard:
             pilot_id=on_hub or "<the Pilot>",
             auto_class="AutoModelForSeq2SeqLM" if config.pilot_is_encoder_decoder else "AutoModelForCausalLM",
             version=config.hf_copilot_version,
-            results=_results(config.results),
+            results=_results(config.results) + _calibration(config.calibration),
         )
     )
 
@@ -90,3 +90,14 @@ def _results(results: dict | None) -> str:
     lines = [f"| {name} | {pilot:.4f} | {rectified:.4f} |" for name, pilot, rectified in rows]
     head = ["", "## Results", "", "Teacher-forced, on the evaluation set of the run that trained it:", ""]
     return "\n".join([*head, "| | Pilot | Pilot + Copilot |", "|---|---|---|", *lines, ""])
+
+
+def _calibration(calibration: dict | None) -> str:
+    """How λ was chosen; empty if it was not."""
+    if calibration is None:
+        return ""
+    rows = zip(calibration["strengths"], calibration["nll"], calibration["token_accuracy"], strict=True)
+    lines = [f"| {strength:g} | {nll:.4f} | {accuracy:.4f} |" for strength, nll, accuracy in rows]
+    data = f"{calibration['targets']:,} tokens of {calibration['data']}"
+    head = ["", f"λ = {calibration['strength']:g} had the least NLL, teacher-forced on {data} (0 is the Pilot alone):"]
+    return "\n".join([*head, "", "| λ | NLL (nats per token) | token accuracy |", "|---|---|---|", *lines, ""])

@@ -33,6 +33,7 @@ class PilotStates:
     attention_mask: Any  # as the decoder was given it: 2D, 4D, a mapping of these, or None
     past_length: int  # positions that were in the Pilot's cache before
     embeddings: torch.Tensor | None = None  # X̃, [B, T, d_P], the input of layer 0; or [B, S, d_P], of the encoder
+    encoder_length: int | None = None  # S; None without an encoder
     encoder_attention_mask: torch.Tensor | None = None  # [B, S]; None without an encoder, or without padding
     hidden_states: torch.Tensor | None = None  # h, [B, T, d_P], the pooled outputs of the layers
     last_hidden_state: torch.Tensor | None = None  # [B, T, d_P], the decoder's output
@@ -42,6 +43,12 @@ class PilotStates:
     def length(self) -> int:
         """T, the positions of this forward."""
         return self.last_hidden_state.shape[1]
+
+    @property
+    def positions(self) -> int:
+        """B x T, and with an encoder B x S beside it."""
+        encoder = 0 if self.encoder_length is None else self.encoder_length
+        return len(self.last_hidden_state) * (self.length + encoder)
 
 
 def unwrap(pilot: nn.Module) -> nn.Module:
@@ -156,6 +163,7 @@ class PilotTap:
         self.states = PilotStates(input_ids, kwargs.get("attention_mask"), past_length)
         if kwargs.get("encoder_hidden_states") is not None:
             self.states.embeddings = kwargs["encoder_hidden_states"].detach()
+            self.states.encoder_length = self.states.embeddings.shape[1]
             self.states.encoder_attention_mask = kwargs.get("encoder_attention_mask")
 
     def _read_embeddings(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -248,7 +256,8 @@ class PilotHead:
         weight = self.whole.get("weight", head.weight)  # [V, d_P]
         with torch.no_grad():
             hidden = hidden.to(weight.device, weight.dtype)
-            logits = (F.linear(hidden, **self.whole) if self.whole else head(hidden)).float()
+            sharded = isinstance(head, FSDPModule) or self.whole  # a call would open its group without a backward
+            logits = (F.linear(hidden, weight, self.whole.get("bias", head.bias)) if sharded else head(hidden)).float()
             if self.scale != 1.0:
                 logits = logits * self.scale
             if self.softcap is not None:
@@ -262,8 +271,13 @@ class PilotHead:
     def gathered(self) -> Iterator[None]:
         """Hold the whole head inside the block where processes share it (FSDP2): every process must enter. Right
         after a forward it usually is whole, and nothing is sent."""
-        parameters = self.pilot.get_output_embeddings().named_parameters()
-        self.whole = {name: value.full_tensor() for name, value in parameters if isinstance(value, DTensor)}
+        parameters = dict(self.pilot.get_output_embeddings().named_parameters())
+        if is_sharded(self.pilot) and not parameters.keys() <= {"weight", "bias"}:
+            raise NotImplementedError(
+                "The Pilot is sharded and its head has an adapter, which can't be gathered: leave lm_head out of "
+                "target_modules and modules_to_save, or use DDP."
+            )
+        self.whole = {name: value.full_tensor() for name, value in parameters.items() if isinstance(value, DTensor)}
         try:
             yield
         finally:

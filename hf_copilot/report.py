@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table
 from torch import nn
@@ -17,9 +18,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def multiplied_parameters(model: nn.Module) -> int:
-    """Parameters that a token is multiplied with: all but the input embedding, unless the head shares it."""
+    """Parameters that a generated token is multiplied with: all but the encoder and the input embedding, unless the
+    head shares it."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return count_parameters(model)[0] - (0 if head is embedding else embedding.numel())
+    count = count_parameters(model)[0] - (0 if head is embedding else embedding.numel())
+    if getattr(model.config, "is_encoder_decoder", False):
+        own = {id(parameter) for parameter in model.get_decoder().parameters()} | {id(head)}
+        count -= sum(p.numel() for p in model.get_encoder().parameters() if id(p) not in own)
+    return count
 
 
 def describe_start(learner: CopilotLearner) -> str:
@@ -36,8 +42,11 @@ def describe_start(learner: CopilotLearner) -> str:
     )
 
 
-def table_of_training(log_history: Sequence[dict[str, float]], log_megabytes: float) -> Table | None:
-    """The last figures of Pilot and Pilot + Copilot, in training and in evaluation; None if there are none."""
+def table_of_training(
+    log_history: Sequence[dict[str, float]], log_megabytes: float, calibration: dict[str, Any] | None = None
+) -> Table | None:
+    """The last figures of Pilot and Pilot + Copilot, in training and in evaluation, and at the λ that was chosen; None
+    if there are none."""
     table = Table(title=f"Pilot and Copilot, last figures (Mistake Log: {log_megabytes:,.0f} MB)")
     for column in ("", "Pilot", "Pilot + Copilot"):
         table.add_column(column, justify="right" if column else "left")
@@ -47,4 +56,8 @@ def table_of_training(log_history: Sequence[dict[str, float]], log_megabytes: fl
             if entries:
                 figures = [format(entries[-1][f"{prefix}{who}_{quantity}"], form) for who in ("pilot", "rectified")]
                 table.add_row(f"{title} ({where})", *figures)
+    if calibration is not None:
+        nll = dict(zip(calibration["strengths"], calibration["nll"], strict=True))
+        best, on = calibration["strength"], f"{calibration['targets']:,} tokens of {calibration['data']}"
+        table.add_row(f"NLL per token (λ = {best:g}, chosen on {on})", f"{nll[0.0]:.4f}", f"{nll[best]:.4f}")
     return table if table.row_count else None

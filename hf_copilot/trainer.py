@@ -29,7 +29,9 @@ from .checkpoint import (
 from .configuration_copilot import CopilotConfig
 from .learner_state import load_state, save_state, written_beside
 from .logits_processor import CopilotLogitsProcessor
+from .measures import STRENGTHS, results_of
 from .modeling_copilot import CopilotModel
+from .pilot_tap import is_encoder_decoder
 from .report import describe_start, table_of_training
 from .training_args import CopilotArguments
 
@@ -52,11 +54,6 @@ class CopilotSteps(TrainerCallback):
         self.trainer.start_copilot(state.max_steps)
         if state.is_world_process_zero and not args.disable_tqdm:
             Console().print(describe_start(self.trainer.learner), highlight=False)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        table = table_of_training(state.log_history, self.trainer.learner.log.nbytes / 1e6)
-        if state.is_world_process_zero and not args.disable_tqdm and table is not None:
-            Console().print(table)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.learner.step(measure=is_logging_step(args, state, control))
@@ -91,6 +88,13 @@ class CopilotMixin:
             raise ValueError("No row of `train_dataset` has a labelled token: look at its masks and at max_length.")
         self._check_supported(copilot_peft_config)
         self.copilot_args = self.args if isinstance(self.args, CopilotArguments) else CopilotArguments()
+        if self.copilot_args.copilot_predict and not getattr(self.args, "predict_with_generate", False):
+            raise ValueError(
+                "copilot_predict=True needs CopilotSeq2SeqTrainer with predict_with_generate=True; elsewhere generate "
+                "with a CopilotLogitsProcessor."
+            )
+        if self.copilot_args.copilot_strength == "auto" and self.eval_dataset is None:
+            raise ValueError("copilot_strength='auto' chooses λ on `eval_dataset`: pass one, or leave it at 'config'.")
         self.learner = make_learner(
             make_copilot(copilot, self.model, self.processing_class),
             self.model,
@@ -113,6 +117,16 @@ class CopilotMixin:
                 f"{type(self).__name__} does not support context, sequence or tensor parallelism: a process must see "
                 "whole sequences and the whole head. Use DDP (torchrun or accelerate launch, without a "
                 "parallelism_config)."
+            )
+        if self.model_init is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__} does not support model_init (and with it hyperparameter_search): its Copilot "
+                "belongs to one model. Make a trainer for each model."
+            )
+        if self.is_fsdp_enabled and is_encoder_decoder(self.model):
+            raise NotImplementedError(
+                "FSDP is not supported for encoder-decoders, whose embeddings are shared by several modules: use one "
+                "process or DDP."
             )
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             raise NotImplementedError(
@@ -151,9 +165,19 @@ class CopilotMixin:
             elif resume_from_checkpoint:
                 check_whole(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.learner.close()
+        if self.copilot_args.copilot_strength == "auto":
+            self.calibrate()
+        self._print_table()
+        return output
+
+    def _print_table(self):
+        learner, show = self.learner, self.is_world_process_zero() and not self.args.disable_tqdm
+        table = table_of_training(self.state.log_history, learner.log.nbytes / 1e6, learner.copilot.config.calibration)
+        if show and table is not None:
+            Console().print(table)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:
@@ -181,7 +205,9 @@ class CopilotMixin:
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        self.learner.pop_metrics("eval")
+        self.learner.forget_metrics("eval")
+        if self.learner.calibration is not None:
+            prediction_loss_only = True  # nothing is generated, no logits are gathered
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -194,6 +220,19 @@ class CopilotMixin:
         if results and metric_key_prefix.startswith("eval"):
             self.learner.copilot.config.results = results
         return output
+
+    def calibrate(self, eval_dataset=None, strengths=STRENGTHS):
+        """Choose the Copilot's λ by teacher-forced NLL on a data set, `eval_dataset` by default; see
+        [`CopilotLearner.calibrate`]. Returns what is stored in `copilot.config.calibration`."""
+        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if data is None:
+            raise ValueError("calibrate needs a data set: pass one here, or `eval_dataset` to the trainer.")
+        parts = list(data.values()) if isinstance(data, dict) else [data]
+        rows = [f"{len(part)} rows" if hasattr(part, "__len__") else "a stream" for part in parts]
+        with self.learner.calibrate(strengths, " and ".join(rows)):
+            self.evaluate(eval_dataset, metric_key_prefix="calibration")
+        self.learner.copilot.config.results = results_of(self.learner.copilot.config.calibration)
+        return self.learner.copilot.config.calibration
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -285,11 +324,11 @@ class CopilotSeq2SeqTrainer(CopilotMixin, Seq2SeqTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.model_accepts_loss_kwargs and self.args.gradient_accumulation_steps > 1:
+        if self.model_accepts_loss_kwargs and self.args.gradient_accumulation_steps * self.args.world_size > 1:
             logger.warning(
                 f"{type(self.model).__name__} gives the mean loss of a micro-batch, and Trainer takes it for part of "
-                "the whole batch's: gradients grow with gradient_accumulation_steps, with a Copilot and without. "
-                "Left as it is; to set it right: trainer.model_accepts_loss_kwargs = False."
+                "the whole batch's: gradients grow with gradient_accumulation_steps and processes, with a Copilot and "
+                "without. Left as it is; to set it right: trainer.model_accepts_loss_kwargs = False."
             )
 
     @contextlib.contextmanager
@@ -299,7 +338,7 @@ class CopilotSeq2SeqTrainer(CopilotMixin, Seq2SeqTrainer):
             yield gen_kwargs
             return
         with CopilotLogitsProcessor(self.copilot, self.model) as processor:
-            processors = LogitsProcessorList([*gen_kwargs.get("logits_processor", []), processor])
+            processors = LogitsProcessorList([*(gen_kwargs.get("logits_processor") or []), processor])
             yield gen_kwargs | {"logits_processor": processors}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **gen_kwargs):

@@ -24,6 +24,8 @@ class CopilotArguments:
         copilot_torch_compile (`bool`, defaults to `False`): Compile it, with the Pilot's `torch_compile_backend`.
         copilot_save_mistake_log (`bool`, defaults to `True`): Save the log in checkpoints. Without it the Pilot still
             resumes exactly, the Copilot with an empty log. It may be large, and holds token ids of the training data.
+        copilot_strength (`str`, defaults to `"config"`): λ is the one in the Copilot's config, or with `"auto"` the
+            one that has the least NLL on `eval_dataset` when training ends.
         copilot_predict (`bool`, defaults to `False`): With `predict_with_generate=True` (Seq2Seq), evaluation and
             prediction generate with the Copilot.
         copilot_start_fresh (`bool`, defaults to `False`): On resuming from a checkpoint that holds no Copilot, start a
@@ -59,6 +61,13 @@ class CopilotArguments:
     copilot_save_mistake_log: bool = field(
         default=True,
         metadata={"help": "Save the Mistake Log (with token ids of the training data) in checkpoints."},
+    )
+    copilot_strength: str = field(
+        default="config",
+        metadata={
+            "help": "λ is the config's, or with 'auto' the best on eval_dataset when training ends.",
+            "choices": ["config", "auto"],
+        },
     )
     copilot_predict: bool = field(
         default=False,

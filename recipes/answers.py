@@ -9,6 +9,12 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 
+def ids_with_end(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int = 512) -> list[int]:
+    """A text as an encoder-decoder reads and writes it: with the end token."""
+    ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+
 @torch.no_grad()
 def generate_answers(
     pilot: PreTrainedModel,
@@ -19,15 +25,16 @@ def generate_answers(
     batch_size: int = 64,
     **generation,
 ) -> list[str]:
-    """The text after each prompt (of an encoder-decoder all its text), in left-padded batches, with a progress bar."""
-    answers = []
-    tokenizer.padding_side = "left"
+    """The text after each prompt (of an encoder-decoder all its text), in batches, with a progress bar."""
+    answers, has_encoder = [], pilot.config.is_encoder_decoder
+    side = "right" if has_encoder else "left"
     processors = [processor] if processor is not None else []
     for start in tqdm(range(0, len(prompts), batch_size), desc=title):
-        inputs = tokenizer(prompts[start : start + batch_size], return_tensors="pt", padding=True).to(pilot.device)
-        inputs.pop("token_type_ids", None)
+        texts = prompts[start : start + batch_size]
+        ids = [ids_with_end(tokenizer, text) if has_encoder else tokenizer(text)["input_ids"] for text in texts]
+        inputs = tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(pilot.device)
         out = pilot.generate(**inputs, logits_processor=processors, pad_token_id=tokenizer.pad_token_id, **generation)
-        prompt = 0 if pilot.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        prompt = 0 if has_encoder else inputs["input_ids"].shape[1]
         answers += tokenizer.batch_decode(out[:, prompt:], skip_special_tokens=True)
     return answers
 

@@ -9,13 +9,11 @@ import argparse
 import random
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_copilot import CopilotLearner, CopilotLogitsProcessor, copilot_for
-
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def train(pilot, optimizer, loader, learner, backward=torch.Tensor.backward, say=print):
@@ -38,34 +36,38 @@ def train_with_accelerate(pilot, optimizer, loader, learner):
 
 
 def sums(count):
-    pairs = [(random.randrange(100), random.randrange(100)) for _ in range(count)]
+    pairs = [random.sample(range(100), 2) for _ in range(count)]
     return [{"question": f"{a}+{b}=", "answer": f"{a + b}"} for a, b in pairs]
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="Pilot on the Hub or in a folder; without it a tiny one")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--accelerate", action="store_true")
     parser.add_argument("--output", default="out/plain_loop")
     args = parser.parse_args()
+    set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else ByT5Tokenizer()
-    tiny = LlamaConfig(vocab_size=len(tokenizer), **SHAPE, pad_token_id=0, eos_token_id=1)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tiny = LlamaConfig(vocab_size=len(tokenizer), **shape, pad_token_id=0, eos_token_id=1)
     pilot = AutoModelForCausalLM.from_pretrained(args.model) if args.model else LlamaForCausalLM(tiny)
     rows = list(load_dataset("openai/gsm8k", "main", split="train")) if args.model else sums(8 * args.steps)
 
     def collate(rows):
-        texts = [row["question"] + row["answer"] + tokenizer.eos_token for row in rows]
-        batch = tokenizer(texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        for row, label in zip(rows, labels, strict=True):
+        text = [row["question"] + row["answer"] + tokenizer.eos_token for row in rows]
+        batch = tokenizer(text, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        for row, label in zip(rows, batch["labels"], strict=True):
             label[: len(tokenizer(row["question"], add_special_tokens=False)["input_ids"])] = -100
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        return dict(batch)
 
     loader = torch.utils.data.DataLoader(rows[: 8 * args.steps], 8, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(pilot.parameters(), lr=1e-5 if args.model else 1e-3)
     learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=len(loader), learning_rate=1e-3)
     (train_with_accelerate if args.accelerate else train)(pilot, optimizer, loader, learner)
+    if not PartialState().is_main_process:
+        return
     learner.exported().save_pretrained(args.output)
     prompt = tokenizer(rows[0]["question"], add_special_tokens=False, return_tensors="pt").to(learner.device)
     with CopilotLogitsProcessor(learner.copilot.eval(), pilot.eval()) as processor:

@@ -8,6 +8,7 @@ Data and Pilot are given as to `sft_copilot.py`.
 
 from __future__ import annotations
 
+from answers import ids_with_end
 from datasets import Dataset
 from peft import get_peft_model
 from sft_copilot import RecipeArguments, build_from_scratch, compare, copilot_config, prepare_rows
@@ -18,23 +19,21 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from hf_copilot import CopilotSeq2SeqConfig, CopilotSeq2SeqTrainer
 
 
-def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> Dataset:
+def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Prompts as the encoder's input, completions as labels; both end with the end token."""
-    end = tokenizer.eos_token_id
 
-    def ids(text: str) -> list[int]:
-        found = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-        return found if found[-1] == end else [*found, end]
+    def convert(row: dict) -> dict[str, list[int]]:
+        return {
+            "input_ids": ids_with_end(tokenizer, row["prompt"]),
+            "labels": ids_with_end(tokenizer, row["completion"]),
+        }
 
-    return rows.map(
-        lambda row: {"input_ids": ids(row["prompt"]), "labels": ids(row["completion"])},
-        remove_columns=rows.column_names,
-    )
+    return rows.map(convert, remove_columns=rows.column_names)
 
 
 def main(
@@ -50,9 +49,16 @@ def main(
     else:
         name, revision = model_args.model_name_or_path, model_args.model_revision
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        model = AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision)
+        model = AutoModelForSeq2SeqLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=model_args.dtype,
+            attn_implementation=model_args.attn_implementation,
+            quantization_config=get_quantization_config(model_args),
+        )
     peft_config = get_peft_config(model_args)
     if peft_config is not None:
+        peft_config.task_type = "SEQ_2_SEQ_LM"
         model = get_peft_model(model, peft_config)
     trainer = CopilotSeq2SeqTrainer(
         model=model,

@@ -61,6 +61,7 @@ def test_cost_of_a_checkpoint(monkeypatch, training):
         ("2(x+1)=8", 3, True),
         ("(6.0+x)*(x-6.0)=189.0", -15, True),
         ("x=4", 3, False),
+        ("x*0.01=2.98", 300, False),
         ("x=x", 3, False),  # every number solves it
         ("3=3", 3, False),
         ("x=1/0", 3, False),

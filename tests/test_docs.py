@@ -47,6 +47,7 @@ class Sharded:
         ("trainer", "is_fsdp_enabled", True, "use FSDP2"),
         ("trainer", "is_deepspeed_enabled", True, "DeepSpeed"),
         ("trainer", "_is_vlm", True, "vision-language"),
+        ("trainer", "model_init", tiny_pilot, "model_init"),
         ("state", "parallelism_config", Sharded, "context, sequence or tensor parallelism"),
     ],
 )

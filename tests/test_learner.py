@@ -285,7 +285,7 @@ def test_teacher_forcing_a_generated_text_equals_generation_probability(pilot):
     f = forward(learner, records)
     z = learner.head(torch.cat([record.final_states for record in records]))
     labels = torch.cat([record.labels for record in records])[:, None]
-    pilot_nll, rectified_nll, pilot_hits, hits, _, count = learner.score(records).tolist()
+    pilot_nll, pilot_hits, rectified_nll, hits, _, count = learner.score(records).flatten().tolist()
     assert count == len(labels)
     assert pilot_nll == pytest.approx(-z.log_softmax(-1).gather(1, labels).sum().item(), rel=1e-5)
     assert rectified_nll == pytest.approx(-(z + f).log_softmax(-1).gather(1, labels).sum().item(), rel=1e-5)

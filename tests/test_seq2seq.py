@@ -318,6 +318,32 @@ def test_data_parallel_raises(tmp_path, monkeypatch):
         make(CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, tmp_path)
 
 
+def test_fsdp_raises(tmp_path, monkeypatch):
+    trainer = make(CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, tmp_path)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    with pytest.raises(NotImplementedError, match="encoder-decoders"):
+        trainer._check_supported(None)
+
+
+def test_predicting_without_generation_raises(tmp_path):
+    with pytest.raises(ValueError, match="predict_with_generate=True"):
+        make(CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, tmp_path, copilot_predict=True)
+    with pytest.raises(ValueError, match="sees no evaluation"):
+        CopilotCallback(copilot_args=CopilotSeq2SeqConfig(str(tmp_path), copilot_predict=True, **QUIET))
+
+
+def test_groups_hold_as_much_as_the_pilots_batches():
+    """Short answers to long questions: the encoder counts."""
+    pilot = tiny_seq2seq().eval()
+    learner = CopilotLearner(copilot_for(pilot), pilot)
+    inputs = {"input_ids": torch.full((2, 40), 5), "labels": torch.full((2, 4), 6)}
+    for _ in range(4):
+        with torch.no_grad(), learner.observe(inputs):
+            pilot(**inputs)
+    assert learner.largest_batch == 2 * 44
+    assert [len(batch.valid) for batch in learner.batches(learner.round)] == [2] * 4
+
+
 def test_gradients_that_grow_with_accumulation_are_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="transformers"):
         make(CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, tmp_path, gradient_accumulation_steps=2)

@@ -1,0 +1,33 @@
+"""A Copilot that is trained with a PEFT adapter: small in training, plain weights when it is saved."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+from .modeling_copilot import CopilotModel
+
+
+def add_adapter(copilot: CopilotModel, peft_config: PeftConfig) -> PeftModel:
+    """Put an adapter into the Copilot, in place; what has no pretrained weights is trained in full."""
+    peft_config = copy.deepcopy(peft_config)  # PEFT writes into it, and the Pilot may have been given the same
+    peft_config.task_type = None
+    peft_config.target_modules = peft_config.target_modules or "all-linear"
+    new = ["lm_head", "start"] + ["memory_proj"] * isinstance(copilot.memory_proj, nn.Linear)
+    peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *new})
+    model = get_peft_model(copilot, peft_config)
+    for parameter in copilot.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def merged_copy(model: PeftModel, device: str | torch.device) -> CopilotModel:
+    """A Copilot of plain weights, made on `device`; it shares the config."""
+    copies = {id(p): nn.Parameter(p.detach().to(device, copy=True)) for p in model.parameters()}
+    merged = copy.deepcopy(model, copies).merge_and_unload()
+    merged.config = model.get_base_model().config
+    return merged

@@ -1,0 +1,125 @@
+"""λ by teacher-forced NLL on held-out data: never worse there than the Pilot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_learner import padded_batch
+from test_seq2seq import make
+from tiny import QUIET, addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
+
+from hf_copilot import (
+    CopilotConfig,
+    CopilotLearner,
+    CopilotLogitsProcessor,
+    CopilotModel,
+    CopilotSeq2SeqConfig,
+    CopilotSeq2SeqTrainer,
+    CopilotSFTConfig,
+    CopilotTrainer,
+)
+from hf_copilot.discrepancy import fuse
+from hf_copilot.measures import STRENGTHS, calibration_of, no_sums, sums_of
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 6), st.integers(2, 9), st.sampled_from(["logit", "probability"]), st.integers(0, 99))
+def test_sums_equal_the_fused_distribution(targets, vocabulary, fusion, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits, correction = (torch.randn(targets, vocabulary, generator=generator) for _ in range(2))
+    labels = torch.randint(vocabulary, (targets,), generator=generator)
+    dropped = torch.rand(targets, generator=generator)
+    sums = sums_of(logits, correction, labels, dropped, STRENGTHS, fusion)
+    for strength, (nll, hits) in zip(STRENGTHS, sums[:-1].tolist(), strict=True):
+        fused = fuse(logits.log_softmax(-1), correction, strength, fusion)
+        expected = torch.nn.functional.cross_entropy(fused, labels, reduction="sum").item()
+        assert nll == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert hits == (fused.argmax(-1) == labels).sum().item()
+    assert sums[-1].tolist() == pytest.approx([dropped.sum().item(), targets])
+
+
+@pytest.mark.parametrize("config", [CopilotConfig(), CopilotConfig.paper(num_hidden_layers=2)], ids=["ours", "paper"])
+def test_the_best_strength_is_kept(pilot, config):
+    copilot, batch = trained_like(pilot, config), padded_batch()
+    learner = CopilotLearner(copilot, pilot)
+    with learner.calibrate((0.5, 1.0), data="a batch"), torch.no_grad():
+        for _ in range(2):
+            with learner.evaluate(batch):
+                pilot(**batch)
+    found = copilot.config.calibration
+    assert found["strengths"] == [0.0, 0.5, 1.0] and found["data"] == "a batch"
+    assert copilot.config.strength == found["strength"] == found["strengths"][found["nll"].index(min(found["nll"]))]
+    with torch.no_grad(), learner.evaluate(batch):
+        pilot(**batch)
+    metrics = learner.pop_metrics("eval")
+    assert metrics["pilot_nll"] == pytest.approx(found["nll"][0])
+    assert metrics["rectified_nll"] == pytest.approx(min(found["nll"])) and metrics["rectified_nll"] <= found["nll"][0]
+
+
+def test_a_harmful_copilot_is_switched_off(pilot):
+    copilot, batch = trained_like(pilot), padded_batch()
+    learner = CopilotLearner(copilot, pilot)
+    with learner.calibrate(), torch.no_grad(), learner.evaluate(batch):
+        pilot(**batch)
+    assert copilot.config.strength == 0.0  # random corrections
+    assert CopilotLogitsProcessor(copilot, pilot).rectifier is None
+
+
+def test_nothing_measured_raises(pilot):
+    learner = CopilotLearner(trained_like(pilot), pilot)
+    with pytest.raises(ValueError, match="No labelled token"), learner.calibrate():
+        pass
+    assert learner.copilot.config.strength == 1.0 and learner.calibration is None
+    with pytest.raises(ValueError, match="finite"), learner.calibrate((-1.0,)):
+        pass
+    with pytest.raises(ValueError, match="No labelled token"):
+        calibration_of(no_sums((0.0,)), (0.0,), "")
+
+
+def make_trainer(folder, eval_dataset, copilot=None, **changes):
+    args = {"max_steps": 4, "learning_rate": 1e-4, "copilot_learning_rate": 1e-2} | QUIET | changes
+    return CopilotTrainer(
+        model=tiny_pilot(),
+        args=CopilotSFTConfig(output_dir=str(folder), **args),
+        train_dataset=addition(64),
+        eval_dataset=eval_dataset,
+        processing_class=tiny_tokenizer(),
+        copilot=copilot,
+    )
+
+
+def test_auto_at_the_end_of_training(tmp_path, capsys):
+    sets = {"a": addition(8, seed=1), "b": addition(4, seed=2)}
+    trainer = make_trainer(tmp_path, sets, copilot_strength="auto", disable_tqdm=False)
+    trainer.train()
+    found = trainer.copilot.config.calibration
+    assert found["data"] == "8 rows and 4 rows" and found["strengths"] == list(STRENGTHS)
+    assert f"λ = {found['strength']:g}" in capsys.readouterr().out
+    trainer.save_model()
+    loaded = CopilotModel.from_pretrained(tmp_path / "copilot")
+    assert loaded.config.strength == found["strength"] and loaded.config.calibration == found
+    assert "had the least NLL" in (tmp_path / "copilot" / "README.md").read_text()
+    if loaded.config.strength:
+        with CopilotLogitsProcessor(loaded, trainer.model) as processor:
+            assert processor.strength == found["strength"]
+    again = make_trainer(tmp_path / "again", sets, copilot=loaded)
+    assert again.copilot.config.strength == 1.0 and again.copilot.config.calibration is None
+
+
+def test_calibrating_on_another_set_when_asked(tmp_path):
+    trainer = make_trainer(tmp_path, None)
+    with pytest.raises(ValueError, match="needs a data set"):
+        trainer.calibrate()
+    assert trainer.calibrate(addition(6, seed=4), strengths=(1.0,))["targets"] > 6
+    with pytest.raises(ValueError, match="eval_dataset"):
+        make_trainer(tmp_path, None, copilot_strength="auto")
+
+
+def test_calibrating_generates_nothing(tmp_path, monkeypatch):
+    pilot = tiny_seq2seq()
+    monkeypatch.setattr(type(pilot), "generate", lambda *args, **kwargs: pytest.fail("generated"))
+    settings = {"predict_with_generate": True, "copilot": trained_like(pilot)}
+    trainer = make(CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, tmp_path, pilot, **settings)
+    assert trainer.calibrate()["nll"][0] > 0
