@@ -2,8 +2,9 @@
 
     python benchmarks/seq2seq_mawps.py --data DIR/mawps --seeds 3
 
-Trains on `train`, answers `test` and `valid` greedily by `model.generate`; right is an answer whose equation has the
-right value. Every run is kept under --runs and not repeated. Writes benchmarks/results/seq2seq_mawps.{json,md}.
+Trains on `train`, chooses λ on `valid`, answers `test` greedily by `model.generate`; right is an answer whose equation
+has the right value. Every run is kept under --runs and not repeated while its settings are the same. Writes
+benchmarks/results/seq2seq_mawps.{json,md}.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cost import table
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, load_dataset
 from equations import solves
 from scipy.stats import bootstrap
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, set_seed
@@ -35,16 +36,18 @@ from sft_copilot import train_tokenizer  # noqa: E402
 
 SHAPE = {"num_layers": 3, "num_heads": 4, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.1}
 TRAINING = {"num_train_epochs": 16, "per_device_train_batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 100}
+COPILOT = {"copilot_learning_rate": 1e-3}
+DROPOUT = 0.1  # of the Copilot, as the paper has it for T5
 QUIET = {"save_strategy": "no", "report_to": [], "lr_scheduler_type": "cosine", "logging_steps": 100}
 RESULTS = Path(__file__).parent / "results"
 
 
-def load(folder: Path) -> tuple[Dataset, Dataset]:
-    """The training rows, and those of test and valid together."""
+def load(folder: Path) -> tuple[Dataset, Dataset, Dataset]:
+    """Rows to train on, to choose λ on, to test on."""
     files = {name: [str(file) for file in folder.glob(f"{name}.jsonl*")] for name in ("train", "test", "valid")}
     rows = load_dataset("json", data_files=files)
     rows = rows.map(lambda row: {"prompt": row["question"], "completion": row["equation"]})
-    return rows["train"], concatenate_datasets([rows["test"], rows["valid"]])
+    return rows["train"], rows["valid"], rows["test"]
 
 
 def make_t5(width: int, tokenizer) -> T5:
@@ -68,49 +71,56 @@ def answer(pilot: T5, tokenizer, test: Dataset, processor, title: str) -> list[b
     return [text.strip() == equation or solves(text, float(value)) for text, equation, value in rows]
 
 
-def train(trainer_class, config_class, width: int, seed: int, data: Path, folder: Path, **settings):
-    """A trainer that has trained its Pilot, the test rows, and the seconds that it took."""
+def train(trainer_class, config_class, width: int, seed: int, rows: Dataset, folder: Path, **settings):
+    """A trainer that has trained its Pilot, and the seconds that it took."""
     set_seed(seed)
-    rows, test = load(data)
     texts = [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
     tokenizer = train_tokenizer(texts, 1024)
     pilot = make_t5(joint_width(width, tokenizer) if settings.pop("joint", False) else width, tokenizer)
+    extra = {"copilot": settings.pop("copilot")} if "copilot" in settings else {}
     trainer = trainer_class(
         model=pilot,
         args=config_class(output_dir=str(folder), seed=seed, **TRAINING, **QUIET, **settings),
         train_dataset=tokenize(rows, tokenizer),
         data_collator=DataCollatorForSeq2Seq(tokenizer, pilot),
         processing_class=tokenizer,
+        **extra,
     )
     trainer.model_accepts_loss_kwargs = False  # T5 gives mean losses
     start = time.perf_counter()
     trainer.train()
-    return trainer, test, time.perf_counter() - start
+    return trainer, time.perf_counter() - start
 
 
-def run(arm: str, width: int, seed: int, data: Path, folder: Path, device: str) -> dict:
-    """Figures of one training: of the Pilot, and with a Copilot beside it of both."""
-    settings = {"use_cpu": device == "cpu"}
-    if arm == "joint":
-        settings["joint"] = True
-        trainer, test, seconds = train(Seq2SeqTrainer, Seq2SeqTrainingArguments, width, seed, data, folder, **settings)
-        metrics = {"eval_pilot_nll": pilot_nll(trainer, test)}
-    else:
-        settings["copilot_learning_rate"] = 1e-3
-        trainer, test, seconds = train(
-            CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, width, seed, data, folder, **settings
-        )
-        metrics = trainer.evaluate(tokenize(test, trainer.processing_class))
+def run_joint(width: int, seed: int, data: Path, folder: Path, device: str) -> dict:
+    """Figures of a Pilot that is as large as Pilot and Copilot together."""
+    rows, _, test = load(data)
+    settings = {"use_cpu": device == "cpu", "joint": True}
+    trainer, seconds = train(Seq2SeqTrainer, Seq2SeqTrainingArguments, width, seed, rows, folder, **settings)
     pilot, tokenizer = trainer.model.eval(), trainer.processing_class
+    hits = answer(pilot, tokenizer, test, None, "Pilot of the joint size")
     size = count_parameters(pilot)[0]
-    found = {"pilot": {"hits": answer(pilot, tokenizer, test, None, arm), "parameters": size}}
-    found["pilot"] |= {"nll": metrics["eval_pilot_nll"], "train_s": seconds}
-    if arm == "joint":
-        return {"joint": found["pilot"]}
-    with CopilotLogitsProcessor(trainer.copilot, pilot) as processor:
-        hits = answer(pilot, tokenizer, test, processor, "Pilot + Copilot")
-    both = {"hits": hits, "parameters": size + count_parameters(trainer.copilot)[0]}
-    return found | {"copilot": both | {"nll": metrics["eval_rectified_nll"], "train_s": seconds}}
+    return {"joint": {"hits": hits, "nll": pilot_nll(trainer, test), "parameters": size, "train_s": seconds}}
+
+
+def run_copilot(width: int, seed: int, data: Path, folder: Path, device: str) -> dict:
+    """Figures of a Pilot, and of the same with its Copilot, at λ = 1 and at the λ that is best on `valid`."""
+    rows, valid, test = load(data)
+    settings = {"use_cpu": device == "cpu", "copilot": CopilotConfig(dropout=DROPOUT)} | COPILOT
+    trainer, seconds = train(CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, width, seed, rows, folder, **settings)
+    pilot, tokenizer = trainer.model.eval(), trainer.processing_class
+    size, own = count_parameters(pilot)[0], count_parameters(trainer.copilot)[0]
+    figures = {}
+    for arm in ("copilot", "calibrated"):
+        if arm == "calibrated":
+            trainer.calibrate(tokenize(valid, tokenizer))
+        metrics = trainer.evaluate(tokenize(test, tokenizer))
+        with CopilotLogitsProcessor(trainer.copilot, pilot) as processor:
+            hits = answer(pilot, tokenizer, test, processor, f"Pilot + Copilot, λ = {processor.strength:g}")
+        figures[arm] = {"hits": hits, "nll": metrics["eval_rectified_nll"], "strength": processor.strength}
+        figures[arm] |= {"parameters": size + own, "train_s": seconds}
+    hits = answer(pilot, tokenizer, test, None, "Pilot")
+    return figures | {"pilot": {"hits": hits, "nll": metrics["eval_pilot_nll"], "parameters": size}}
 
 
 @torch.no_grad()
@@ -125,7 +135,8 @@ def pilot_nll(trainer: Seq2SeqTrainer, test: Dataset) -> float:
 
 def summary(runs: list[dict]) -> list[dict]:
     """One row for each arm: means over seeds, and the difference to the Pilot with its 95 % interval over items."""
-    arms = {"pilot": "Pilot", "copilot": "Pilot + Copilot", "joint": "Pilot of the joint size"}
+    arms = {"pilot": "Pilot", "copilot": "Pilot + Copilot, λ = 1", "calibrated": "Pilot + Copilot, λ chosen on valid"}
+    arms["joint"] = "Pilot of the joint size"
     hits = {arm: np.array([run[arm]["hits"] for run in runs], dtype=float) for arm in arms}  # [seeds, items]
     rows = []
     for arm, name in arms.items():
@@ -150,20 +161,23 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("out/seq2seq_mawps"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    settings = {"training": TRAINING, "shape": SHAPE, "copilot": COPILOT | {"dropout": DROPOUT}, "width": args.width}
+    args.runs.mkdir(parents=True, exist_ok=True)
     runs = []
     for seed in range(args.seeds):
         found = {}
-        for arm in ("copilot", "joint"):
-            file = args.runs / f"{arm}-{args.width}-{seed}.json"
-            if not file.is_file():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                result = run(arm, args.width, seed, args.data, args.runs / "trainer", args.device)
-                file.write_text(json.dumps(result))
-            found |= json.loads(file.read_text())
+        for name, measure in (("copilot", run_copilot), ("joint", run_joint)):
+            file = args.runs / f"{name}-{seed}.json"
+            kept = json.loads(file.read_text()) if file.is_file() else {}
+            if kept.get("settings") != settings:
+                figures = measure(args.width, seed, args.data, args.runs / "trainer", args.device)
+                kept = {"settings": settings, "figures": figures}
+                file.write_text(json.dumps(kept))
+            found |= kept["figures"]
         runs.append(found)
     rows = summary(runs)
     text = table(rows) + "\n"
-    (args.results / "seq2seq_mawps.json").write_text(json.dumps({"settings": TRAINING, "runs": runs}) + "\n")
+    (args.results / "seq2seq_mawps.json").write_text(json.dumps({"settings": settings, "runs": runs}) + "\n")
     (args.results / "seq2seq_mawps.md").write_text(text)
     print(text)
 
