@@ -47,9 +47,8 @@ def make_copilot(
     copilot.config.base_model_revision = getattr(base, "_commit_hash", None)
     copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
     copilot.config.hf_copilot_version = __version__
-    if copilot.config.calibration is not None:  # its λ was chosen for the weights that it had
-        copilot.config.strength = CopilotConfig().strength
-    copilot.config.results = copilot.config.calibration = None
+    copilot.config.results = None
+    copilot.config.forget_calibration()
     return copilot
 
 

@@ -158,6 +158,11 @@ class CopilotConfig(PreTrainedConfig):
         }
         return cls(**(settings | kwargs))
 
+    def forget_calibration(self) -> None:
+        """Go back to the default λ, if it was chosen for weights that are to be trained further."""
+        if self.calibration is not None:
+            self.strength, self.calibration = type(self).strength, None
+
     def differences(self, other: CopilotConfig) -> list[str]:
         """The fields in which two Copilots differ in shape, in what they read or in how they are trained and fused."""
         shape = ("num_hidden_layers", "hidden_size", "intermediate_size", "top_k")

@@ -126,7 +126,7 @@ class CopilotLearner:
         self.tap.open()
         self._follow_pilot()
         self._forget()
-        self.copilot.config.calibration = None
+        self.copilot.config.forget_calibration()
         copy_from_main_process(self.copilot.parameters())
         decay = [p for p in self.trainable_parameters() if p.ndim > 1]
         no_decay = [p for p in self.trainable_parameters() if p.ndim <= 1]
@@ -345,6 +345,9 @@ class CopilotLearner:
 
         Args:
             data: What is measured on, in words.
+
+        Raises:
+            ValueError: If a λ is negative or not finite, or the block measures no labelled token.
         """
         strengths = sorted({0.0, *(check_strength(strength) for strength in strengths)})
         self.calibration = strengths, no_sums(strengths)
@@ -370,9 +373,9 @@ class CopilotLearner:
 
     @torch.no_grad()
     def score(self, records: list[MistakeRecord], strengths: Sequence[float] | None = None) -> torch.Tensor:
-        """Sums over the records' targets, teacher-forced, at each λ of `strengths`: see [`sums_of`]."""
+        """Sums over the records' targets, teacher-forced, at each λ of `strengths`, on the CPU: see [`sums_of`]."""
         strengths = self.strengths if strengths is None else strengths
-        sums = no_sums(strengths)
+        sums = no_sums(strengths).to(self.device)
         was_training = self.copilot.training
         self.copilot.eval()
         for batch in self.batches(records):
@@ -381,7 +384,7 @@ class CopilotLearner:
                 fusion = self.copilot.config.fusion
                 sums += sums_of(pilot, correction, labels[rows], dropped[rows], strengths, fusion)
         self.copilot.train(was_training)
-        return sums
+        return sums.cpu()
 
     def _over_processes(self, sums: torch.Tensor) -> torch.Tensor:
         sums = sums.to(self.device)

@@ -42,7 +42,7 @@ def sums_of(
         hits = (fused.argmax(-1, keepdim=True) == label).sum()
         rows.append(torch.stack([-fused.gather(-1, label).sum(), hits]))
     rows.append(torch.stack([dropped.sum(), dropped.new_tensor(len(labels))]))
-    return torch.stack([row.double() for row in rows]).cpu()
+    return torch.stack([row.double() for row in rows])
 
 
 def calibration_of(sums: torch.Tensor, strengths: Sequence[float], data: str) -> dict[str, Any]:

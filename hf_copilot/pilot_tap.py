@@ -70,6 +70,7 @@ def isolated_rng(device: torch.device, seed: int | None = None) -> Iterator[None
 
 
 def is_encoder_decoder(pilot: nn.Module) -> bool:
+    """Whether the Pilot, wrapped or not, has an encoder whose output its decoder reads."""
     return getattr(unwrap(pilot).config, "is_encoder_decoder", False)
 
 
@@ -270,9 +271,13 @@ class PilotHead:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Hold the whole head inside the block where processes share it (FSDP2): every process must enter. Right
-        after a forward it usually is whole, and nothing is sent."""
+        after a forward it usually is whole, and nothing is sent.
+
+        Raises:
+            NotImplementedError: For a sharded head with an adapter.
+        """
         parameters = dict(self.pilot.get_output_embeddings().named_parameters())
-        if is_sharded(self.pilot) and not parameters.keys() <= {"weight", "bias"}:
+        if not parameters.keys() <= {"weight", "bias"} and is_sharded(self.pilot):
             raise NotImplementedError(
                 "The Pilot is sharded and its head has an adapter, which can't be gathered: leave lm_head out of "
                 "target_modules and modules_to_save, or use DDP."

@@ -223,7 +223,11 @@ class CopilotMixin:
 
     def calibrate(self, eval_dataset=None, strengths=STRENGTHS):
         """Choose the Copilot's λ by teacher-forced NLL on a data set, `eval_dataset` by default; see
-        [`CopilotLearner.calibrate`]. Returns what is stored in `copilot.config.calibration`."""
+        [`CopilotLearner.calibrate`]. Returns what is stored in `copilot.config.calibration`.
+
+        Raises:
+            ValueError: Without a data set, without a labelled token in it, or for a λ that is negative or not finite.
+        """
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if data is None:
             raise ValueError("calibrate needs a data set: pass one here, or `eval_dataset` to the trainer.")

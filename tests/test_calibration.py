@@ -58,6 +58,17 @@ def test_the_best_strength_is_kept(pilot, config):
     assert metrics["rectified_nll"] == pytest.approx(min(found["nll"])) and metrics["rectified_nll"] <= found["nll"][0]
 
 
+def test_training_on_forgets_the_chosen_strength(pilot):
+    """A Copilot that was switched off would else be measured, and saved, as the Pilot."""
+    copilot = trained_like(pilot)
+    copilot.config.strength, copilot.config.calibration = 0.0, {"strength": 0.0}
+    CopilotLearner(copilot, pilot, num_training_steps=1)
+    assert copilot.config.strength == 1.0 and copilot.config.calibration is None
+    copilot.config.strength = 0.3  # of the user
+    CopilotLearner(copilot, pilot, num_training_steps=1)
+    assert copilot.config.strength == 0.3
+
+
 def test_a_harmful_copilot_is_switched_off(pilot):
     copilot, batch = trained_like(pilot), padded_batch()
     learner = CopilotLearner(copilot, pilot)
