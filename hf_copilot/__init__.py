@@ -10,7 +10,7 @@ from .logits_processor import CopilotLogitsProcessor
 from .mistake_log import MistakeLog
 from .modeling_copilot import CopilotModel
 from .trainer import CopilotSeq2SeqTrainer, CopilotTrainer
-from .training_args import CopilotSeq2SeqConfig, CopilotSFTConfig
+from .training_args import CopilotArguments, CopilotSeq2SeqConfig, CopilotSFTConfig
 from .version import __version__
 from .weights import copilot_for
 
@@ -18,6 +18,7 @@ AutoConfig.register(CopilotConfig.model_type, CopilotConfig)
 AutoModel.register(CopilotConfig, CopilotModel)
 
 __all__ = [
+    "CopilotArguments",
     "CopilotCallback",
     "CopilotConfig",
     "CopilotLearner",

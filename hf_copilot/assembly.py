@@ -18,7 +18,7 @@ from .compatibility import check_pilot, tokenizer_fingerprint
 from .configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
 from .learner_state import load_state
-from .mistake_log import MistakeLog
+from .mistake_log import MistakeLog, MistakeRecord
 from .modeling_copilot import CopilotModel
 from .pilot_tap import unwrap
 from .training_args import CopilotArguments
@@ -135,6 +135,11 @@ def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None
     if learner.peft_model is None:
         learner.copilot.load_state_dict(CopilotModel.from_pretrained(folder).state_dict())
     config.strength, config.results, config.calibration = saved.strength, saved.results, saved.calibration
+
+
+def after_first_visit(args: CopilotArguments, state: TrainerState) -> list[MistakeRecord] | None:
+    """With `copilot_mistake_source="first_visit"` nothing is logged after epoch one: an empty list, else None."""
+    return [] if args.copilot_mistake_source == "first_visit" and state.epoch > 1 else None
 
 
 def is_logging_step(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from .assembly import is_logging_step, load_checkpoint, make_copilot, make_learner
+from .assembly import after_first_visit, is_logging_step, load_checkpoint, make_copilot, make_learner
 from .checkpoint import STATE_FOLDER, WEIGHTS_FOLDER
 from .configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
@@ -47,6 +47,11 @@ class CopilotCallback(TrainerCallback):
             raise ValueError(
                 "CopilotCallback sees no evaluation: copilot_strength='auto' and copilot_predict need a trainer of "
                 "hf_copilot. Calibrate with callback.learner.calibrate()."
+            )
+        if self.copilot_args.copilot_mistake_source == "holdout":
+            raise ValueError(
+                "CopilotCallback can't hold rows out of the Pilot's training: use a trainer of hf_copilot for "
+                "copilot_mistake_source='holdout', or 'first_visit'."
             )
         self.copilot_peft_config = copilot_peft_config
         self.learner: CopilotLearner | None = None
@@ -117,7 +122,7 @@ class CopilotCallback(TrainerCallback):
             watch.__exit__(None, None, None)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.learner.step(measure=is_logging_step(args, state, control))
+        self.learner.step(is_logging_step(args, state, control), after_first_visit(self.copilot_args, state))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and "loss" in logs:

@@ -28,7 +28,7 @@ from .distributed import copy_from_main_process, num_processes, process_index, s
 from .measures import STRENGTHS, calibration_of, no_sums, sums_of
 from .mistake_log import MistakeLog, MistakeRecord
 from .modeling_copilot import CopilotModel
-from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, PilotTap, is_sharded, isolated_rng
+from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, PilotTap, eval_mode, is_sharded, isolated_rng
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +191,15 @@ class CopilotLearner:
         with self.head.gathered():
             return self._records(inputs)
 
+    @torch.no_grad()
+    def visit(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
+        """Records for [`step`], as the log holds them, of documents that the Pilot does not train on: it is run in
+        eval mode, and the global random state is left as it was."""
+        with isolated_rng(self.device), eval_mode(self.head.trained), self._watch(inputs):
+            forward()
+        with self.head.gathered():
+            return self._records(inputs, dtype=self.log_dtype, device="cpu")
+
     @contextmanager
     def _watch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         if inputs.get("labels") is None:
@@ -216,7 +225,7 @@ class CopilotLearner:
 
     # ---- learning --------------------------------------------------------------------------------------------------
 
-    def step(self, measure: bool = False) -> None:
+    def step(self, measure: bool = False, mistakes: list[MistakeRecord] | None = None) -> None:
         """One step of the Copilot on as many documents as the round had, drawn from the log.
 
         Without a labelled token in the round of any process there is nothing to learn and only the schedule goes on.
@@ -225,13 +234,16 @@ class CopilotLearner:
 
         Args:
             measure: First add this round's documents, which the Copilot has not seen, to the training metrics.
+            mistakes: Records to log instead of this round's own; an empty list leaves the log as it is.
         """
         records, self.round = self.round, []
         with self.head.gathered(), isolated_rng(self.device, self.seed + 1_000_003 * self.steps + process_index()):
             if records and measure:
                 self._measure(records)
-            if records:
-                self._append(records)
+            if mistakes is None:
+                mistakes = records
+            if mistakes:
+                self._append(mistakes)
             self._update([self._random_start(record) for record in self.log.sample(len(records), self.generator)])
         self.steps += 1
         self.scheduler.step()

@@ -69,6 +69,19 @@ def isolated_rng(device: torch.device, seed: int | None = None) -> Iterator[None
         yield
 
 
+@contextmanager
+def eval_mode(pilot: nn.Module) -> Iterator[None]:
+    """The Pilot in eval mode inside, each module as it was afterwards. A quantised one stays in training mode:
+    bitsandbytes repacks it on a CPU for inference, and it could not be trained any more."""
+    modes = [(module, module.training) for module in pilot.modules()]
+    pilot.train(getattr(unwrap(pilot), "is_quantized", False))
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
 def is_encoder_decoder(pilot: nn.Module) -> bool:
     """Whether the Pilot, wrapped or not, has an encoder whose output its decoder reads."""
     return getattr(unwrap(pilot).config, "is_encoder_decoder", False)
@@ -302,15 +315,11 @@ class PilotHead:
             inputs["decoder_input_ids"] = input_ids
         decoder, _ = find_layers(pilot)
         handle = decoder.register_forward_hook(lambda module, args, output: caught.append(output[0]))
-        modes = [(module, module.training) for module in pilot.modules()]
         try:
-            with torch.no_grad(), isolated_rng(device):
-                pilot.train(getattr(self.pilot, "is_quantized", False))  # bitsandbytes repacks on a CPU for inference
+            with torch.no_grad(), isolated_rng(device), eval_mode(pilot):
                 expected = pilot(**inputs, use_cache=False).logits.float()  # [1, 8, V]
         finally:
             handle.remove()
-            for module, was_training in modes:
-                module.training = was_training
         with self.gathered():
             found = self(caught[0]).to(expected.device)  # [1, 8, V]
         error, largest = (found - expected).abs().max().item(), expected.abs().max().item()

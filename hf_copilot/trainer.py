@@ -17,7 +17,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from .assembly import check_data, is_logging_step, load_checkpoint, load_weights, make_copilot, make_learner
+from .assembly import (
+    after_first_visit,
+    check_data,
+    is_logging_step,
+    load_checkpoint,
+    load_weights,
+    make_copilot,
+    make_learner,
+)
 from .checkpoint import (
     STATE_FOLDER,
     WEIGHTS_FOLDER,
@@ -30,6 +38,8 @@ from .configuration_copilot import CopilotConfig
 from .learner_state import load_state, save_state, written_beside
 from .logits_processor import CopilotLogitsProcessor
 from .measures import STRENGTHS, results_of
+from .mistake_log import MistakeRecord
+from .mistake_source import Holdout, split_holdout, without_logits
 from .modeling_copilot import CopilotModel
 from .pilot_tap import is_encoder_decoder
 from .report import describe_start, table_of_training
@@ -56,7 +66,8 @@ class CopilotSteps(TrainerCallback):
             Console().print(describe_start(self.trainer.learner), highlight=False)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.learner.step(measure=is_logging_step(args, state, control))
+        mistakes = self.trainer.other_mistakes()
+        self.trainer.learner.step(is_logging_step(args, state, control), mistakes)
 
 
 class CopilotMixin:
@@ -103,11 +114,27 @@ class CopilotMixin:
             copilot_peft_config,
         )
         self._copilot_checkpoint: str | None = None
+        self.holdout = self._make_holdout() if self.copilot_args.copilot_mistake_source == "holdout" else None
         self.add_callback(CopilotSteps(self))
 
     @property
     def copilot(self) -> CopilotModel:
         return self.learner.exported()
+
+    def _make_holdout(self) -> Holdout:
+        share, batch_size = self.copilot_args.copilot_holdout, self.args.per_device_train_batch_size
+        self.train_dataset, rows = split_holdout(self.train_dataset, share, self.args.seed)
+        loader = self.get_eval_dataloader(rows)
+        return Holdout(loader.dataset, loader.collate_fn, batch_size)
+
+    def other_mistakes(self) -> list[MistakeRecord] | None:
+        """What the log is given instead of this round's own records; None for these."""
+        if self.holdout is None:
+            return after_first_visit(self.copilot_args, self.state)
+        batch = self.holdout.batch(self.learner.steps * self.args.world_size + self.args.process_index)
+        inputs = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+        with self.compute_loss_context_manager():
+            return self.learner.visit(inputs, lambda: self.model(**without_logits(self.model, inputs)))
 
     def _check_supported(self, copilot_peft_config: PeftConfig | None) -> None:
         """Raise, before the first step, for what is not supported yet."""

@@ -17,6 +17,11 @@ class CopilotArguments:
             schedule and warm-up follow the Pilot's `lr_scheduler_type` and `warmup_steps`.
         copilot_weight_decay (`float`, defaults to `0.0`): Weight decay of its matrices.
         copilot_max_grad_norm (`float`, defaults to `1.0`): Its gradient is clipped to this norm.
+        copilot_mistake_source (`str`, defaults to `"train"`): Whose errors are logged: `"train"`, every forward of the
+            Pilot's training (the paper); `"first_visit"`, those of the first epoch, before the Pilot has seen the
+            document; `"holdout"`, those on a slice that it never trains on.
+        copilot_holdout (`float`, defaults to `0.1`): That slice's share of `train_dataset`. One more batch of
+            `per_device_train_batch_size` of its rows goes through the Pilot, without gradient, at every step.
         copilot_log_rounds (`int`, defaults to `128`): Rounds (optimizer steps) that the Mistake Log keeps.
         copilot_log_max_bytes (`int`, defaults to 1 GiB): Bound on the log in CPU memory.
         copilot_log_dtype (`str`, defaults to `"bfloat16"`): Type of the hidden states in the log.
@@ -38,6 +43,16 @@ class CopilotArguments:
     copilot_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the Copilot's matrices."})
     copilot_max_grad_norm: float = field(
         default=1.0, metadata={"help": "The Copilot's gradient is clipped to this norm."}
+    )
+    copilot_mistake_source: str = field(
+        default="train",
+        metadata={
+            "help": "Whose errors are logged: all of training, its first epoch, or a slice held out from it.",
+            "choices": ["train", "first_visit", "holdout"],
+        },
+    )
+    copilot_holdout: float = field(
+        default=0.1, metadata={"help": "Share of train_dataset that is held out for the Mistake Log."}
     )
     copilot_log_rounds: int = field(
         default=128, metadata={"help": "Rounds (optimizer steps) that the Mistake Log keeps."}

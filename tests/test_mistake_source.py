@@ -1,0 +1,138 @@
+"""`copilot_mistake_source`: whose errors the log holds, and what that leaves of the Pilot's training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import QUIET, addition, assert_same, tiny_pilot, tiny_tokenizer
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from hf_copilot import CopilotArguments, CopilotCallback, CopilotSFTConfig, CopilotTrainer
+from hf_copilot.mistake_source import Holdout, split_holdout
+
+
+def make_trainer(tmp_path, source, data=None, trainer_class=CopilotTrainer, **changes):
+    config_class = CopilotSFTConfig if trainer_class is CopilotTrainer else SFTConfig
+    own = {"copilot_mistake_source": source} if trainer_class is CopilotTrainer else {}
+    settings = QUIET | {"output_dir": str(tmp_path), "max_steps": 6, "per_device_train_batch_size": 4} | own | changes
+    return trainer_class(
+        model=tiny_pilot(attention_dropout=0.1),
+        args=config_class(logging_steps=2, learning_rate=1e-2, **settings),
+        train_dataset=data if data is not None else addition(16),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def logged_rows(trainer):
+    return {tuple(record.input_ids.tolist()) for round_ in trainer.learner.log.rounds for record in round_}
+
+
+def test_the_first_visits_alone_are_logged(tmp_path):
+    trainer = make_trainer(tmp_path, "first_visit")  # 6 steps of 4: 1.5 epochs of 16 rows
+    trainer.train()
+    assert len(trainer.learner.log.rounds) == 4
+    assert len(logged_rows(trainer)) == 16
+    assert trainer.learner.steps == 6
+    assert all("pilot_nll" in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_the_copilot_learns_on_after_the_first_visits(tmp_path):
+    before, after = (make_trainer(tmp_path, "first_visit", max_steps=steps) for steps in (4, 6))
+    for trainer in (before, after):
+        trainer.args.lr_scheduler_type = "constant"
+        trainer.train()
+    with pytest.raises(AssertionError):
+        assert_same(before.copilot, after.copilot)
+
+
+@pytest.mark.parametrize("source", ["train", "first_visit"])
+def test_the_pilot_is_the_parents(tmp_path, source):
+    ours = make_trainer(tmp_path, source)
+    ours.train()
+    theirs = make_trainer(tmp_path, source, trainer_class=SFTTrainer)
+    theirs.train()
+    assert_same(ours.model, theirs.model)
+
+
+def test_a_holdout_is_logged_and_never_trained_on(tmp_path):
+    trainer = make_trainer(tmp_path, "holdout", copilot_holdout=0.25)
+    assert (len(trainer.train_dataset), len(trainer.holdout.rows)) == (12, 4)
+    trained = {tuple(row["input_ids"]) for row in trainer.train_dataset}
+    trainer.train()
+    assert len(trainer.learner.log.rounds) == 6
+    held_out = logged_rows(trainer)
+    assert held_out and not any(ids == row[: len(ids)] for ids in held_out for row in trained)
+
+
+def test_with_a_holdout_the_pilot_is_the_parents_on_the_rest(tmp_path):
+    ours = make_trainer(tmp_path, "holdout", copilot_holdout=0.25)
+    rest = ours.train_dataset
+    ours.train()
+    theirs = make_trainer(tmp_path, "holdout", data=rest, trainer_class=SFTTrainer)
+    theirs.train()
+    assert_same(ours.model, theirs.model)
+    assert ours.model.training
+
+
+def test_a_holdout_is_seen_by_a_pilot_in_eval_mode(tmp_path):
+    """Its records are what a second look gives: no dropout."""
+    trainer = make_trainer(tmp_path, "holdout", copilot_holdout=0.25)
+    trainer.learner.start(1)
+    state = torch.get_rng_state()
+    once, again = trainer.other_mistakes(), trainer.other_mistakes()
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(once) == len(again) == 4
+    assert all(torch.equal(a.hidden_states, b.hidden_states) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("source", ["first_visit", "holdout"])
+@pytest.mark.parametrize("step", [2, 5])
+def test_resumed_equals_uninterrupted(tmp_path, source, step):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(tmp_path / "a", source, **saving)
+    whole.train()
+    resumed = make_trainer(tmp_path / "b", source, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+    assert_same(whole.model, resumed.model)
+    assert_same(whole.copilot, resumed.copilot)
+    assert logged_rows(whole) == logged_rows(resumed)
+
+
+@given(st.integers(1, 9), st.integers(1, 5))
+def test_a_holdout_is_walked_through_in_order(rows, size):
+    holdout = Holdout(list(range(rows)), list, size)
+    walked = [row for index in range(rows) for row in holdout.batch(index)]
+    assert walked == list(range(rows)) * size
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 1.0, 1.5, -0.2])
+def test_a_share_that_leaves_nothing_raises(share):
+    with pytest.raises(ValueError, match="copilot_holdout"):
+        split_holdout(Dataset.from_dict({"a": list(range(10))}), share, 0)
+
+
+def test_a_stream_has_no_holdout(tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(addition(16)))
+    with pytest.raises(ValueError, match="copilot_mistake_source='holdout' splits"):
+        make_trainer(tmp_path, "holdout", data=stream)
+
+
+def test_the_callback(tmp_path):
+    with pytest.raises(ValueError, match="CopilotCallback can't hold rows out"):
+        CopilotCallback(copilot_args=CopilotArguments(copilot_mistake_source="holdout"))
+    callback = CopilotCallback(copilot_args=CopilotArguments(copilot_mistake_source="first_visit"))
+    data = make_trainer(tmp_path, "train").train_dataset
+    rows = [{"input_ids": list(row["input_ids"])[:8], "labels": list(row["input_ids"])[:8]} for row in data]
+    Trainer(
+        model=tiny_pilot(),
+        args=TrainingArguments(
+            **(QUIET | {"output_dir": str(tmp_path), "max_steps": 6, "per_device_train_batch_size": 4})
+        ),
+        train_dataset=rows,
+        callbacks=[callback],
+    ).train()
+    assert len(callback.learner.log.rounds) == 4
