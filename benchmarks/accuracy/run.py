@@ -1,0 +1,107 @@
+"""Does a Copilot help, on data like mine, more than the same parameters spent on a bigger Pilot?
+
+    python benchmarks/accuracy/run.py arithmetic --seeds 3
+    python benchmarks/accuracy/run.py --seeds 3 --data DIR             # all tasks
+    python benchmarks/accuracy/run.py mawps --pilot Qwen/Qwen2.5-0.5B --lora --device cuda --data DIR
+
+Every run is kept under --work and not repeated while its settings are the same. Writes
+benchmarks/results/accuracy/<task>.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from arms import COPILOTS, TITLES, run_copilots, run_joint
+from multiple_choice import MULTIPLE_CHOICE
+from recommendation import RECOMMENDATION
+from report import rows_of, summarise
+from tasks import ARITHMETIC, MAWPS, TEXT, Task
+from training import Setting
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from cost import table  # noqa: E402
+
+TASKS = {task.name: task for task in (ARITHMETIC, TEXT, MAWPS, RECOMMENDATION, MULTIPLE_CHOICE)}
+RESULTS = Path(__file__).parent.parent / "results" / "accuracy"
+
+
+def kept(file: Path, settings: dict, make: Callable[[], dict]) -> dict:
+    """What `make` gives, or what an earlier run with the same settings gave."""
+    settings = json.loads(json.dumps(settings))
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    if found.get("settings") != settings:
+        found = {"settings": settings, "result": json.loads(json.dumps(make()))}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return found["result"]
+
+
+def settings_of(setting: Setting) -> dict:
+    """Everything that a run's figures depend on, besides the code."""
+    task = setting.task
+    names = ("pilot", "training", "copilot", "pretraining_steps", "max_length", "max_new_tokens")
+    return {name: getattr(task, name) for name in names} | {"base": setting.pilot, "lora": setting.lora}
+
+
+def run_task(setting: Setting, seeds: int) -> list[dict]:
+    """All arms, for every seed."""
+    runs, settings = [], settings_of(setting)
+    folder = setting.work / setting.task.name
+    for seed in range(seeds):
+        variants = {name: vars(variant) for name, variant in COPILOTS.items()}
+        run = kept(
+            folder / f"copilots-{seed}.json",
+            settings | {"variants": variants},
+            lambda seed=seed: run_copilots(setting, seed, COPILOTS),
+        )
+        if setting.pilot is None:
+            run |= kept(
+                folder / f"joint-{seed}.json",
+                settings,
+                lambda seed=seed: run_joint(setting, seed, COPILOTS["copilot"]),
+            )
+        runs.append(run)
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], help="all where none is named")
+    parser.add_argument("--data", type=Path, help="folder with gsm8k/, mawps/, lastfm/, ... (not for arithmetic)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--pilot", help="Hub id or folder of a causal LM; by default a small one is built")
+    parser.add_argument("--lora", action="store_true", help="fine-tune the Pilot with LoRA, r 32")
+    parser.add_argument("--work", type=Path, default=Path("out/accuracy"), help="where runs are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    names = args.tasks or list(TASKS)
+    if args.data is None and names != ["arithmetic"]:
+        parser.error("--data is needed for every task but arithmetic")
+    work = args.work / args.pilot.replace("/", "--") if args.pilot else args.work
+    args.results.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        task: Task = TASKS[name]
+        setting = Setting(task, args.data, work, args.device, args.pilot, args.lora)
+        report(task, run_task(setting, args.seeds), settings_of(setting), args.results)
+
+
+def report(task: Task, runs: list[dict], settings: dict, results: Path) -> None:
+    """Write and print what the runs of one task say."""
+    others = [metric for metric in runs[0]["pilot"]["figures"] if metric not in (task.metric, "nll")]
+    metrics = list(dict.fromkeys([task.metric, "nll", *others]))
+    summary = summarise(runs, metrics)
+    text = table(rows_of(summary, TITLES, metrics))
+    (results / f"{task.name}.json").write_text(json.dumps({"settings": settings, "arms": summary}, indent=1) + "\n")
+    (results / f"{task.name}.md").write_text(text + "\n")
+    print(f"\n{task.name}, {len(runs)} seeds, {len(runs[0]['pilot']['figures']['nll'][0])} test items\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The arms: one Pilot with every Copilot beside it, and a Pilot of the joint size. All start from a common base."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+from scoring import encode
+from tasks import Row, Task
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from hf_copilot import CopilotArguments, CopilotCallback, CopilotConfig, CopilotLearner, copilot_for
+from hf_copilot.report import count_parameters
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One Copilot: what differs from the defaults."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    paper: bool = False
+
+    def copilot_config(self) -> CopilotConfig:
+        return (CopilotConfig.paper if self.paper else CopilotConfig)(**self.config)
+
+    def callback(self, task: Task) -> CopilotCallback:
+        return CopilotCallback(self.copilot_config(), CopilotArguments(**(task.copilot | self.arguments)))
+
+
+@dataclass
+class Setting:
+    """Where a task is run and on what."""
+
+    task: Task
+    data: Path
+    work: Path  # bases and trainers' folders
+    device: str = "cpu"
+    pilot: str | None = None  # a Hub id or folder; None builds the task's small Pilot
+    lora: bool = False
+
+    def tokenizer(self):
+        if self.pilot is None:
+            return self.task.tokenizer(self.data)
+        tokenizer = AutoTokenizer.from_pretrained(self.pilot)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return tokenizer
+
+    def base(self, tokenizer, layers: int | None = None):
+        """The Pilot that arms start from, as deep as the task says or deeper: pre-trained once and kept."""
+        if self.pilot is not None:
+            return AutoModelForCausalLM.from_pretrained(self.pilot, dtype="auto").to(self.device)
+        shape = self.task.pilot | ({"num_hidden_layers": layers} if layers else {})
+        folder = self.work / "base" / f"{self.task.name}-{shape['num_hidden_layers']}-layers"
+        if not (folder / "config.json").is_file():
+            set_seed(0)
+            pilot = small_pilot(shape, tokenizer)
+            self.train(pilot, tokenizer, self.task.pretraining(self.data), 0, steps=self.task.pretraining_steps)
+            pilot.save_pretrained(folder)
+        return LlamaForCausalLM.from_pretrained(folder).to(self.device)
+
+    def joint_layers(self, tokenizer, copilot: CopilotConfig) -> int:
+        """Layers of the smallest Pilot that has as many parameters as Pilot and Copilot together."""
+        pilot = small_pilot(self.task.pilot, tokenizer)
+        wanted = count_parameters(pilot)[0] + count_parameters(copilot_for(pilot, copilot))[0]
+        layers = self.task.pilot["num_hidden_layers"]
+        while count_parameters(small_pilot(self.task.pilot | {"num_hidden_layers": layers}, tokenizer))[0] < wanted:
+            layers += 1
+        return layers
+
+    def train(
+        self, pilot, tokenizer, rows: list[Row], seed: int, variants: dict[str, Variant] | None = None, steps: int = 0
+    ) -> tuple[Any, dict[str, CopilotLearner]]:
+        """Fine-tune a Pilot with all these Copilots beside it: the Pilot in eval mode, and their learners."""
+        folder = self.work / "trainer" / f"{self.task.name}-{seed}"
+        callbacks = {name: variant.callback(self.task) for name, variant in (variants or {}).items()}
+        limits = {"max_steps": steps} if steps else {}
+        trainer = SFTTrainer(
+            model=pilot,
+            args=SFTConfig(
+                **(self.task.training | limits),
+                output_dir=str(folder),
+                seed=seed,
+                use_cpu=self.device == "cpu",
+                bf16=self.device != "cpu",
+                max_length=None,
+                lr_scheduler_type="cosine",
+                gradient_checkpointing=self.pilot is not None,
+                save_strategy="no",
+                report_to=[],
+                logging_steps=100,
+            ),
+            train_dataset=Dataset.from_list([encode(tokenizer, row, self.task.max_length) for row in rows]),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05) if self.lora else None,
+            callbacks=list(callbacks.values()),
+        )
+        trainer.train()
+        shutil.rmtree(folder, ignore_errors=True)
+        return trainer.model.eval(), {name: callback.learner for name, callback in callbacks.items()}
+
+
+def small_pilot(shape: dict[str, Any], tokenizer) -> LlamaForCausalLM:
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **tokens))

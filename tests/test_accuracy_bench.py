@@ -1,0 +1,178 @@
+"""The accuracy bench: its figures are what they say, on data of a few rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_pilot, tiny_tokenizer, trained_like
+
+from hf_copilot import CopilotConfig, CopilotLearner
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "accuracy"))
+
+import run  # noqa: E402
+from multiple_choice import MULTIPLE_CHOICE, SETS, convert  # noqa: E402
+from recommendation import RECOMMENDATION, check_with_beams  # noqa: E402
+from report import difference, mean_of, summarise  # noqa: E402
+from scoring import Rectified, encode  # noqa: E402
+from tasks import ARITHMETIC, MAWPS, TEXT  # noqa: E402
+from training import Setting  # noqa: E402
+from trie import Trie, item_scores  # noqa: E402
+
+SMALL = {
+    "pilot": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+    },
+    "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3},
+    "pretraining_steps": 2,
+}
+
+
+def rectified(strength=1.0, **config):
+    pilot = tiny_pilot().eval()
+    copilot = trained_like(pilot, CopilotConfig(**config))
+    return Rectified(pilot, tiny_tokenizer(), CopilotLearner(copilot, pilot), strength)
+
+
+def alone(model):
+    return replace(model, learner=None, strength=0.0)
+
+
+ROWS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in ((1, 2), (30, 41), (7, 99), (5, 5), (12, 8))]
+
+
+def test_a_strength_of_zero_is_the_pilot_alone():
+    model = rectified(0.0)
+    examples = [encode(model.tokenizer, row, 64) for row in ROWS]
+    torch.testing.assert_close(
+        model.log_likelihoods(examples), alone(model).log_likelihoods(examples), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0, 2.0])
+def test_all_hits_teacher_forced_are_the_generated_answer(strength):
+    """Greedy generation gives a text exactly where each of its tokens is the first choice after those before it."""
+    model, examples = rectified(strength), []
+    for row in ROWS:
+        ids = model.tokenizer(row["prompt"], return_tensors="pt", return_token_type_ids=False)
+        with model.processor() as processor:
+            out = model.pilot.generate(**ids, logits_processor=[processor], max_new_tokens=5, do_sample=False)
+        prompt = ids["input_ids"].shape[1]
+        examples.append({"input_ids": out[0].tolist(), "labels": [-100] * prompt + out[0, prompt:].tolist()})
+    hits = model.log_likelihoods(examples)
+    assert torch.equal(hits[:, 1], hits[:, 2])
+    other = rectified(0.0 if strength else 2.0).log_likelihoods(examples)
+    assert not torch.equal(other[:, 1], other[:, 2])
+
+
+def test_long_prompts_lose_their_beginning():
+    example = encode(tiny_tokenizer(), {"prompt": "123456789+", "completion": "12"}, 6)
+    assert len(example["input_ids"]) == 6 and example["labels"][:3] == [-100] * 3
+    assert tiny_tokenizer().decode(example["input_ids"][:5]).replace(" ", "") == "89+12"
+
+
+ITEMS = [f"i{number:03d}" for number in (0, 1, 7, 12, 19, 105, 110, 250, 251, 252, 999)]
+READS = [{}, {"hidden_state_lag": 0}, {"copilot_input": "discrepancy"}, {"pooled_layers": "second_half"}]
+
+
+@pytest.mark.parametrize("config", [*READS, None])
+def test_a_trie_scores_each_item_as_if_it_stood_alone(config):
+    model = rectified(**config) if config is not None else alone(rectified())
+    trie = Trie.of([model.tokenizer(item)["input_ids"] for item in ITEMS])
+    prompt = "next after 12, 250?"
+    scores = item_scores(model, trie, model.tokenizer(prompt)["input_ids"])
+    examples = [encode(model.tokenizer, {"prompt": prompt, "completion": item}, 64) for item in ITEMS]
+    without_end = [{name: ids[:-1] for name, ids in example.items()} for example in examples]
+    expected = model.log_likelihoods(without_end)[:, 0].float()
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    assert len(trie.tokens) < sum(map(len, ITEMS))
+
+
+@pytest.mark.parametrize("with_copilot", [True, False])
+def test_constrained_beam_search_finds_the_exact_scores(monkeypatch, with_copilot):
+    monkeypatch.setattr("recommendation.CHECKED_BEAMS", 10)
+    model = rectified() if with_copilot else alone(rectified())
+    trie = Trie.of([model.tokenizer(item)["input_ids"] for item in ITEMS])
+    largest, found = check_with_beams(model, trie, ["next after 12?", "and after 250, 999?"])
+    assert largest < 1e-3
+    assert found >= 0.9  # beams may lose an item whose beginning is unlikely
+
+
+def test_items_of_unequal_length_raise():
+    with pytest.raises(ValueError, match="pad their numbers"):
+        Trie.of([[1, 2], [1, 2, 3]])
+
+
+def write(folder, split, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Every data set with a few rows, in the form that the bench reads."""
+    words = [{"question": f"{i} and {i} ?", "answer": f"that is {2 * i}", "final": str(2 * i)} for i in range(1, 420)]
+    equations = [row | {"equation": f"x={i}+{i}"} for i, row in enumerate(words, 1)]
+    for split in ("train", "test"):
+        write(tmp_path / "gsm8k", split, words if split == "train" else words[:5])
+        for name in SETS:
+            choices = {"answer": "false", "instruction": "is it so ?\n\nAnswer format: true/false"}
+            write(tmp_path / name, split, [choices] * (104 if split == "train" else 5))
+    for split, rows in (("train", equations[:40]), ("valid", equations[40:44]), ("test", equations[44:48])):
+        write(tmp_path / "mawps", split, rows)
+    users = [{"user": u, "items": [1 + (u * i) % 30 for i in range(1, 8)]} for u in range(1, 9)]
+    write(tmp_path / "lastfm", "interactions", users)
+    return tmp_path
+
+
+@pytest.mark.parametrize("task", [TEXT, MAWPS, RECOMMENDATION, MULTIPLE_CHOICE], ids=lambda task: task.name)
+def test_every_task_runs_and_is_kept(task, data, tmp_path):
+    task = replace(task, **SMALL, max_new_tokens=4)
+    setting = Setting(task, data, tmp_path / "work")
+    runs = run.run_task(setting, seeds=1)
+    assert set(runs[0]) >= {"pilot", "paper", "copilot", "copilot, λ chosen", "joint"}
+    assert runs[0]["joint"]["parameters"] >= runs[0]["copilot"]["parameters"] > runs[0]["pilot"]["parameters"]
+    items = len(task.splits(data, 0).test)
+    assert all(len(arm["figures"]["nll"][0]) == items for arm in runs[0].values())
+    (tmp_path / "work" / "base").rename(tmp_path / "elsewhere")
+    assert run.run_task(setting, seeds=1) == runs
+    assert not (tmp_path / "work" / "base").exists()
+    run.report(task, runs, run.settings_of(setting), tmp_path)
+    assert (tmp_path / f"{task.name}.md").read_text().count("\n") == len(runs[0]) + 2
+
+
+def test_arithmetic_tests_on_unseen_problems():
+    splits = ARITHMETIC.splits(Path(), seed=1)
+    prompts = [{row["prompt"] for row in rows} for rows in splits]
+    assert not prompts[0] & prompts[2] and not prompts[1] & prompts[2] and not prompts[0] & prompts[1]
+    assert ARITHMETIC.splits(Path(), seed=2).test == splits.test
+    assert ARITHMETIC.right(" - 1 2", {"completion": " -12"})
+
+
+def test_a_question_without_its_answers_raises():
+    with pytest.raises(ValueError, match="Answer format"):
+        convert({"instruction": "is it so ?", "answer": "true"}, "boolq")
+
+
+def test_differences_are_paired_and_weighted():
+    rng = np.random.default_rng(0)
+    before = rng.normal(size=200)
+    gain = rng.normal(0.1, 0.2, size=200)
+    weights = rng.integers(1, 5, size=200).astype(float).tolist()
+    arms = {"pilot": before, "copilot": before + gain}
+    runs = [{n: {"parameters": 1, "figures": {"nll": (values.tolist(), weights)}} for n, values in arms.items()}]
+    found = difference(runs, "copilot", "nll")
+    assert found["difference"] == pytest.approx(np.average(gain, weights=weights))
+    assert 0 < found["low"] < found["difference"] < found["high"] < 0.2
+    assert mean_of(runs[0]["pilot"]["figures"]["nll"]) == pytest.approx(np.average(before, weights=weights))
+    assert summarise(runs, ["nll"])["pilot"]["nll"]["standard_error"] is None
