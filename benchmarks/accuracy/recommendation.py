@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,16 +19,17 @@ HISTORY = 15  # latest items in the prompt
 CHECKED_USERS, CHECKED_BEAMS = 50, 20
 
 
+@dataclass
 class Recommendation(Task):
     """Leave-one-out: the last item of each user is the test, the one before it validation. Reads
-    `<name>/interactions.jsonl[.gz]` with `user` and `items`, oldest first; items get random numbers."""
+    `DIR/<dataset in lower case>/interactions.jsonl[.gz]` with `user` and `items`, oldest first; items get random
+    numbers."""
 
     dataset: str = "LastFM"
 
     def users(self, data: Path) -> list[Row]:
         return read(data / self.dataset.lower(), "interactions")
 
-    @lru_cache(maxsize=1)  # noqa: B019
     def item_texts(self, data: Path) -> dict[int, str]:
         """The answer for every item: a random number with leading zeros."""
         items = sorted({item for user in self.users(data) for item in user["items"]})

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from arms import COPILOTS, TITLES, run_copilots, run_joint
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--pilot", help="Hub id or folder of a causal LM; by default a small one is built")
     parser.add_argument("--lora", action="store_true", help="fine-tune the Pilot with LoRA, r 32")
+    parser.add_argument("--interactions", default="LastFM", help="name of the recommendation data in DIR/<name>")
     parser.add_argument("--work", type=Path, default=Path("out/accuracy"), help="where runs are kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -88,6 +90,8 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     for name in names:
         task: Task = TASKS[name]
+        if name == "recommendation" and args.interactions != task.dataset:
+            task = replace(task, dataset=args.interactions, name=f"recommendation-{args.interactions.lower()}")
         setting = Setting(task, args.data, work, args.device, args.pilot, args.lora)
         report(task, run_task(setting, args.seeds), settings_of(setting), args.results)
 
