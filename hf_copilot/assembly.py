@@ -94,6 +94,7 @@ def make_learner(
         lr_scheduler_kwargs=schedule_kwargs,
         log=MistakeLog(copilot_args.copilot_log_rounds, copilot_args.copilot_log_max_bytes),
         log_dtype=getattr(torch, copilot_args.copilot_log_dtype),
+        steps_per_round=copilot_args.copilot_steps_per_round,
         seed=args.seed,
         autocast_dtype=torch.bfloat16 if args.bf16 else None,
         compile_backend=(args.torch_compile_backend or "inductor") if copilot_args.copilot_torch_compile else None,

@@ -55,6 +55,7 @@ class CopilotLearner:
         warmup_steps, lr_scheduler_type, lr_scheduler_kwargs: Of its schedule, as in transformers.
         log: Defaults to `MistakeLog()`.
         log_dtype: Of the hidden states in the log.
+        steps_per_round: Optimizer steps of the Copilot in one round, each on documents of its own draw.
         seed: Of the draws from the log and of the Copilot's dropout.
         autocast_dtype: Runs the Copilot under autocast in this type; None for its own.
         compile_backend: Compiles the Copilot's forward with this backend of `torch.compile`; None does not.
@@ -74,6 +75,7 @@ class CopilotLearner:
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         log: MistakeLog | None = None,
         log_dtype: torch.dtype = torch.bfloat16,
+        steps_per_round: int = 1,
         seed: int = 42,
         autocast_dtype: torch.dtype | None = None,
         compile_backend: str | None = None,
@@ -90,6 +92,9 @@ class CopilotLearner:
                 f"The Copilot has {copilot.config.vocab_size} output rows and the Pilot {self.head.vocab_size}: train "
                 "a Copilot beside a Pilot of its own vocabulary, or build one with copilot_for(pilot)."
             )
+        if steps_per_round < 1:
+            raise ValueError(f"steps_per_round={steps_per_round}: the Copilot takes at least one step in a round.")
+        self.steps_per_round = steps_per_round
         self.device = self.head.device
         self.copilot = copilot.to(self.device)
         with isolated_rng(self.device, seed):
@@ -226,7 +231,8 @@ class CopilotLearner:
     # ---- learning --------------------------------------------------------------------------------------------------
 
     def step(self, measure: bool = False, mistakes: list[MistakeRecord] | None = None) -> None:
-        """One step of the Copilot on as many documents as the round had, drawn from the log.
+        """Learn after one round: `steps_per_round` steps, each on as many documents as the round had, drawn from the
+        log.
 
         Without a labelled token in the round of any process there is nothing to learn and only the schedule goes on.
         A step whose loss or gradient is not finite, or that runs out of memory, is left out on all processes and
@@ -244,7 +250,9 @@ class CopilotLearner:
                 mistakes = records
             if mistakes:
                 self._append(mistakes)
-            self._update([self._random_start(record) for record in self.log.sample(len(records), self.generator)])
+            for _ in range(self.steps_per_round):
+                drawn = self.log.sample(len(records), self.generator)
+                self._update([self._random_start(record) for record in drawn])
         self.steps += 1
         self.scheduler.step()
 

@@ -17,6 +17,8 @@ class CopilotArguments:
             schedule and warm-up follow the Pilot's `lr_scheduler_type` and `warmup_steps`.
         copilot_weight_decay (`float`, defaults to `0.0`): Weight decay of its matrices.
         copilot_max_grad_norm (`float`, defaults to `1.0`): Its gradient is clipped to this norm.
+        copilot_steps_per_round (`int`, defaults to `1`): Its optimizer steps for one of the Pilot's; each draws from
+            the log anew and costs as much as the first.
         copilot_mistake_source (`str`, defaults to `"train"`): Whose errors are logged: `"train"`, every forward of the
             Pilot's training (the paper); `"first_visit"`, those of the first epoch, before the Pilot has seen the
             document; `"holdout"`, those on a slice that it never trains on.
@@ -43,6 +45,9 @@ class CopilotArguments:
     copilot_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the Copilot's matrices."})
     copilot_max_grad_norm: float = field(
         default=1.0, metadata={"help": "The Copilot's gradient is clipped to this norm."}
+    )
+    copilot_steps_per_round: int = field(
+        default=1, metadata={"help": "The Copilot's optimizer steps for one of the Pilot's."}
     )
     copilot_mistake_source: str = field(
         default="train",

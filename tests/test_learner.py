@@ -126,6 +126,21 @@ def test_the_groups_of_a_step_do_not_matter(pilot, config):
     assert torch.allclose(*weights, atol=1e-5)
 
 
+def test_several_steps_in_a_round_are_drawn_anew(pilot):
+    learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=4, steps_per_round=3, **FLOAT)
+    observe(learner, pilot, padded_batch())
+    learner.step()  # the log holds what the round has: every draw is the same three documents
+    observe(learner, pilot, padded_batch())
+    draws, update = [], learner._update
+    learner._update = lambda records: draws.append({id(record) for record in records}) or update(records)
+    learner.step()
+    assert learner.steps == 2 and learner.scheduler.last_epoch == 2
+    assert {int(state["step"]) for state in learner.optimizer.state.values()} == {6}
+    assert len(draws) == 3 and any(draw != draws[0] for draw in draws)
+    with pytest.raises(ValueError, match="at least one step"):
+        CopilotLearner(copilot_for(pilot), pilot, steps_per_round=0)
+
+
 def test_no_labelled_token_is_no_step(pilot):
     learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=2)
     inputs = padded_batch()

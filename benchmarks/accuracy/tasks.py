@@ -99,7 +99,8 @@ def llama(layers: int, width: int) -> dict[str, int]:
 
 
 class Arithmetic(Task):
-    """Generated problems: sums, differences, products and chains of two operations, on numbers of 1 to 3 digits."""
+    """Generated problems: sums, differences, products and chains of two and three operations, on numbers of one and
+    two digits."""
 
     def splits(self, data: Path, seed: int) -> Splits:
         rng, seen = random.Random(f"arithmetic-{seed}"), set()
@@ -111,7 +112,7 @@ class Arithmetic(Task):
         """`count` problems that are not in `seen`; they are added to it."""
         rows = []
         while len(rows) < count:
-            row = problem(rng, digits=(1, 3))
+            row = problem(rng, most=99)
             if row["prompt"] not in seen:
                 seen.add(row["prompt"])
                 rows.append(row)
@@ -120,7 +121,7 @@ class Arithmetic(Task):
     def pretraining(self, data: Path) -> list[Row]:
         """Problems with one digit."""
         rng = random.Random("arithmetic-base")
-        return [problem(rng, digits=(1, 1)) for _ in range(4000)]
+        return [problem(rng, most=9) for _ in range(4000)]
 
     def tokenizer(self, data: Path):
         return make_tokenizer([row["prompt"] + row["completion"] for row in self.pretraining(data)])
@@ -129,17 +130,12 @@ class Arithmetic(Task):
         return answer.replace(" ", "") == row["completion"].replace(" ", "")
 
 
-def problem(rng: random.Random, digits: tuple[int, int]) -> Row:
-    """A problem over non-negative numbers, and its value."""
+FORMS = ("n + n", "n - n", "n * n", "n + n + n", "n + n - n", "n * n + n", "n + n + n - n")
 
-    def number(most: int) -> int:
-        length = rng.randint(digits[0], min(digits[1], most))
-        return rng.randrange(10**length)
 
-    form = rng.choice(["a + b", "a - b", "a * b", "a + b - c", "a * b + c"])
-    product = "*" in form
-    values = {"a": number(2 if product else 3), "b": number(2 if product else 3), "c": number(3)}
-    text = re.sub("[abc]", lambda match: str(values[match.group()]), form)
+def problem(rng: random.Random, most: int) -> Row:
+    """A problem over numbers from 0 to `most`, and its value."""
+    text = re.sub("n", lambda _: str(rng.randint(0, most)), rng.choice(FORMS))
     return {"prompt": text + " =", "completion": " " + str(eval(text))}
 
 
