@@ -16,7 +16,9 @@ from hf_copilot import CopilotConfig, CopilotLearner
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "accuracy"))
 
+import experiments  # noqa: E402
 import run  # noqa: E402
+from mistakes import ReservoirLog, WeightedLog  # noqa: E402
 from multiple_choice import MULTIPLE_CHOICE, SETS, convert  # noqa: E402
 from recommendation import RECOMMENDATION, check_with_beams  # noqa: E402
 from report import difference, mean_of, summarise  # noqa: E402
@@ -135,19 +137,26 @@ def data(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def short_costs(monkeypatch):
+    monkeypatch.setattr("arms.COST_STEPS", 1)
+    monkeypatch.setattr("arms.COST_REPETITIONS", 1)
+
+
 @pytest.mark.parametrize("task", [TEXT, MAWPS, RECOMMENDATION, MULTIPLE_CHOICE], ids=lambda task: task.name)
 def test_every_task_runs_and_is_kept(task, data, tmp_path):
     task = replace(task, **SMALL, max_new_tokens=4)
     setting = Setting(task, data, tmp_path / "work")
-    runs = run.run_task(setting, seeds=1)
+    runs, costs = run.run_task(setting, seeds=1)
+    assert costs["pilot"] == {"training": 1.0, "generation": 1.0} and costs["joint"]["training"] > 0
     assert set(runs[0]) >= {"pilot", "paper", "copilot", "copilot, λ chosen", "joint"}
     assert runs[0]["joint"]["parameters"] >= runs[0]["copilot"]["parameters"] > runs[0]["pilot"]["parameters"]
     items = len(task.splits(data, 0).test)
     assert all(len(arm["figures"]["nll"][0]) == items for arm in runs[0].values())
     (tmp_path / "work" / "base").rename(tmp_path / "elsewhere")
-    assert run.run_task(setting, seeds=1) == runs
+    assert run.run_task(setting, seeds=1) == (runs, costs)
     assert not (tmp_path / "work" / "base").exists()
-    run.report(task, runs, run.settings_of(setting), tmp_path)
+    run.report(task, runs, costs, run.settings_of(setting), tmp_path)
     assert (tmp_path / f"{task.name}.md").read_text().count("\n") == len(runs[0]) + 2
 
 
@@ -176,3 +185,48 @@ def test_differences_are_paired_and_weighted():
     assert 0 < found["low"] < found["difference"] < found["high"] < 0.2
     assert mean_of(runs[0]["pilot"]["figures"]["nll"]) == pytest.approx(np.average(before, weights=weights))
     assert summarise(runs, ["nll"])["pilot"]["nll"]["standard_error"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", experiments.GROUPS)
+def test_every_experiment_runs(group, data, tmp_path, monkeypatch):
+    task = replace(MAWPS, **SMALL, max_new_tokens=4)
+    monkeypatch.setitem(experiments.TASKS, "mawps", task)
+    names = ["--data", str(data), "--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["experiments.py", group, "mawps", *names])
+    experiments.main()
+    text = (tmp_path / f"experiments_{group}_mawps.md").read_text()
+    assert all(name in text for name in experiments.GROUPS[group])
+    assert ("cross-fitting" in text) == (group == "mistakes")
+
+
+def records_of(errors):
+    pilot = tiny_pilot().eval()
+    learner = CopilotLearner(trained_like(pilot), pilot)
+    ids = torch.arange(5, 17)[None].expand(len(errors), -1).clone()
+    records = learner.visit({"input_ids": ids, "labels": ids}, lambda: pilot(input_ids=ids))
+    for record, error in zip(records, errors, strict=True):
+        record.values[:] = 0.0
+        record.values[:, 0] = 2 * error
+    return records
+
+
+def test_a_weighted_log_draws_what_was_wrong():
+    log = WeightedLog()
+    log.append(records_of([0.01] * 8 + [0.9]))
+    generator = torch.Generator().manual_seed(0)
+    drawn = [any(r.values[0, 0] > 1 for r in log.sample(1, generator)) for _ in range(200)]
+    assert 0.8 < sum(drawn) / 200 < 1.0  # 0.9 / 0.98
+
+
+def test_a_reservoir_keeps_a_sample_of_all_rounds():
+    (record,) = records_of([0.5])
+    kept_rounds = []
+    for seed in range(40):
+        log = ReservoirLog(max_rounds=10)
+        log.random.seed(seed)
+        for step in range(100):
+            log.append([replace(record, labels=torch.tensor([step]))])
+        kept_rounds += [int(round_[0].labels) for round_ in log.rounds]
+        assert len(log.rounds) == 10 and log.nbytes == sum(r.nbytes for rs in log.rounds for r in rs)
+    assert 40 < np.mean(kept_rounds) < 60

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from scoring import Figures, Rectified, encode, likelihood
+from scoring import Figures, Rectified, likelihood
 from tasks import Row
 from training import Setting, Variant
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from cost import Stopwatch  # noqa: E402
 
 from hf_copilot.report import count_parameters
 
@@ -19,12 +26,13 @@ TITLES = {
     "copilot, λ chosen": "+ Copilot, default, λ chosen on valid",
     "joint": "Pilot of the joint size",
 }
+COST_STEPS, COST_REPETITIONS = 12, 3
 Arm = dict[str, Any]  # parameters, figures by name, and of a Copilot λ and how it was chosen
 
 
 def measure(setting: Setting, model: Rectified, rows: list[Row], generate: bool = True) -> dict[str, Figures]:
     """Likelihood of the completions, and the task's own figures."""
-    examples = [encode(model.tokenizer, row, setting.task.max_length) for row in rows]
+    examples = setting.encoded(model.tokenizer, rows)
     figures = likelihood(model.log_likelihoods(examples))
     return figures | (setting.task.measure(model, rows, setting.data) if generate else {})
 
@@ -32,8 +40,8 @@ def measure(setting: Setting, model: Rectified, rows: list[Row], generate: bool 
 def run_copilots(setting: Setting, seed: int, variants: dict[str, Variant], generate: bool = True) -> dict[str, Arm]:
     """The Pilot alone and with each Copilot, at its own λ and at the one that is chosen on the validation rows."""
     splits, tokenizer = setting.task.splits(setting.data, seed), setting.tokenizer()
-    valid = [encode(tokenizer, row, setting.task.max_length) for row in splits.valid]
-    pilot, learners = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, variants)
+    valid = setting.encoded(tokenizer, splits.valid)
+    pilot, learners, _ = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, variants)
     size = count_parameters(pilot)[0]
     alone = Rectified(pilot, tokenizer)
     arms = {"pilot": {"parameters": size, "figures": measure(setting, alone, splits.test, generate)}}
@@ -53,6 +61,32 @@ def run_joint(setting: Setting, seed: int, variant: Variant) -> dict[str, Arm]:
     """A Pilot alone, with as many parameters as Pilot and Copilot together, trained as many steps."""
     splits, tokenizer = setting.task.splits(setting.data, seed), setting.tokenizer()
     base = setting.base(tokenizer, setting.joint_layers(tokenizer, variant.copilot_config()))
-    pilot, _ = setting.train(base, tokenizer, splits.train, seed)
+    pilot = setting.train(base, tokenizer, splits.train, seed).pilot
     figures = measure(setting, Rectified(pilot, tokenizer), splits.test)
     return {"joint": {"parameters": count_parameters(pilot)[0], "figures": figures}}
+
+
+def run_costs(setting: Setting, variant: Variant) -> dict[str, dict[str, float]]:
+    """Time of training and of generation for the Pilot with its Copilot and the Pilot of the joint size, as ratios to
+    the Pilot alone: medians over repetitions that take the arms in turn, on the same rows."""
+    tokenizer, watch = setting.tokenizer(), Stopwatch(setting.device)
+    rows = setting.task.splits(setting.data, 0).train[: 32 * COST_STEPS]
+    joint = setting.joint_layers(tokenizer, variant.copilot_config())
+    kinds = {"pilot": ({}, None), "copilot": ({"copilot": variant}, None), "joint": ({}, joint)}
+
+    def run(arm: str) -> None:
+        variants, layers = kinds[arm]
+        pilot, learners, seconds = setting.train(
+            setting.base(tokenizer, layers), tokenizer, rows, 0, variants, steps=COST_STEPS
+        )
+        watch.seconds.setdefault(f"training {arm}", []).append(seconds)
+        learner = learners.get("copilot")
+        model = Rectified(pilot, tokenizer, learner, learner.copilot.config.strength if learner else 0.0)
+        with watch.time(f"generation {arm}"):
+            model.answers([row["prompt"] for row in rows[:64]], "cost", max_new_tokens=16, min_new_tokens=16)
+
+    watch.repeat(COST_REPETITIONS, 1, lambda: [partial(run, arm) for arm in kinds])
+    return {
+        arm: {work: watch.ratio(f"{work} {arm}", f"{work} pilot") for work in ("training", "generation")}
+        for arm in kinds
+    }

@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mistakes import ALL_BYTES, ALL_ROUNDS, LogVariant, ReservoirLog, WeightedLog, cross_fit
 from run import RESULTS, TASKS, kept, settings_of, table
-from scoring import Rectified, encode
+from scoring import Rectified
 from training import Setting, Variant
 
 
@@ -53,7 +56,21 @@ PAPER = {
         {"objective": "cross_entropy", "fusion": "logit", "error_feedback": "realized"}, paper=True
     ),
 }
-GROUPS = {"learning": LEARNING, "paper": PAPER}
+MISTAKES = {
+    "train (the paper)": Variant(),
+    "first_visit": Variant(arguments=arguments(mistake_source="first_visit")),
+    "first_visit, all rounds": Variant(
+        arguments=arguments(mistake_source="first_visit", log_rounds=ALL_ROUNDS, log_max_bytes=ALL_BYTES)
+    ),
+    "all rounds": Variant(arguments=arguments(log_rounds=ALL_ROUNDS, log_max_bytes=ALL_BYTES)),
+    "reservoir of 128 rounds": LogVariant(log=ReservoirLog),
+    "weighted by error": LogVariant(log=WeightedLog),
+}
+HOLDOUTS = {
+    share: Variant(arguments=arguments(mistake_source="holdout", holdout=share, log_max_bytes=ALL_BYTES))
+    for share in (0.1, 0.25)
+}
+GROUPS = {"learning": LEARNING, "paper": PAPER, "mistakes": MISTAKES}
 Measured = dict[str, float]
 
 
@@ -69,19 +86,38 @@ def measure(model: Rectified, examples: list[dict[str, list[int]]]) -> Measured:
     }
 
 
-def run_group(setting: Setting, seed: int, variants: dict[str, Variant]) -> dict[str, Any]:
-    """Train all of a group beside one Pilot; figures of each on validation rows."""
-    task, tokenizer = setting.task, setting.tokenizer()
-    splits = task.splits(setting.data, seed)
-    pilot, learners = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, variants)
-    rows = [encode(tokenizer, row, task.max_length) for row in splits.valid]
+def figures_of(model: Rectified, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """At the Copilot's own λ and at the one that the first half of the rows chooses, on the second half."""
     choosing, measuring = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    found = {"Pilot": {"own": measure(Rectified(pilot, tokenizer), measuring)}}
-    for name, learner in learners.items():
-        at_own = Rectified(pilot, tokenizer, learner, learner.copilot.config.strength)
-        figures = {"own": measure(at_own, measuring), "calibration": at_own.calibrate(choosing)}
-        chosen = Rectified(pilot, tokenizer, learner, figures["calibration"]["strength"])
-        found[name] = figures | {"chosen": measure(chosen, measuring)}
+    if model.learner is None:
+        return {"own": measure(model, measuring)}
+    figures = {"own": measure(model, measuring), "calibration": model.calibrate(choosing)}
+    chosen = replace(model, strength=figures["calibration"]["strength"])
+    return figures | {"chosen": measure(chosen, measuring)}
+
+
+def run_group(setting: Setting, seed: int, variants: dict[str, Variant], more: bool = False) -> dict[str, Any]:
+    """Train all of a group beside one Pilot; figures of each on validation rows. `more` adds the ways that need
+    Pilots of their own: rows held out, and cross-fitting."""
+    tokenizer, splits = setting.tokenizer(), setting.task.splits(setting.data, seed)
+    trained = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, variants)
+    rows = setting.encoded(tokenizer, splits.valid)
+    alone = Rectified(trained.pilot, tokenizer)
+    found = {"Pilot": figures_of(alone, rows)}
+    for name, learner in trained.learners.items():
+        found[name] = figures_of(replace(alone, learner=learner, strength=learner.copilot.config.strength), rows)
+    if more:
+        default = variants["train (the paper)"]
+        crossed = cross_fit(setting, tokenizer, splits.train, seed, default, trained)
+        found["cross-fitting"] = figures_of(crossed, rows)
+        for share, variant in HOLDOUTS.items():
+            base = setting.base(tokenizer)
+            pilot, learners, _ = setting.train_with_trainer(base, tokenizer, splits.train, seed, variant)
+            own = Rectified(pilot, tokenizer)
+            found[f"Pilot on {1 - share:.0%} of the rows"] = figures_of(own, rows)
+            found[f"holdout of {share:.0%}"] = figures_of(
+                replace(own, learner=learners["copilot"], strength=1.0), rows
+            )
     return found
 
 
@@ -93,15 +129,15 @@ def rows_of(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
 
     pilot, rows = mean("Pilot", "own", "nll"), []
     for name in runs[0]:
-        at = ["own", "chosen"] if name != "Pilot" else ["own"]
+        has_copilot = "chosen" in runs[0][name]
         row = {"Copilot": name}
         for which, title in (("own", "λ = 1"), ("chosen", "λ chosen")):
-            known = which in at
+            known = which == "own" or has_copilot
             nll = mean(name, which, "nll") if known else pilot
             row[f"NLL, {title}"] = f"{nll:.4f} ({nll / pilot - 1:+.1%})" if known else ""
             for metric in ("token accuracy", "answers right"):
                 row[f"{metric}, {title}"] = f"{mean(name, which, metric):.1%}" if known else ""
-        strengths = [run[name]["calibration"]["strength"] for run in runs] if name != "Pilot" else []
+        strengths = [run[name]["calibration"]["strength"] for run in runs] if has_copilot else []
         rows.append(row | {"λ": ", ".join(f"{strength:g}" for strength in strengths)})
     return rows
 
@@ -121,12 +157,14 @@ def main() -> None:
     for name in args.tasks:
         setting = Setting(TASKS[name], args.data, args.work, args.device)
         settings = settings_of(setting) | {"variants": {key: vars(variant) for key, variant in variants.items()}}
-        runs = []
+        runs, more = [], args.group == "mistakes"
         for seed in range(args.seeds):
             file = args.work / name / f"{args.group}-{seed}.json"
-            runs.append(kept(file, settings, lambda seed=seed, setting=setting: run_group(setting, seed, variants)))
+            runs.append(kept(file, settings, partial(run_group, setting, seed, variants, more)))
         text, stem = table(rows_of(runs)), f"experiments_{args.group}_{name}"
-        (args.results / f"{stem}.json").write_text(json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n")
+        (args.results / f"{stem}.json").write_text(
+            json.dumps({"settings": settings, "runs": runs}, indent=1, default=str) + "\n"
+        )
         (args.results / f"{stem}.md").write_text(text + "\n")
         print(f"\n{args.group}, {name}, {args.seeds} seeds\n\n{text}\n")
 

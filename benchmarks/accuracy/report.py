@@ -67,12 +67,17 @@ def change(metric: str, figures: dict[str, Any]) -> str:
     return f"{relative}({shown(metric, figures['difference'], True)} {interval})"
 
 
-def rows_of(summary: dict[str, dict[str, Any]], titles: dict[str, str], metrics: list[str]) -> list[dict[str, str]]:
-    """Rows of the table: the first metric with its difference, then NLL with its own, then the others."""
+def rows_of(
+    summary: dict[str, dict[str, Any]], titles: dict[str, str], metrics: list[str], costs: dict[str, dict[str, float]]
+) -> list[dict[str, str]]:
+    """Rows of the table: the first metric with its difference, then NLL with its own, then the others; costs are
+    ratios to the Pilot alone."""
     rows = []
     for arm, figures in summary.items():
         strengths = [f"{strength:g}" for strength in figures["strengths"] if strength is not None]
         row = {"arm": titles.get(arm, arm), "parameters": f"{figures['parameters']:,}", "λ": ", ".join(strengths)}
+        ratios = costs.get(arm.removesuffix(", λ chosen"), {})
+        row |= {f"{work} time": f"{ratios[work]:.2f}" if ratios else "" for work in ("training", "generation")}
         for i, metric in enumerate(metrics):
             row[metric] = cell(metric, figures[metric])
             if i < 2:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from arms import COPILOTS, TITLES, run_copilots, run_joint
+from arms import COPILOTS, TITLES, run_copilots, run_costs, run_joint
 from multiple_choice import MULTIPLE_CHOICE
 from recommendation import RECOMMENDATION
 from report import rows_of, summarise
@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "accuracy"
 
 def kept(file: Path, settings: dict, make: Callable[[], dict]) -> dict:
     """What `make` gives, or what an earlier run with the same settings gave."""
-    settings = json.loads(json.dumps(settings))
+    settings = json.loads(json.dumps(settings, default=str))
     found = json.loads(file.read_text()) if file.is_file() else {}
     if found.get("settings") != settings:
         found = {"settings": settings, "result": json.loads(json.dumps(make()))}
@@ -46,29 +46,28 @@ def kept(file: Path, settings: dict, make: Callable[[], dict]) -> dict:
 def settings_of(setting: Setting) -> dict:
     """Everything that a run's figures depend on, besides the code."""
     task = setting.task
-    names = ("pilot", "training", "copilot", "pretraining_steps", "max_length", "max_new_tokens")
+    names = ("name", "pilot", "training", "copilot", "pretraining_steps", "max_length", "max_new_tokens")
     return {name: getattr(task, name) for name in names} | {"base": setting.pilot, "lora": setting.lora}
 
 
-def run_task(setting: Setting, seeds: int) -> list[dict]:
-    """All arms, for every seed."""
-    runs, settings = [], settings_of(setting)
-    folder = setting.work / setting.task.name
+def run_task(setting: Setting, seeds: int) -> tuple[list[dict], dict]:
+    """All arms for every seed, and what they cost; a Hub model has no Pilot of the joint size beside it."""
+    runs, settings, folder = [], settings_of(setting), setting.work / setting.task.name
+    ours = COPILOTS["copilot"]
+    with_copilots = settings | {"variants": {name: vars(variant) for name, variant in COPILOTS.items()}}
+    with_ours = settings | {"variants": vars(ours)}
     for seed in range(seeds):
-        variants = {name: vars(variant) for name, variant in COPILOTS.items()}
         run = kept(
             folder / f"copilots-{seed}.json",
-            settings | {"variants": variants},
+            with_copilots,
             lambda seed=seed: run_copilots(setting, seed, COPILOTS),
         )
         if setting.pilot is None:
-            run |= kept(
-                folder / f"joint-{seed}.json",
-                settings,
-                lambda seed=seed: run_joint(setting, seed, COPILOTS["copilot"]),
-            )
+            run |= kept(folder / f"joint-{seed}.json", with_ours, lambda seed=seed: run_joint(setting, seed, ours))
         runs.append(run)
-    return runs
+    if setting.pilot is not None:
+        return runs, {}
+    return runs, kept(folder / "costs.json", with_ours, lambda: run_costs(setting, ours))
 
 
 def main() -> None:
@@ -93,16 +92,18 @@ def main() -> None:
         if name == "recommendation" and args.interactions != task.dataset:
             task = replace(task, dataset=args.interactions, name=f"recommendation-{args.interactions.lower()}")
         setting = Setting(task, args.data, work, args.device, args.pilot, args.lora)
-        report(task, run_task(setting, args.seeds), settings_of(setting), args.results)
+        report(task, *run_task(setting, args.seeds), settings_of(setting), args.results)
 
 
-def report(task: Task, runs: list[dict], settings: dict, results: Path) -> None:
+def report(task: Task, runs: list[dict], costs: dict, settings: dict, results: Path) -> None:
     """Write and print what the runs of one task say."""
     others = [metric for metric in runs[0]["pilot"]["figures"] if metric not in (task.metric, "nll")]
     metrics = list(dict.fromkeys([task.metric, "nll", *others]))
     summary = summarise(runs, metrics)
-    text = table(rows_of(summary, TITLES, metrics))
-    (results / f"{task.name}.json").write_text(json.dumps({"settings": settings, "arms": summary}, indent=1) + "\n")
+    text = table(rows_of(summary, TITLES, metrics, costs))
+    (results / f"{task.name}.json").write_text(
+        json.dumps({"settings": settings, "arms": summary, "costs": costs}, indent=1) + "\n"
+    )
     (results / f"{task.name}.md").write_text(text + "\n")
     print(f"\n{task.name}, {len(runs)} seeds, {len(runs[0]['pilot']['figures']['nll'][0])} test items\n\n{text}\n")
 

@@ -40,7 +40,7 @@ class Rectified:
     learner: CopilotLearner | None = None
     strength: float = 0.0
 
-    def answers(self, prompts: list[str], title: str, max_new_tokens: int) -> list[str]:
+    def answers(self, prompts: list[str], title: str, max_new_tokens: int, **generation: Any) -> list[str]:
         """Greedy answers by `model.generate`."""
         title = f"{title}, λ = {self.strength:g}" if self.learner else title
         with self.processor() as processor:
@@ -52,6 +52,7 @@ class Rectified:
                 title,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                **generation,
             )
 
     def processor(self):

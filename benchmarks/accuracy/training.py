@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from peft import LoraConfig
 from scoring import encode
 from tasks import Row, Task
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from hf_copilot import CopilotArguments, CopilotCallback, CopilotConfig, CopilotLearner, copilot_for
+from hf_copilot import (
+    CopilotArguments,
+    CopilotCallback,
+    CopilotConfig,
+    CopilotLearner,
+    CopilotSFTConfig,
+    CopilotTrainer,
+    copilot_for,
+)
 from hf_copilot.report import count_parameters
 
 
@@ -31,6 +38,14 @@ class Variant:
 
     def callback(self, task: Task) -> CopilotCallback:
         return CopilotCallback(self.copilot_config(), CopilotArguments(**(task.copilot | self.arguments)))
+
+
+class Trained(NamedTuple):
+    """What a training run leaves."""
+
+    pilot: PreTrainedModel  # in eval mode
+    learners: dict[str, CopilotLearner]
+    seconds: float
 
 
 @dataclass
@@ -64,6 +79,9 @@ class Setting:
             pilot.save_pretrained(folder)
         return LlamaForCausalLM.from_pretrained(folder).to(self.device)
 
+    def encoded(self, tokenizer, rows: list[Row]) -> list[dict[str, list[int]]]:
+        return [encode(tokenizer, row, self.task.max_length) for row in rows]
+
     def joint_layers(self, tokenizer, copilot: CopilotConfig) -> int:
         """Layers of the smallest Pilot that has as many parameters as Pilot and Copilot together."""
         pilot = small_pilot(self.task.pilot, tokenizer)
@@ -75,34 +93,52 @@ class Setting:
 
     def train(
         self, pilot, tokenizer, rows: list[Row], seed: int, variants: dict[str, Variant] | None = None, steps: int = 0
-    ) -> tuple[Any, dict[str, CopilotLearner]]:
-        """Fine-tune a Pilot with all these Copilots beside it: the Pilot in eval mode, and their learners."""
-        folder = self.work / "trainer" / f"{self.task.name}-{seed}"
+    ) -> Trained:
+        """Fine-tune a Pilot with all these Copilots beside it."""
         callbacks = {name: variant.callback(self.task) for name, variant in (variants or {}).items()}
-        limits = {"max_steps": steps} if steps else {}
         trainer = SFTTrainer(
-            model=pilot,
-            args=SFTConfig(
-                **(self.task.training | limits),
-                output_dir=str(folder),
-                seed=seed,
-                use_cpu=self.device == "cpu",
-                bf16=self.device != "cpu",
-                max_length=None,
-                lr_scheduler_type="cosine",
-                gradient_checkpointing=self.pilot is not None,
-                save_strategy="no",
-                report_to=[],
-                logging_steps=100,
-            ),
-            train_dataset=Dataset.from_list([encode(tokenizer, row, self.task.max_length) for row in rows]),
-            processing_class=tokenizer,
-            peft_config=LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05) if self.lora else None,
+            pilot,
+            SFTConfig(**(self.arguments(seed) | ({"max_steps": steps} if steps else {}))),
             callbacks=list(callbacks.values()),
+            **self.inputs(tokenizer, rows),
         )
-        trainer.train()
-        shutil.rmtree(folder, ignore_errors=True)
-        return trainer.model.eval(), {name: callback.learner for name, callback in callbacks.items()}
+        seconds = trainer.train().metrics["train_runtime"]
+        learners = {name: callback.learner for name, callback in callbacks.items()}
+        return Trained(trainer.model.eval(), learners, seconds)
+
+    def train_with_trainer(self, pilot, tokenizer, rows: list[Row], seed: int, variant: Variant) -> Trained:
+        """The same with [`CopilotTrainer`], which alone can hold rows out."""
+        trainer = CopilotTrainer(
+            pilot,
+            CopilotSFTConfig(**self.arguments(seed), **(self.task.copilot | variant.arguments)),
+            copilot=variant.copilot_config(),
+            **self.inputs(tokenizer, rows),
+        )
+        seconds = trainer.train().metrics["train_runtime"]
+        return Trained(trainer.model.eval(), {"copilot": trainer.learner}, seconds)
+
+    def arguments(self, seed: int) -> dict[str, Any]:
+        """Of the trainer's config."""
+        return self.task.training | {
+            "output_dir": str(self.work / "trainer" / f"{self.task.name}-{seed}"),
+            "seed": seed,
+            "use_cpu": self.device == "cpu",
+            "bf16": self.device != "cpu",
+            "max_length": None,
+            "lr_scheduler_type": "cosine",
+            "gradient_checkpointing": self.pilot is not None,
+            "save_strategy": "no",
+            "report_to": [],
+            "logging_steps": 100,
+        }
+
+    def inputs(self, tokenizer, rows: list[Row]) -> dict[str, Any]:
+        """Of the trainer."""
+        return {
+            "train_dataset": Dataset.from_list(self.encoded(tokenizer, rows)),
+            "processing_class": tokenizer,
+            "peft_config": LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05) if self.lora else None,
+        }
 
 
 def small_pilot(shape: dict[str, Any], tokenizer) -> LlamaForCausalLM:

@@ -1,0 +1,119 @@
+"""Honest mistakes: other sources of errors, and other ways to keep and draw them, than the last 128 training rounds.
+
+Every way has the same data and the same steps of Pilot and Copilot; what it costs besides is said where it is built.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scoring import BATCH, Rectified
+from tasks import Row, Task
+from training import Setting, Trained, Variant
+from transformers import PreTrainedModel
+
+from hf_copilot import CopilotCallback, CopilotLearner, MistakeLog, copilot_for
+from hf_copilot.mistake_log import MistakeRecord
+
+ALL_ROUNDS, ALL_BYTES = 100_000, 2**34
+
+
+class ReservoirLog(MistakeLog):
+    """A uniform sample of all rounds so far: when it is full, round t takes a random place with probability
+    max_rounds / t."""
+
+    def clear(self) -> None:
+        super().clear()
+        self.seen, self.random = 0, random.Random(0)
+
+    def append(self, records: list[MistakeRecord]) -> None:
+        self.seen += 1
+        if len(self.rounds) == self.max_rounds:
+            place = self.random.randrange(self.seen)
+            if place >= self.max_rounds:
+                return
+            self._drop(self.rounds[place])
+            del self.rounds[place]
+        super().append(records)
+
+
+class WeightedLog(MistakeLog):
+    """Draws documents in proportion to their mean error, ½ Σ_k |ℓ_k|, about 1 − p̂(y)."""
+
+    def sample(self, count: int, generator: torch.Generator) -> list[MistakeRecord]:
+        records = [record for round_ in self.rounds for record in round_]
+        if len(records) <= count:
+            return records
+        errors = torch.stack([record.values.abs().sum(-1).mean() / 2 for record in records])  # [records]
+        picked = torch.multinomial(errors.clamp_min(1e-6), count, generator=generator).tolist()
+        return [records[i] for i in picked]
+
+
+@dataclass(frozen=True)
+class LogVariant(Variant):
+    """A Copilot with a log of another kind."""
+
+    log: type[MistakeLog] = MistakeLog
+
+    def callback(self, task: Task) -> CopilotCallback:
+        return CallbackWithLog(self.log, super().callback(task))
+
+
+class CallbackWithLog(CopilotCallback):
+    def __init__(self, log: type[MistakeLog], like: CopilotCallback):
+        super().__init__(like.source, like.copilot_args)
+        self.log = log
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_begin(*args, **kwargs)
+        self.learner.log = self.log(self.learner.log.max_rounds, self.learner.log.max_bytes)
+
+
+def cross_fit(
+    setting: Setting, tokenizer, rows: list[Row], seed: int, variant: Variant, trained: Trained
+) -> Rectified:
+    """Two Pilots, each trained on one half of the rows, log the other half; the Copilot learns from both logs, for as
+    many steps as a Pilot takes, and is attached to the Pilot of `trained`, which has seen everything. Costs a second
+    training of the Pilot, in two halves, and a pass over the data."""
+    halves = rows[::2], rows[1::2]
+    steps = setting.task.training["max_steps"]
+    learners = []
+    for own, other in (halves, halves[::-1]):
+        pilot = setting.train(setting.base(tokenizer), tokenizer, own, seed, steps=steps // 2).pilot
+        learners.append(log_rows(setting, tokenizer, pilot, other, seed, variant))
+    teach(learners, steps, setting.task.training["per_device_train_batch_size"])
+    learner = CopilotLearner(learners[0].copilot, trained.pilot)
+    return Rectified(trained.pilot, tokenizer, learner, learner.copilot.config.strength)
+
+
+def log_rows(
+    setting: Setting, tokenizer, pilot: PreTrainedModel, rows: list[Row], seed: int, variant: Variant
+) -> CopilotLearner:
+    """A learner whose log holds these rows as the Pilot, which stays as it is, sees them."""
+    copilot = copilot_for(setting.base(tokenizer), variant.copilot_config())
+    learning_rate = (setting.task.copilot | variant.arguments)["copilot_learning_rate"]
+    log = MistakeLog(ALL_ROUNDS, ALL_BYTES)
+    learner = CopilotLearner(copilot, pilot, learning_rate=learning_rate, warmup_steps=50, seed=seed, log=log)
+    learner.start(setting.task.training["max_steps"])
+    model = Rectified(pilot, tokenizer)
+    examples = setting.encoded(tokenizer, rows)
+    for start in range(0, len(examples), BATCH):
+        inputs = model.collate(examples[start : start + BATCH])
+        learner.log.append(learner.visit(inputs, lambda inputs=inputs: pilot(**inputs)))
+    learner.close()
+    return learner
+
+
+def teach(learners: list[CopilotLearner], steps: int, documents: int) -> None:
+    """The Copilot of the first learner learns from the logs of all in turn, with one optimizer and one schedule."""
+    first = learners[0]
+    for learner in learners[1:]:
+        learner.copilot = learner.forward = first.copilot
+        learner.optimizer, learner.scheduler = first.optimizer, first.scheduler
+    for step in range(steps):
+        learner = learners[step % len(learners)]
+        learner.round = learner.log.sample(documents, learner.generator)  # as many as a round has
+        learner.step(mistakes=[])
