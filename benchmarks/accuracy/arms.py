@@ -17,7 +17,10 @@ from cost import Stopwatch  # noqa: E402
 
 from hf_copilot.report import count_parameters
 
-COPILOTS = {"paper": Variant(paper=True), "copilot": Variant()}
+COPILOTS = {
+    "paper": Variant(paper=True),
+    "copilot": Variant(arguments={"copilot_steps_per_round": 4, "copilot_weight_decay": 0.1}),
+}
 TITLES = {
     "pilot": "Pilot",
     "paper": "+ Copilot, paper's preset, λ = 1",

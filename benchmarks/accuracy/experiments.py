@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mistakes import ALL_BYTES, ALL_ROUNDS, LogVariant, ReservoirLog, WeightedLog, cross_fit
+from mistakes import ALL_BYTES, ALL_ROUNDS, LogVariant, ReservoirLog, WeightedLog, cross_fit, log_rows, teach
 from run import RESULTS, TASKS, kept, settings_of, table
 from scoring import Rectified
-from training import Setting, Variant
+from tasks import Row
+from training import Setting, Trained, Variant
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -43,7 +44,7 @@ LEARNING = {
     "RMSE, realised feedback": Variant({"objective": "rmse", "fusion": "probability"}),
     "random weights": Variant({"init": "random"}),
 }
-# Tables 18 to 20 of the paper; Table 17 is the line of λ that calibration stores
+# Tables 18 to 20 of the paper; 16 is in `latest_checkpoint`, and 17 is what calibration stores of every λ
 PAPER = {
     "Pattern 1, mean, RMSE": Variant(paper=True),
     "Pattern 2": Variant({"pattern": 2}, paper=True),
@@ -96,29 +97,42 @@ def figures_of(model: Rectified, rows: list[dict[str, list[int]]]) -> dict[str, 
     return figures | {"chosen": measure(chosen, measuring)}
 
 
-def run_group(setting: Setting, seed: int, variants: dict[str, Variant], more: bool = False) -> dict[str, Any]:
-    """Train all of a group beside one Pilot; figures of each on validation rows. `more` adds the ways that need
-    Pilots of their own: rows held out, and cross-fitting."""
+def run_group(setting: Setting, seed: int, group: str) -> dict[str, Any]:
+    """Train all of a group beside one Pilot; figures of each on validation rows."""
     tokenizer, splits = setting.tokenizer(), setting.task.splits(setting.data, seed)
-    trained = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, variants)
-    rows = setting.encoded(tokenizer, splits.valid)
+    trained = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, GROUPS[group])
     alone = Rectified(trained.pilot, tokenizer)
-    found = {"Pilot": figures_of(alone, rows)}
+    models = {"Pilot": alone}
     for name, learner in trained.learners.items():
-        found[name] = figures_of(replace(alone, learner=learner, strength=learner.copilot.config.strength), rows)
-    if more:
-        default = variants["train (the paper)"]
-        crossed = cross_fit(setting, tokenizer, splits.train, seed, default, trained)
-        found["cross-fitting"] = figures_of(crossed, rows)
-        for share, variant in HOLDOUTS.items():
-            base = setting.base(tokenizer)
-            pilot, learners, _ = setting.train_with_trainer(base, tokenizer, splits.train, seed, variant)
-            own = Rectified(pilot, tokenizer)
-            found[f"Pilot on {1 - share:.0%} of the rows"] = figures_of(own, rows)
-            found[f"holdout of {share:.0%}"] = figures_of(
-                replace(own, learner=learners["copilot"], strength=1.0), rows
-            )
-    return found
+        models[name] = replace(alone, learner=learner, strength=learner.copilot.config.strength)
+    if group in EXTRAS:
+        models |= EXTRAS[group](setting, tokenizer, splits.train, seed, trained)
+    rows = setting.encoded(tokenizer, splits.valid)
+    return {name: figures_of(model, rows) for name, model in models.items()}
+
+
+def other_pilots(setting: Setting, tokenizer, rows: list[Row], seed: int, trained: Trained) -> dict[str, Rectified]:
+    """The sources of mistakes that need Pilots of their own: cross-fitting, and rows held out."""
+    models = {"cross-fitting": cross_fit(setting, tokenizer, rows, seed, Variant(), trained)}
+    for share, variant in HOLDOUTS.items():
+        pilot, learners, _ = setting.train_with_trainer(setting.base(tokenizer), tokenizer, rows, seed, variant)
+        own = Rectified(pilot, tokenizer)
+        models[f"Pilot on {1 - share:.0%} of the rows"] = own
+        models[f"holdout of {share:.0%}"] = replace(own, learner=learners["copilot"], strength=1.0)
+    return models
+
+
+def latest_checkpoint(
+    setting: Setting, tokenizer, rows: list[Row], seed: int, trained: Trained
+) -> dict[str, Rectified]:
+    """Table 16: the log holds what the trained Pilot gets wrong on its training rows, and nothing from before."""
+    learner = log_rows(setting, tokenizer, trained.pilot, rows, seed, Variant(paper=True))
+    teach([learner], setting.task.training["max_steps"], setting.task.training["per_device_train_batch_size"])
+    model = Rectified(trained.pilot, tokenizer, learner, learner.copilot.config.strength)
+    return {"log of the latest checkpoint": model}
+
+
+EXTRAS = {"mistakes": other_pilots, "paper": latest_checkpoint}
 
 
 def rows_of(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -157,10 +171,10 @@ def main() -> None:
     for name in args.tasks:
         setting = Setting(TASKS[name], args.data, args.work, args.device)
         settings = settings_of(setting) | {"variants": {key: vars(variant) for key, variant in variants.items()}}
-        runs, more = [], args.group == "mistakes"
+        runs = []
         for seed in range(args.seeds):
             file = args.work / name / f"{args.group}-{seed}.json"
-            runs.append(kept(file, settings, partial(run_group, setting, seed, variants, more)))
+            runs.append(kept(file, settings, partial(run_group, setting, seed, args.group)))
         text, stem = table(rows_of(runs)), f"experiments_{args.group}_{name}"
         (args.results / f"{stem}.json").write_text(
             json.dumps({"settings": settings, "runs": runs}, indent=1, default=str) + "\n"

@@ -99,8 +99,8 @@ def llama(layers: int, width: int) -> dict[str, int]:
 
 
 class Arithmetic(Task):
-    """Generated problems: sums, differences, products and chains of two and three operations, on numbers of one and
-    two digits."""
+    """Generated problems: sums, differences, products with a digit, and chains of two operations, on numbers of one
+    and two digits."""
 
     def splits(self, data: Path, seed: int) -> Splits:
         rng, seen = random.Random(f"arithmetic-{seed}"), set()
@@ -130,12 +130,12 @@ class Arithmetic(Task):
         return answer.replace(" ", "") == row["completion"].replace(" ", "")
 
 
-FORMS = ("n + n", "n - n", "n * n", "n + n + n", "n + n - n", "n * n + n", "n + n + n - n")
+FORMS = ("n + n", "n - n", "n * d", "n + n + n", "n + n - n", "n * d + n")
 
 
 def problem(rng: random.Random, most: int) -> Row:
-    """A problem over numbers from 0 to `most`, and its value."""
-    text = re.sub("n", lambda _: str(rng.randint(0, most)), rng.choice(FORMS))
+    """A problem over numbers n from 0 to `most` and digits d, and its value."""
+    text = re.sub("[nd]", lambda letter: str(rng.randint(0, most if letter[0] == "n" else 9)), rng.choice(FORMS))
     return {"prompt": text + " =", "completion": " " + str(eval(text))}
 
 
@@ -181,8 +181,8 @@ ARITHMETIC = Arithmetic(
     "arithmetic",
     "exact match",
     pilot=llama(layers=4, width=128),
-    training={"max_steps": 2000, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 50},
-    copilot={"copilot_learning_rate": 3e-3},
+    training={"max_steps": 3000, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 50},
+    copilot={"copilot_learning_rate": 1e-3},
     max_new_tokens=10,
 )
 TEXT = Text(
