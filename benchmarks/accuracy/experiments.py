@@ -57,6 +57,20 @@ PAPER = {
         {"objective": "cross_entropy", "fusion": "logit", "error_feedback": "realized"}, paper=True
     ),
 }
+PAPER_FIGURES = {  # accuracy in %, Tables 16 to 20
+    "Pattern 1, mean, RMSE": "GSM8K 32.2, SVAMP 51.6 (1B + 1B)",
+    "Pattern 2": "27.9, 49.3",
+    "Pattern 3": "30.4, 49.8",
+    "Pattern 4": "31.8, 50.4",
+    "max": "GSM8K 63.2, AQuA 37.5 (8B + 1B; mean 66.1, 38.9)",
+    "sum": "65.8, 38.3",
+    "cross-entropy of the fused logits": "theirs, whose form is not said: AQuA 60.7 (RMSE 64.2; 7B + 3B)",
+    "log of the latest checkpoint": "average of four 46.7 (all stages 48.4; 1B + 1B)",
+    "λ = 0.3": "GSM8K 29.8 (1B + 1B)",
+    "λ = 0.5": "30.4",
+    "λ = 0.8": "31.8",
+    "λ = 1": "32.2",
+}
 MISTAKES = {
     "train (the paper)": Variant(),
     "first_visit": Variant(arguments=arguments(mistake_source="first_visit")),
@@ -156,6 +170,29 @@ def rows_of(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
     return rows
 
 
+def strength_rows(runs: list[dict[str, Any]], name: str) -> list[dict[str, str]]:
+    """Table 17: one Copilot at the paper's λ, on the rows that chose λ."""
+    pilot, rows = statistics.mean(run[name]["calibration"]["nll"][0] for run in runs), []
+    for strength in (0.3, 0.5, 0.8, 1.0):
+        found = [run[name]["calibration"] for run in runs]
+        at = found[0]["strengths"].index(strength)
+        nll, accuracy = (statistics.mean(c[metric][at] for c in found) for metric in ("nll", "token_accuracy"))
+        row = {"Copilot": f"λ = {strength:g}", "NLL, λ = 1": f"{nll:.4f} ({nll / pilot - 1:+.1%})"}
+        rows.append(row | {"token accuracy, λ = 1": f"{accuracy:.1%}"})
+    return rows
+
+
+def table_of(group: str, runs: list[dict[str, Any]]) -> str:
+    """All rows of a group; beside those of the paper's ablations stand its own figures."""
+    rows = rows_of(runs)
+    if group == "paper":
+        rows += strength_rows(runs, next(iter(PAPER)))
+        rows = [
+            dict.fromkeys(rows[0], "") | row | {"the paper": PAPER_FIGURES.get(row["Copilot"], "")} for row in rows
+        ]
+    return table(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", choices=GROUPS)
@@ -175,7 +212,7 @@ def main() -> None:
         for seed in range(args.seeds):
             file = args.work / name / f"{args.group}-{seed}.json"
             runs.append(kept(file, settings, partial(run_group, setting, seed, args.group)))
-        text, stem = table(rows_of(runs)), f"experiments_{args.group}_{name}"
+        text, stem = table_of(args.group, runs), f"experiments_{args.group}_{name}"
         (args.results / f"{stem}.json").write_text(
             json.dumps({"settings": settings, "runs": runs}, indent=1, default=str) + "\n"
         )
