@@ -17,6 +17,7 @@ from cost import Stopwatch  # noqa: E402
 
 from hf_copilot.report import count_parameters
 
+# the paper's: one step in a round, as Algorithm 1 has it; ours: the default config, but more steps, and weight decay
 COPILOTS = {
     "paper": Variant(paper=True),
     "copilot": Variant(arguments={"copilot_steps_per_round": 4, "copilot_weight_decay": 0.1}),
@@ -25,8 +26,8 @@ TITLES = {
     "pilot": "Pilot",
     "paper": "+ Copilot, paper's preset, λ = 1",
     "paper, λ chosen": "+ Copilot, paper's preset, λ chosen on valid",
-    "copilot": "+ Copilot, default, λ = 1",
-    "copilot, λ chosen": "+ Copilot, default, λ chosen on valid",
+    "copilot": "+ Copilot, ours, λ = 1",
+    "copilot, λ chosen": "+ Copilot, ours, λ chosen on valid",
     "joint": "Pilot of the joint size",
 }
 COST_STEPS, COST_REPETITIONS = 12, 3
@@ -63,7 +64,7 @@ def run_copilots(setting: Setting, seed: int, variants: dict[str, Variant], gene
 def run_joint(setting: Setting, seed: int, variant: Variant) -> dict[str, Arm]:
     """A Pilot alone, with as many parameters as Pilot and Copilot together, trained as many steps."""
     splits, tokenizer = setting.task.splits(setting.data, seed), setting.tokenizer()
-    base = setting.base(tokenizer, setting.joint_layers(tokenizer, variant.copilot_config()))
+    base = setting.base(tokenizer, setting.joint_layers(tokenizer, variant.copilot_config(setting.task)))
     pilot = setting.train(base, tokenizer, splits.train, seed).pilot
     figures = measure(setting, Rectified(pilot, tokenizer), splits.test)
     return {"joint": {"parameters": count_parameters(pilot)[0], "figures": figures}}
@@ -74,7 +75,7 @@ def run_costs(setting: Setting, variant: Variant) -> dict[str, dict[str, float]]
     the Pilot alone: medians over repetitions that take the arms in turn, on the same rows."""
     tokenizer, watch = setting.tokenizer(), Stopwatch(setting.device)
     rows = setting.task.splits(setting.data, 0).train[: 32 * COST_STEPS]
-    joint = setting.joint_layers(tokenizer, variant.copilot_config())
+    joint = setting.joint_layers(tokenizer, variant.copilot_config(setting.task))
     kinds = {"pilot": ({}, None), "copilot": ({"copilot": variant}, None), "joint": ({}, joint)}
 
     def run(arm: str) -> None:

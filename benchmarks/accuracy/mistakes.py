@@ -93,7 +93,7 @@ def log_rows(
     setting: Setting, tokenizer, pilot: PreTrainedModel, rows: list[Row], seed: int, variant: Variant
 ) -> CopilotLearner:
     """A learner whose log holds these rows as the Pilot, which stays as it is, sees them."""
-    copilot = copilot_for(setting.base(tokenizer), variant.copilot_config())
+    copilot = copilot_for(setting.base(tokenizer), variant.copilot_config(setting.task))
     learning_rate = (setting.task.copilot | variant.arguments)["copilot_learning_rate"]
     log = MistakeLog(ALL_ROUNDS, ALL_BYTES)
     learner = CopilotLearner(copilot, pilot, learning_rate=learning_rate, warmup_steps=50, seed=seed, log=log)

@@ -25,7 +25,8 @@ class MultipleChoice(Task):
             valid += rows[:VALID]
             train += rows[VALID:]
             test += [convert(row, name) for row in read(data / name, "test")][:TEST]
-        random.Random(f"multiple-choice-{seed}").shuffle(train)
+        for rows in (train, valid):
+            random.Random(f"multiple-choice-{seed}").shuffle(rows)
         return Splits(train, valid, test)
 
     def measure(self, model: Rectified, rows: list[Row], data: Path) -> dict[str, Figures]:
@@ -70,5 +71,6 @@ MULTIPLE_CHOICE = MultipleChoice(
     pilot=llama(layers=4, width=128),
     training={"max_steps": 800, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50},
     copilot={"copilot_learning_rate": 1e-3},
+    copilot_config={"dropout": 0.1},
     max_length=256,
 )

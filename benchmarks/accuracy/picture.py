@@ -20,8 +20,8 @@ from run import RESULTS, TASKS
 
 SHOWN = {
     "paper, λ chosen": ("paper's preset, λ chosen", "tab:blue"),
-    "copilot": ("default, λ = 1", "tab:orange"),
-    "copilot, λ chosen": ("default, λ chosen", "tab:red"),
+    "copilot": ("ours, λ = 1", "tab:orange"),
+    "copilot, λ chosen": ("ours, λ chosen", "tab:red"),
     "joint": ("Pilot of the joint size", "tab:gray"),
 }
 

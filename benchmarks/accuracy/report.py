@@ -28,7 +28,9 @@ def difference(runs: list[Run], arm: str, metric: str, base: str = "pilot") -> d
     if not gains.any():
         return figures
     statistic = lambda gain, weight, axis=-1: (gain * weight).sum(axis) / weight.sum(axis)  # noqa: E731
-    interval = bootstrap((gains, weights), statistic, paired=True, n_resamples=4000, rng=0).confidence_interval
+    interval = bootstrap(
+        (gains, weights), statistic, paired=True, n_resamples=4000, batch=200, rng=0
+    ).confidence_interval
     return figures | {"low": float(interval.low), "high": float(interval.high)}
 
 

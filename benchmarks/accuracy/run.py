@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 from arms import COPILOTS, TITLES, run_copilots, run_costs, run_joint
@@ -46,8 +47,10 @@ def kept(file: Path, settings: dict, make: Callable[[], dict]) -> dict:
 def settings_of(setting: Setting) -> dict:
     """Everything that a run's figures depend on, besides the code."""
     task = setting.task
-    names = ("name", "pilot", "training", "copilot", "pretraining_steps", "max_length", "max_new_tokens")
-    return {name: getattr(task, name) for name in names} | {"base": setting.pilot, "lora": setting.lora}
+    names = ("name", "pilot", "training", "copilot", "copilot_config", "pretraining_steps", "max_length")
+    settings = {name: getattr(task, name) for name in (*names, "max_new_tokens")}
+    data = sha256(json.dumps(task.splits(setting.data, seed=0)).encode()).hexdigest()
+    return settings | {"base": setting.pilot, "lora": setting.lora, "device": setting.device, "data": data}
 
 
 def run_task(setting: Setting, seeds: int) -> tuple[list[dict], dict]:

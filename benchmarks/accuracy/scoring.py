@@ -72,6 +72,8 @@ class Rectified:
         learner, config = self.learner, self.learner.copilot.config
         learner.copilot.eval()
         records = learner.read(inputs, lambda: self.pilot(**inputs))
+        if len(records) != len(inputs["labels"]):
+            raise ValueError("A row has no target, or the Pilot's forward on it is not finite: it can't be scored.")
         dtype = learner.copilot.norm.weight.dtype
         batch = CopilotBatch.collate(records, learner.embedding, config, learner.device, dtype)
         rows = batch.valid.nonzero()[:, 0]  # [Q]

@@ -10,7 +10,7 @@ import json
 import random
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +52,8 @@ class Task:
         name: On the command line and in the results.
         metric: The figure of [`measure`] that the task is judged by.
         pilot: LlamaConfig of the small Pilot.
-        training: SFTConfig of its training; `copilot` the `copilot_...` arguments.
+        training: SFTConfig of its training.
+        copilot, copilot_config: `copilot_...` arguments and CopilotConfig of every Copilot, chosen on validation rows.
         pretraining_steps: Of the base that all arms start from.
         max_length: Longest row in tokens.
         max_new_tokens: Of generated answers.
@@ -63,6 +64,7 @@ class Task:
     pilot: dict[str, Any]
     training: dict[str, Any]
     copilot: dict[str, Any]
+    copilot_config: dict[str, Any] = field(default_factory=dict)
     pretraining_steps: int = 200
     max_length: int = 512
     max_new_tokens: int = 32
@@ -145,7 +147,7 @@ class Text(Task):
     def splits(self, data: Path, seed: int) -> Splits:
         train, test = (self.convert(read(data / "gsm8k", split)) for split in ("train", "test"))
         random.Random(f"text-{seed}").shuffle(train)
-        return Splits(train[400:], train[:400], test)
+        return Splits(train[400:], train[:400], test[:500])
 
     def convert(self, rows: list[Row]) -> list[Row]:
         return [{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in rows]
@@ -189,9 +191,10 @@ TEXT = Text(
     "text",
     "nll",
     pilot=llama(layers=4, width=128),
-    training={"max_steps": 600, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50}
+    training={"max_steps": 400, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50}
     | {"train_sampling_strategy": "group_by_length"},
     copilot={"copilot_learning_rate": 1e-3},
+    copilot_config={"dropout": 0.1},
 )
 MAWPS = Mawps(
     "mawps",
@@ -199,5 +202,6 @@ MAWPS = Mawps(
     pilot=llama(layers=4, width=128),
     training={"max_steps": 1600, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50},
     copilot={"copilot_learning_rate": 1e-3},
+    copilot_config={"dropout": 0.1},
     max_new_tokens=48,
 )

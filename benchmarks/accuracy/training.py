@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +35,11 @@ class Variant:
     arguments: dict[str, Any] = field(default_factory=dict)
     paper: bool = False
 
-    def copilot_config(self) -> CopilotConfig:
-        return (CopilotConfig.paper if self.paper else CopilotConfig)(**self.config)
+    def copilot_config(self, task: Task) -> CopilotConfig:
+        return (CopilotConfig.paper if self.paper else CopilotConfig)(**(task.copilot_config | self.config))
 
     def callback(self, task: Task) -> CopilotCallback:
-        return CopilotCallback(self.copilot_config(), CopilotArguments(**(task.copilot | self.arguments)))
+        return CopilotCallback(self.copilot_config(task), CopilotArguments(**(task.copilot | self.arguments)))
 
 
 class Trained(NamedTuple):
@@ -71,7 +73,8 @@ class Setting:
         if self.pilot is not None:
             return AutoModelForCausalLM.from_pretrained(self.pilot, dtype="auto").to(self.device)
         shape = self.task.pilot | ({"num_hidden_layers": layers} if layers else {})
-        folder = self.work / "base" / f"{self.task.name}-{shape['num_hidden_layers']}-layers"
+        depends = json.dumps([shape, self.task.training, self.task.pretraining_steps, tokenizer.get_vocab()])
+        folder = self.work / "base" / f"{self.task.name}-{sha256(depends.encode()).hexdigest()[:12]}"
         if not (folder / "config.json").is_file():
             set_seed(0)
             pilot = small_pilot(shape, tokenizer)
@@ -111,7 +114,7 @@ class Setting:
         trainer = CopilotTrainer(
             pilot,
             CopilotSFTConfig(**self.arguments(seed), **(self.task.copilot | variant.arguments)),
-            copilot=variant.copilot_config(),
+            copilot=variant.copilot_config(self.task),
             **self.inputs(tokenizer, rows),
         )
         seconds = trainer.train().metrics["train_runtime"]
