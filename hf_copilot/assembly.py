@@ -143,6 +143,29 @@ def after_first_visit(args: CopilotArguments, state: TrainerState) -> list[Mista
     return [] if args.copilot_mistake_source == "first_visit" and state.epoch > 1 else None
 
 
+def check_first_visit(learner: CopilotLearner, args: CopilotArguments, state: TrainerState) -> None:
+    """Say what `copilot_mistake_source="first_visit"` can't do in this run.
+
+    Raises:
+        ValueError: If the run resumes after the first epoch without the log of it: nothing would be learnt any more.
+    """
+    if args.copilot_mistake_source != "first_visit":
+        return
+    if (state.epoch or 0) >= 1 and not len(learner.log):
+        raise ValueError(
+            "The first epoch is over and its Mistake Log is not in the checkpoint: with copilot_mistake_source="
+            "'first_visit' the Copilot has nothing to learn from. Resume with copilot_mistake_source='train', or from "
+            "a checkpoint that holds the log (copilot_save_mistake_log=True, as many processes)."
+        )
+    head = learner.head.pilot.get_output_embeddings()
+    if learner.copilot.config.objective == "cross_entropy" and any(p.requires_grad for p in head.parameters()):
+        logger.warning(
+            "copilot_mistake_source='first_visit' keeps hidden states of the first epoch while the Pilot's head is "
+            "trained on: the logits that the Copilot learns to correct are of old states and the new head. Freeze the "
+            "head (LoRA), or use copilot_mistake_source='train' or 'holdout'."
+        )
+
+
 def is_logging_step(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
     """Whether Trainer logs after this step; with `logging_strategy="epoch"` it says so only later."""
     return control.should_log or (args.logging_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch))

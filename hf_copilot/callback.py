@@ -11,7 +11,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from .assembly import after_first_visit, is_logging_step, load_checkpoint, make_copilot, make_learner
+from .assembly import (
+    after_first_visit,
+    check_first_visit,
+    is_logging_step,
+    load_checkpoint,
+    make_copilot,
+    make_learner,
+)
 from .checkpoint import STATE_FOLDER, WEIGHTS_FOLDER
 from .configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
@@ -97,6 +104,7 @@ class CopilotCallback(TrainerCallback):
         if state.global_step:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             load_checkpoint(self.learner, checkpoint, self.copilot_args.copilot_start_fresh)
+        check_first_visit(self.learner, self.copilot_args, state)
         base = unwrap(model)
         self.handles = [
             base.register_forward_pre_hook(self._before_forward, with_kwargs=True),

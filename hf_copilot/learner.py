@@ -199,7 +199,7 @@ class CopilotLearner:
     @torch.no_grad()
     def visit(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
         """Records for [`step`], as the log holds them, of documents that the Pilot does not train on: it is run in
-        eval mode, and the global random state is left as it was."""
+        [`eval_mode`], and the global random state is left as it was."""
         with isolated_rng(self.device), eval_mode(self.head.trained), self._watch(inputs):
             forward()
         with self.head.gathered():

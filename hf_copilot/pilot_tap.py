@@ -71,8 +71,8 @@ def isolated_rng(device: torch.device, seed: int | None = None) -> Iterator[None
 
 @contextmanager
 def eval_mode(pilot: nn.Module) -> Iterator[None]:
-    """The Pilot in eval mode inside, each module as it was afterwards. A quantised one stays in training mode:
-    bitsandbytes repacks it on a CPU for inference, and it could not be trained any more."""
+    """The Pilot in eval mode inside, each module as it was afterwards. A quantised one is put into training mode, its
+    dropout with it: bitsandbytes repacks it on a CPU for inference, and it could not be trained any more."""
     modes = [(module, module.training) for module in pilot.modules()]
     pilot.train(getattr(unwrap(pilot), "is_quantized", False))
     try:

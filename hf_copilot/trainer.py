@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftConfig
 from rich.console import Console
 from transformers import LogitsProcessorList, Seq2SeqTrainer, TrainerCallback
@@ -20,6 +21,7 @@ from trl import SFTTrainer
 from .assembly import (
     after_first_visit,
     check_data,
+    check_first_visit,
     is_logging_step,
     load_checkpoint,
     load_weights,
@@ -124,7 +126,7 @@ class CopilotMixin:
     def _make_holdout(self) -> Holdout:
         share, batch_size = self.copilot_args.copilot_holdout, self.args.per_device_train_batch_size
         self.train_dataset, rows = split_holdout(self.train_dataset, share, self.args.seed)
-        loader = self.get_eval_dataloader(rows)
+        loader = self.get_test_dataloader(rows)  # that of evaluation may be kept, and given out again
         return Holdout(loader.dataset, loader.collate_fn, batch_size)
 
     def other_mistakes(self) -> list[MistakeRecord] | None:
@@ -132,7 +134,7 @@ class CopilotMixin:
         if self.holdout is None:
             return after_first_visit(self.copilot_args, self.state)
         batch = self.holdout.batch(self.learner.steps * self.args.world_size + self.args.process_index)
-        inputs = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+        inputs = send_to_device(batch, self.args.device)
         with self.compute_loss_context_manager():
             return self.learner.visit(inputs, lambda: self.model(**without_logits(self.model, inputs)))
 
@@ -182,6 +184,7 @@ class CopilotMixin:
         if self._copilot_checkpoint is not None:
             load_checkpoint(self.learner, self._copilot_checkpoint, self.copilot_args.copilot_start_fresh)
             self._copilot_checkpoint = None
+        check_first_visit(self.learner, self.copilot_args, self.state)
 
     # ---- training and evaluation -----------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import Seq2SeqTrainingArguments
 from trl import SFTConfig
@@ -21,7 +21,8 @@ class CopilotArguments:
             the log anew and costs as much as the first.
         copilot_mistake_source (`str`, defaults to `"train"`): Whose errors are logged: `"train"`, every forward of the
             Pilot's training (the paper); `"first_visit"`, those of the first epoch, before the Pilot has seen the
-            document; `"holdout"`, those on a slice that it never trains on.
+            document (of it the log keeps the last `copilot_log_rounds`, and nothing of later epochs; for Pilots whose
+            head is not trained); `"holdout"`, those on a slice that it never trains on.
         copilot_holdout (`float`, defaults to `0.1`): That slice's share of `train_dataset`. One more batch of
             `per_device_train_batch_size` of its rows goes through the Pilot, without gradient, at every step.
         copilot_log_rounds (`int`, defaults to `128`): Rounds (optimizer steps) that the Mistake Log keeps.
@@ -38,6 +39,15 @@ class CopilotArguments:
         copilot_start_fresh (`bool`, defaults to `False`): On resuming from a checkpoint that holds no Copilot, start a
             fresh one instead of raising an error.
     """
+
+    def __post_init__(self):
+        for option in fields(CopilotArguments):
+            choices = option.metadata.get("choices")
+            if choices is not None and getattr(self, option.name) not in choices:
+                raise ValueError(f"{option.name}={getattr(self, option.name)!r}: choose one of {choices}.")
+        after = getattr(super(), "__post_init__", None)
+        if after is not None:
+            after()
 
     copilot_learning_rate: float = field(
         default=3e-4, metadata={"help": "Peak learning rate of the Copilot's own AdamW; its schedule is the Pilot's."}

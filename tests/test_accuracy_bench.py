@@ -156,7 +156,7 @@ def test_every_task_runs_and_is_kept(task, data, tmp_path):
     (tmp_path / "work" / "base").rename(tmp_path / "elsewhere")
     assert run.run_task(setting, seeds=1) == (runs, costs)
     assert not (tmp_path / "work" / "base").exists()
-    run.report(task, runs, costs, run.settings_of(setting), tmp_path)
+    run.report(task, runs, costs, run.settings_of(setting), tmp_path / task.name)
     assert (tmp_path / f"{task.name}.md").read_text().count("\n") == len(runs[0]) + 2
 
 

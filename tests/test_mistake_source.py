@@ -11,7 +11,7 @@ from tiny import QUIET, addition, assert_same, tiny_pilot, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from hf_copilot import CopilotArguments, CopilotCallback, CopilotSFTConfig, CopilotTrainer
+from hf_copilot import CopilotArguments, CopilotCallback, CopilotSeq2SeqConfig, CopilotSFTConfig, CopilotTrainer
 from hf_copilot.mistake_source import Holdout, split_holdout
 
 
@@ -100,6 +100,44 @@ def test_resumed_equals_uninterrupted(tmp_path, source, step):
     assert_same(whole.model, resumed.model)
     assert_same(whole.copilot, resumed.copilot)
     assert logged_rows(whole) == logged_rows(resumed)
+
+
+@pytest.mark.parametrize("form", [{"packing": True, "max_length": 32}, {"padding_free": True, "max_length": None}])
+def test_a_holdout_of_packed_rows(tmp_path, form):
+    trainer = make_trainer(tmp_path, "holdout", addition(64), copilot_holdout=0.25, **form)
+    trainer.train()
+    assert len(trainer.learner.log.rounds) == 6
+
+
+def test_a_holdout_is_not_what_is_evaluated(tmp_path):
+    settings = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}
+    trainer = make_trainer(tmp_path, "holdout", **settings)
+    trainer.eval_dataset = trainer.train_dataset
+    assert len(trainer.get_eval_dataloader().dataset) == len(trainer.train_dataset) != len(trainer.holdout.rows)
+
+
+def test_first_visits_that_are_lost_raise(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "copilot_save_mistake_log": False}
+    make_trainer(tmp_path, "first_visit", **saving).train()
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        make_trainer(tmp_path, "first_visit").train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_first_visits_beside_a_trained_head_are_warned_of(tmp_path, caplog):
+    for freeze, warned in ((True, False), (False, True)):
+        caplog.clear()
+        trainer = make_trainer(tmp_path, "first_visit", max_steps=1)
+        trainer.model.lm_head.requires_grad_(not freeze)
+        trainer.train()
+        assert ("old states and the new head" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("option", ["copilot_mistake_source", "copilot_strength", "copilot_log_dtype"])
+def test_a_choice_that_does_not_exist_raises(tmp_path, option):
+    for config_class in (CopilotSFTConfig, CopilotSeq2SeqConfig, CopilotArguments):
+        folder = {} if config_class is CopilotArguments else {"output_dir": str(tmp_path), "use_cpu": True}
+        with pytest.raises(ValueError, match=f"{option}='hold_out': choose one of"):
+            config_class(**folder, **{option: "hold_out"})
 
 
 @given(st.integers(1, 9), st.integers(1, 5))

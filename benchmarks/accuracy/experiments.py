@@ -52,7 +52,6 @@ PAPER = {
     "Pattern 4": Variant({"pooled_layers": "second_half"}, paper=True),
     "max": Variant({"pooling": "max"}, paper=True),
     "sum": Variant({"pooling": "sum"}, paper=True),
-    "RMSE, realised feedback": Variant({"error_feedback": "realized"}, paper=True),
     "cross-entropy of the fused logits": Variant(
         {"objective": "cross_entropy", "fusion": "logit", "error_feedback": "realized"}, paper=True
     ),
@@ -90,8 +89,8 @@ Measured = dict[str, float]
 
 
 def measure(model: Rectified, examples: list[dict[str, list[int]]]) -> Measured:
-    """Means over targets, and over rows the share whose every token is the first choice: with realised feedback,
-    greedy generation writes exactly these."""
+    """Means over targets, and over rows the share whose every token is the first choice: greedy generation with
+    realised feedback, which all teacher-forced figures have, writes exactly these."""
     log_p, hits, targets = model.log_likelihoods(examples).T  # [rows] each
     right = (hits == targets).double().mean()
     return {
@@ -171,7 +170,7 @@ def rows_of(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def strength_rows(runs: list[dict[str, Any]], name: str) -> list[dict[str, str]]:
-    """Table 17: one Copilot at the paper's λ, on the rows that chose λ."""
+    """Table 17: one Copilot at the paper's λ, on the rows that chose λ; its figures stand in the first columns."""
     pilot, rows = statistics.mean(run[name]["calibration"]["nll"][0] for run in runs), []
     for strength in (0.3, 0.5, 0.8, 1.0):
         found = [run[name]["calibration"] for run in runs]
@@ -203,6 +202,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/accuracy"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.data is None and args.tasks != ["arithmetic"]:
+        parser.error("--data is needed for every task but arithmetic")
     variants = GROUPS[args.group]
     args.results.mkdir(parents=True, exist_ok=True)
     for name in args.tasks:

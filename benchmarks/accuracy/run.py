@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--pilot", help="Hub id or folder of a causal LM; by default a small one is built")
+    parser.add_argument("--learning-rate", type=float, help="of the Pilot; by default the task's, 3e-4 with --lora")
     parser.add_argument("--lora", action="store_true", help="fine-tune the Pilot with LoRA, r 32")
     parser.add_argument("--interactions", default="LastFM", help="name of the recommendation data in DIR/<name>")
     parser.add_argument("--work", type=Path, default=Path("out/accuracy"), help="where runs are kept")
@@ -94,20 +95,22 @@ def main() -> None:
         task: Task = TASKS[name]
         if name == "recommendation" and args.interactions != task.dataset:
             task = replace(task, dataset=args.interactions, name=f"recommendation-{args.interactions.lower()}")
+        learning_rate = args.learning_rate or (3e-4 if args.lora else task.training["learning_rate"])
+        task = replace(task, training=task.training | {"learning_rate": learning_rate})
         setting = Setting(task, args.data, work, args.device, args.pilot, args.lora)
-        report(task, *run_task(setting, args.seeds), settings_of(setting), args.results)
+        stem = f"{name}-{args.pilot.replace('/', '--')}" if args.pilot else task.name
+        report(task, *run_task(setting, args.seeds), settings_of(setting), args.results / stem)
 
 
-def report(task: Task, runs: list[dict], costs: dict, settings: dict, results: Path) -> None:
+def report(task: Task, runs: list[dict], costs: dict, settings: dict, stem: Path) -> None:
     """Write and print what the runs of one task say."""
     others = [metric for metric in runs[0]["pilot"]["figures"] if metric not in (task.metric, "nll")]
     metrics = list(dict.fromkeys([task.metric, "nll", *others]))
     summary = summarise(runs, metrics)
     text = table(rows_of(summary, TITLES, metrics, costs))
-    (results / f"{task.name}.json").write_text(
-        json.dumps({"settings": settings, "arms": summary, "costs": costs}, indent=1) + "\n"
-    )
-    (results / f"{task.name}.md").write_text(text + "\n")
+    found = {"settings": settings, "arms": summary, "costs": costs}
+    Path(f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
+    Path(f"{stem}.md").write_text(text + "\n")
     print(f"\n{task.name}, {len(runs)} seeds, {len(runs[0]['pilot']['figures']['nll'][0])} test items\n\n{text}\n")
 
 

@@ -1,4 +1,8 @@
-"""Figures of a Pilot, alone or rectified, for every test item: teacher-forced likelihood and generated answers."""
+"""Figures of a Pilot, alone or rectified, for every test item: teacher-forced likelihood and generated answers.
+
+Teacher-forced figures, λ's choice among them, feed the Copilot realised discrepancies; `error_feedback="predicted"`
+(the paper's preset) shows in generated answers alone.
+"""
 
 from __future__ import annotations
 
