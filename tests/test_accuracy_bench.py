@@ -149,7 +149,7 @@ def test_every_task_runs_and_is_kept(task, data, tmp_path):
     setting = Setting(task, data, tmp_path / "work")
     runs, costs = run.run_task(setting, seeds=1)
     assert costs["pilot"] == {"training": 1.0, "generation": 1.0} and costs["joint"]["training"] > 0
-    assert set(runs[0]) >= {"pilot", "paper", "copilot", "copilot, λ chosen", "joint"}
+    assert set(runs[0]) >= {"pilot", "paper", "copilot", "copilot, λ chosen", "joint", "longer"}
     assert runs[0]["joint"]["parameters"] >= runs[0]["copilot"]["parameters"] > runs[0]["pilot"]["parameters"]
     items = len(task.splits(data, 0).test)
     assert all(len(arm["figures"]["nll"][0]) == items for arm in runs[0].values())

@@ -22,6 +22,8 @@ COPILOTS = {
     "paper": Variant(paper=True),
     "copilot": Variant(arguments={"copilot_steps_per_round": 4, "copilot_weight_decay": 0.1}),
 }
+JOINT_RATES = (1.0, 0.5)  # of the task's learning rate
+LONGER = 2.5  # times the task's steps
 TITLES = {
     "pilot": "Pilot",
     "paper": "+ Copilot, paper's preset, λ = 1",
@@ -29,45 +31,63 @@ TITLES = {
     "copilot": "+ Copilot, ours, λ = 1",
     "copilot, λ chosen": "+ Copilot, ours, λ chosen on valid",
     "joint": "Pilot of the joint size",
+    "longer": f"Pilot, {LONGER:g} times the steps",
 }
 COST_STEPS, COST_REPETITIONS = 12, 3
 Arm = dict[str, Any]  # parameters, figures by name, and of a Copilot λ and how it was chosen
 
 
-def measure(setting: Setting, model: Rectified, rows: list[Row], generate: bool = True) -> dict[str, Figures]:
+def measure(setting: Setting, model: Rectified, rows: list[Row]) -> dict[str, Figures]:
     """Likelihood of the completions, and the task's own figures."""
     examples = setting.encoded(model.tokenizer, rows)
     figures = likelihood(model.log_likelihoods(examples))
-    return figures | (setting.task.measure(model, rows, setting.data) if generate else {})
+    return figures | setting.task.measure(model, rows, setting.data)
 
 
-def run_copilots(setting: Setting, seed: int, variants: dict[str, Variant], generate: bool = True) -> dict[str, Arm]:
+def run_copilots(setting: Setting, seed: int, variants: dict[str, Variant]) -> dict[str, Arm]:
     """The Pilot alone and with each Copilot, at its own λ and at the one that is chosen on the validation rows."""
     splits, tokenizer = setting.task.splits(setting.data, seed), setting.tokenizer()
     valid = setting.encoded(tokenizer, splits.valid)
     pilot, learners, _ = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, variants)
     size = count_parameters(pilot)[0]
-    alone = Rectified(pilot, tokenizer)
-    arms = {"pilot": {"parameters": size, "figures": measure(setting, alone, splits.test, generate)}}
+    arms = {"pilot": alone(setting, Rectified(pilot, tokenizer), splits.test)}
     for name, learner in learners.items():
         model = Rectified(pilot, tokenizer, learner, learner.copilot.config.strength)
         own = {"parameters": size + count_parameters(learner.copilot)[0]}
-        arms[name] = own | {"figures": measure(setting, model, splits.test, generate), "strength": model.strength}
+        arms[name] = own | {"figures": measure(setting, model, splits.test), "strength": model.strength}
         calibration = model.calibrate(valid)
         chosen = Rectified(pilot, tokenizer, learner, calibration["strength"])
         same = chosen.strength == model.strength
-        figures = arms[name]["figures"] if same else measure(setting, chosen, splits.test, generate)
+        figures = arms[name]["figures"] if same else measure(setting, chosen, splits.test)
         arms[f"{name}, λ chosen"] = own | {"figures": figures, "strength": chosen.strength, "calibration": calibration}
     return arms
 
 
 def run_joint(setting: Setting, seed: int, variant: Variant) -> dict[str, Arm]:
-    """A Pilot alone, with as many parameters as Pilot and Copilot together, trained as many steps."""
+    """A Pilot alone, with as many parameters as Pilot and Copilot together, trained as many steps; of several learning
+    rates the one that is best on the validation rows."""
     splits, tokenizer = setting.task.splits(setting.data, seed), setting.tokenizer()
-    base = setting.base(tokenizer, setting.joint_layers(tokenizer, variant.copilot_config(setting.task)))
-    pilot = setting.train(base, tokenizer, splits.train, seed).pilot
-    figures = measure(setting, Rectified(pilot, tokenizer), splits.test)
-    return {"joint": {"parameters": count_parameters(pilot)[0], "figures": figures}}
+    valid, layers = setting.encoded(tokenizer, splits.valid), setting.joint_layers(tokenizer, variant)
+    found = {}
+    for share in JOINT_RATES:
+        rate = share * setting.task.training["learning_rate"]
+        base = setting.base(tokenizer, layers)
+        model = Rectified(setting.train(base, tokenizer, splits.train, seed, learning_rate=rate).pilot, tokenizer)
+        found[float(model.log_likelihoods(valid)[:, 0].sum())] = model, rate
+    model, rate = found[max(found)]
+    return {"joint": alone(setting, model, splits.test) | {"learning_rate": rate}}
+
+
+def run_longer(setting: Setting, seed: int) -> dict[str, Arm]:
+    """The Pilot alone, trained `LONGER` times as long: what the time for a Copilot buys without one."""
+    splits, tokenizer = setting.task.splits(setting.data, seed), setting.tokenizer()
+    steps = round(LONGER * setting.task.training["max_steps"])
+    pilot = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, max_steps=steps).pilot
+    return {"longer": alone(setting, Rectified(pilot, tokenizer), splits.test)}
+
+
+def alone(setting: Setting, model: Rectified, test: list[Row]) -> Arm:
+    return {"parameters": count_parameters(model.pilot)[0], "figures": measure(setting, model, test)}
 
 
 def run_costs(setting: Setting, variant: Variant) -> dict[str, dict[str, float]]:
@@ -75,13 +95,13 @@ def run_costs(setting: Setting, variant: Variant) -> dict[str, dict[str, float]]
     the Pilot alone: medians over repetitions that take the arms in turn, on the same rows."""
     tokenizer, watch = setting.tokenizer(), Stopwatch(setting.device)
     rows = setting.task.splits(setting.data, 0).train[: 32 * COST_STEPS]
-    joint = setting.joint_layers(tokenizer, variant.copilot_config(setting.task))
+    joint = setting.joint_layers(tokenizer, variant)
     kinds = {"pilot": ({}, None), "copilot": ({"copilot": variant}, None), "joint": ({}, joint)}
 
     def run(arm: str) -> None:
         variants, layers = kinds[arm]
         pilot, learners, seconds = setting.train(
-            setting.base(tokenizer, layers), tokenizer, rows, 0, variants, steps=COST_STEPS
+            setting.base(tokenizer, layers), tokenizer, rows, 0, variants, max_steps=COST_STEPS
         )
         watch.seconds.setdefault(f"training {arm}", []).append(seconds)
         learner = learners.get("copilot")

@@ -82,7 +82,7 @@ def cross_fit(
     steps = setting.task.training["max_steps"]
     learners = []
     for own, other in (halves, halves[::-1]):
-        pilot = setting.train(setting.base(tokenizer), tokenizer, own, seed, steps=steps // 2).pilot
+        pilot = setting.train(setting.base(tokenizer), tokenizer, own, seed, max_steps=steps // 2).pilot
         learners.append(log_rows(setting, tokenizer, pilot, other, seed, variant))
     teach(learners, steps, setting.task.training["per_device_train_batch_size"])
     learner = CopilotLearner(learners[0].copilot, trained.pilot)

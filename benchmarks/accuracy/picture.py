@@ -23,6 +23,7 @@ SHOWN = {
     "copilot": ("ours, λ = 1", "tab:orange"),
     "copilot, λ chosen": ("ours, λ chosen", "tab:red"),
     "joint": ("Pilot of the joint size", "tab:gray"),
+    "longer": ("Pilot, 2.5 times the steps", "tab:olive"),
 }
 
 

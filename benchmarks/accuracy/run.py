@@ -15,10 +15,11 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-from arms import COPILOTS, TITLES, run_copilots, run_costs, run_joint
+from arms import COPILOTS, JOINT_RATES, LONGER, TITLES, run_copilots, run_costs, run_joint, run_longer
 from multiple_choice import MULTIPLE_CHOICE
 from recommendation import RECOMMENDATION
 from report import rows_of, summarise
@@ -63,14 +64,17 @@ def run_task(setting: Setting, seeds: int) -> tuple[list[dict], dict]:
         run = kept(
             folder / f"copilots-{seed}.json",
             with_copilots,
-            lambda seed=seed: run_copilots(setting, seed, COPILOTS),
+            partial(run_copilots, setting, seed, COPILOTS),
         )
         if setting.pilot is None:
-            run |= kept(folder / f"joint-{seed}.json", with_ours, lambda seed=seed: run_joint(setting, seed, ours))
+            rates = with_ours | {"joint_rates": JOINT_RATES}
+            run |= kept(folder / f"joint-{seed}.json", rates, partial(run_joint, setting, seed, ours))
+            times = settings | {"longer": LONGER}
+            run |= kept(folder / f"longer-{seed}.json", times, partial(run_longer, setting, seed))
         runs.append(run)
     if setting.pilot is not None:
         return runs, {}
-    return runs, kept(folder / "costs.json", with_ours, lambda: run_costs(setting, ours))
+    return runs, kept(folder / "costs.json", with_ours, partial(run_costs, setting, ours))
 
 
 def main() -> None:

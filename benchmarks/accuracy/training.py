@@ -78,30 +78,38 @@ class Setting:
         if not (folder / "config.json").is_file():
             set_seed(0)
             pilot = small_pilot(shape, tokenizer)
-            self.train(pilot, tokenizer, self.task.pretraining(self.data), 0, steps=self.task.pretraining_steps)
+            self.train(pilot, tokenizer, self.task.pretraining(self.data), 0, max_steps=self.task.pretraining_steps)
             pilot.save_pretrained(folder)
         return LlamaForCausalLM.from_pretrained(folder).to(self.device)
 
     def encoded(self, tokenizer, rows: list[Row]) -> list[dict[str, list[int]]]:
         return [encode(tokenizer, row, self.task.max_length) for row in rows]
 
-    def joint_layers(self, tokenizer, copilot: CopilotConfig) -> int:
+    def joint_layers(self, tokenizer, variant: Variant) -> int:
         """Layers of the smallest Pilot that has as many parameters as Pilot and Copilot together."""
         pilot = small_pilot(self.task.pilot, tokenizer)
-        wanted = count_parameters(pilot)[0] + count_parameters(copilot_for(pilot, copilot))[0]
+        wanted = (
+            count_parameters(pilot)[0] + count_parameters(copilot_for(pilot, variant.copilot_config(self.task)))[0]
+        )
         layers = self.task.pilot["num_hidden_layers"]
         while count_parameters(small_pilot(self.task.pilot | {"num_hidden_layers": layers}, tokenizer))[0] < wanted:
             layers += 1
         return layers
 
     def train(
-        self, pilot, tokenizer, rows: list[Row], seed: int, variants: dict[str, Variant] | None = None, steps: int = 0
+        self,
+        pilot,
+        tokenizer,
+        rows: list[Row],
+        seed: int,
+        variants: dict[str, Variant] | None = None,
+        **changes: Any,
     ) -> Trained:
-        """Fine-tune a Pilot with all these Copilots beside it."""
+        """Fine-tune a Pilot with all these Copilots beside it; `changes` are to the task's SFTConfig."""
         callbacks = {name: variant.callback(self.task) for name, variant in (variants or {}).items()}
         trainer = SFTTrainer(
             pilot,
-            SFTConfig(**(self.arguments(seed) | ({"max_steps": steps} if steps else {}))),
+            SFTConfig(**(self.arguments(seed) | changes)),
             callbacks=list(callbacks.values()),
             **self.inputs(tokenizer, rows),
         )
