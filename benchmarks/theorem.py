@@ -8,7 +8,8 @@ own; all are measured on the same sequences. Expectations over training (E_θ) a
 
     ε_P² = E[(p − E_θ p̂)²]    σ_P² = E[Var_θ p̂]    ε_C² = E[(p − p̂ − E_θ f)²]    σ_C² = E[Var_θ f]
 
-If ε_C < s = sqrt(ε_P² + σ_P²), the theorem promises λ₀ ≥ min(1, 2s(s − ε_C) / ((s − ε_C)² + σ_C²)). Writes
+If ε_C < s = sqrt(ε_P² + σ_P²), the theorem promises λ₀ ≥ min(1, 2s(s − ε_C) / ((s − ε_C)² + σ_C²)). Measured three
+times: early in training, later, and when the Pilot has nearly learnt the chain. Writes
 benchmarks/results/theorem.{json,md,png}.
 """
 
@@ -51,7 +52,8 @@ def train_pair(chain: torch.Tensor, seed: int, steps: int) -> tuple[LlamaForCaus
     torch.manual_seed(seed)
     pilot = LlamaForCausalLM(LlamaConfig(vocab_size=SYMBOLS, max_position_embeddings=LENGTH, **PILOT))
     config = CopilotConfig(objective="rmse", fusion="probability", top_k=SYMBOLS)
-    learner = CopilotLearner(copilot_for(pilot, config), pilot, learning_rate=1e-3, warmup_steps=20, seed=seed)
+    settings = {"learning_rate": 1e-3, "warmup_steps": 20, "steps_per_round": 4, "seed": seed}
+    learner = CopilotLearner(copilot_for(pilot, config), pilot, **settings)
     learner.start(steps)
     optimizer = torch.optim.AdamW(pilot.parameters(), lr=1e-3)
     for _ in tqdm(range(steps), desc=f"pair {seed}"):
@@ -119,59 +121,70 @@ def quantities(truth: torch.Tensor, pilots: torch.Tensor, corrections: torch.Ten
     }
 
 
-def draw(found: dict[str, torch.Tensor], file: Path) -> None:
-    """The error against λ, in each dimension and in total, with λ₀ as promised and as measured."""
-    figure, (each, total) = plt.subplots(1, 2, figsize=(11, 4))
-    ratio = found["error"] / found["error"][0]  # [L, V]
-    each.plot(STRENGTHS, ratio, linewidth=0.8, color="tab:gray")
-    each.set(title="each dimension k", xlabel="λ", ylabel="E[(p − p̂ − λf)²] / E[(p − p̂)²]", ylim=(0, 3))
-    summed = found["error"].sum(1)  # [L]
-    total.plot(STRENGTHS, summed / summed[0], color="tab:orange", label="measured")
-    total.axvline(found["promised"].min(), color="tab:blue", linestyle=":", label="smallest λ₀ promised")
-    total.axvline(found["measured"].min(), color="tab:green", linestyle="--", label="smallest λ₀ measured")
-    total.set(title="all dimensions", xlabel="λ", ylabel="relative error", ylim=(0, 3))
-    total.legend(frameon=False)
-    for axes in (each, total):
+def draw(stages: dict[int, dict[str, torch.Tensor]], file: Path) -> None:
+    """For every stage the error against λ, in each dimension and in total, with λ₀ as promised and as measured."""
+    figure, panels = plt.subplots(1, len(stages), figsize=(4.5 * len(stages), 4), sharey=True, squeeze=False)
+    for axes, (steps, found) in zip(panels[0], stages.items(), strict=True):
+        ratio, summed = found["error"] / found["error"][0], found["error"].sum(1)  # [L, V], [L]
+        axes.plot(STRENGTHS, ratio, linewidth=0.7, color="tab:gray", label=["each dimension"] + [None] * (SYMBOLS - 1))
+        axes.plot(STRENGTHS, summed / summed[0], color="tab:orange", linewidth=2, label="all together")
+        axes.axvline(found["promised"].min(), color="tab:blue", linestyle=":", label="smallest λ₀ promised")
+        axes.axvline(found["measured"].min(), color="tab:green", linestyle="--", label="smallest λ₀ measured")
         axes.axhline(1.0, color="black", linewidth=0.6)
+        held = int(found["condition"].sum())
+        axes.set(title=f"{steps} steps: condition holds in {held} of {SYMBOLS}", xlabel="λ", ylim=(0, 2))
+    panels[0, 0].set_ylabel("E[(p − p̂ − λf)²] / E[(p − p̂)²]")
+    panels[0, -1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
-def summary(found: dict[str, torch.Tensor]) -> list[dict[str, str]]:
-    """A row for each dimension, and one for the total."""
-    names = ("pilot_bias", "pilot_spread", "copilot_bias", "copilot_spread", "promised", "measured")
-    titles = ("ε_P", "σ_P", "ε_C", "σ_C", "λ₀ promised", "λ₀ measured")
+def summary(stages: dict[int, dict[str, torch.Tensor]]) -> list[dict[str, str]]:
+    """A row for each stage."""
     rows = []
-    for k in range(SYMBOLS):
-        row = {"k": str(k)} | {title: f"{found[name][k]:.4f}" for title, name in zip(titles, names, strict=True)}
-        rows.append(row | {"ε_C < sqrt(ε_P² + σ_P²)": "yes" if found["condition"][k] else "no"})
-    best = found["error"].sum(1).argmin()
-    change = found["error"].sum(1)[best] / found["error"].sum(1)[0] - 1
-    blank = dict.fromkeys(titles, "")
-    return [*rows, {"k": f"all: error {change:+.1%} at λ = {STRENGTHS[best]:g}"} | blank | {list(rows[0])[-1]: ""}]
+    for steps, found in stages.items():
+        summed = found["error"].sum(1)  # [L]
+        best, promised = summed.argmin(), found["promised"]
+        low, high = found["measured"].aminmax()
+        rows.append(
+            {
+                "steps": str(steps),
+                "s, mean": f"{torch.hypot(found['pilot_bias'], found['pilot_spread']).mean():.4f}",
+                "ε_C, mean": f"{found['copilot_bias'].mean():.4f}",
+                "condition holds": f"{int(found['condition'].sum())} of {SYMBOLS}",
+                "λ₀ promised": f"{promised.min():.2f} to {promised.max():.2f}",
+                "λ₀ measured": f"{low:.2f} to {high:.2f}",
+                "promise kept": f"{int((promised <= found['measured']).sum())} of {SYMBOLS}",
+                "best λ, all dimensions": f"{STRENGTHS[best]:.2f} ({summed[best] / summed[0] - 1:+.1%})",
+            }
+        )
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=8, help="pairs of Pilot and Copilot")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400], help="lengths of training")
     parser.add_argument("--rows", type=int, default=128, help="sequences that all pairs are measured on")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
     chain = make_chain()
     torch.manual_seed(10_000)
     ids = sample(chain, args.rows)  # [rows, LENGTH]
     truth = chain[ids[:, :-2], ids[:, 1:-1]].flatten(0, 1)  # [targets, V]
-    pairs = [predictions(*train_pair(chain, seed, args.steps), ids) for seed in range(1, args.seeds + 1)]
-    found = quantities(truth, *(torch.stack(column) for column in zip(*pairs, strict=True)))
-    rows = summary(found)
-    settings = {"seeds": args.seeds, "steps": args.steps, "rows": args.rows, "pilot": PILOT}
-    figures = {name: values.tolist() for name, values in found.items()} | {"strengths": STRENGTHS.tolist()}
-    (args.results / "theorem.json").write_text(json.dumps({"settings": settings, "figures": figures}) + "\n")
-    (args.results / "theorem.md").write_text(table(rows) + "\n")
-    draw(found, args.results / "theorem.png")
-    print(table(rows))
+    stages = {}
+    for steps in args.steps:
+        pairs = [predictions(*train_pair(chain, seed, steps), ids) for seed in range(1, args.seeds + 1)]
+        stages[steps] = quantities(truth, *(torch.stack(column) for column in zip(*pairs, strict=True)))
+    figures = {steps: {name: values.tolist() for name, values in found.items()} for steps, found in stages.items()}
+    settings = {"seeds": args.seeds, "rows": args.rows, "pilot": PILOT, "strengths": STRENGTHS.tolist()}
+    (args.results / "theorem.json").write_text(json.dumps({"settings": settings, "stages": figures}) + "\n")
+    text = table(summary(stages))
+    (args.results / "theorem.md").write_text(text + "\n")
+    draw(stages, args.results / "theorem.png")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def data(tmp_path):
 
 @pytest.fixture(autouse=True)
 def short_costs(monkeypatch):
-    monkeypatch.setattr("arms.COST_STEPS", 1)
+    monkeypatch.setattr("arms.COST_STEPS", 2)
     monkeypatch.setattr("arms.COST_REPETITIONS", 1)
 
 

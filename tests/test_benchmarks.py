@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import SHAPE
 
 from hf_copilot import CopilotConfig
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import checkpoint  # noqa: E402
 import cost  # noqa: E402
 import parameters  # noqa: E402
+import theorem  # noqa: E402
 from equations import solves  # noqa: E402
 
 
@@ -81,3 +83,28 @@ def test_parameters_are_counted_without_weights(monkeypatch, tmp_path, capsys):
     parameters.main()
     committed = Path(cost.__file__).parent / "results" / "parameters.md"
     assert (tmp_path / "results" / "parameters.md").read_text() == committed.read_text()
+
+
+def test_the_theorem_of_a_perfect_copilot():
+    """f = p − p̂ plus noise: the error is least near λ = 1, and what the theorem promises is kept."""
+    torch.manual_seed(0)
+    truth = torch.rand(200, theorem.SYMBOLS).softmax(-1)
+    pilots = (truth.log() + torch.randn(8, 200, theorem.SYMBOLS)).softmax(-1)
+    corrections = truth - pilots + 0.002 * torch.randn(pilots.shape)
+    found = theorem.quantities(truth, pilots, corrections)
+    assert found["condition"].all() and (found["promised"] <= found["measured"]).all()
+    assert torch.allclose(found["measured"], torch.tensor(2.0), atol=0.1)
+    least = theorem.STRENGTHS[found["error"].argmin(0)]
+    assert ((least - 1).abs() < 0.1).all()
+    s_squared = found["pilot_bias"] ** 2 + found["pilot_spread"] ** 2
+    assert torch.allclose(s_squared, (truth - pilots).square().mean((0, 1)))  # λ = 0 is the Pilot
+    useless = theorem.quantities(truth, pilots, -corrections)
+    assert not useless["condition"].any() and (useless["measured"] < 0).all()
+
+
+def test_theorem_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        sys, "argv", ["theorem.py", "--seeds", "2", "--steps", "2", "--rows", "2", "--results"] + [str(tmp_path)]
+    )
+    theorem.main()
+    assert (tmp_path / "theorem.png").is_file() and (tmp_path / "theorem.md").read_text().count("\n") == 3

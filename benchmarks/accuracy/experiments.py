@@ -128,10 +128,10 @@ def other_pilots(setting: Setting, tokenizer, rows: list[Row], seed: int, traine
     """The sources of mistakes that need Pilots of their own: cross-fitting, and rows held out."""
     models = {"cross-fitting": cross_fit(setting, tokenizer, rows, seed, Variant(), trained)}
     for share, variant in HOLDOUTS.items():
-        pilot, learners, _ = setting.train_with_trainer(setting.base(tokenizer), tokenizer, rows, seed, variant)
+        pilot, learner = setting.train_with_holdout(setting.base(tokenizer), tokenizer, rows, seed, variant)
         own = Rectified(pilot, tokenizer)
         models[f"Pilot on {1 - share:.0%} of the rows"] = own
-        models[f"holdout of {share:.0%}"] = replace(own, learner=learners["copilot"], strength=1.0)
+        models[f"holdout of {share:.0%}"] = replace(own, learner=learner, strength=1.0)
     return models
 
 

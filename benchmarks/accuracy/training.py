@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +13,15 @@ from datasets import Dataset
 from peft import LoraConfig
 from scoring import encode
 from tasks import Row, Task
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+    set_seed,
+)
 from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import (
@@ -47,7 +56,16 @@ class Trained(NamedTuple):
 
     pilot: PreTrainedModel  # in eval mode
     learners: dict[str, CopilotLearner]
-    seconds: float
+    seconds: float  # of all steps but the first
+
+
+class StepClock(TrainerCallback):
+    """Seconds from the end of the first step to the end of the last: stands after all other callbacks."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.first = now if state.global_step == 1 else self.first
+        self.seconds = now - self.first
 
 
 @dataclass
@@ -110,23 +128,25 @@ class Setting:
         trainer = SFTTrainer(
             pilot,
             SFTConfig(**(self.arguments(seed) | changes)),
-            callbacks=list(callbacks.values()),
+            callbacks=[*callbacks.values(), clock := StepClock()],
             **self.inputs(tokenizer, rows),
         )
-        seconds = trainer.train().metrics["train_runtime"]
+        trainer.train()
         learners = {name: callback.learner for name, callback in callbacks.items()}
-        return Trained(trainer.model.eval(), learners, seconds)
+        return Trained(trainer.model.eval(), learners, clock.seconds)
 
-    def train_with_trainer(self, pilot, tokenizer, rows: list[Row], seed: int, variant: Variant) -> Trained:
-        """The same with [`CopilotTrainer`], which alone can hold rows out."""
+    def train_with_holdout(
+        self, pilot, tokenizer, rows: list[Row], seed: int, variant: Variant
+    ) -> tuple[PreTrainedModel, CopilotLearner]:
+        """With [`CopilotTrainer`], which alone can hold rows out: the Pilot in eval mode, and the learner."""
         trainer = CopilotTrainer(
             pilot,
             CopilotSFTConfig(**self.arguments(seed), **(self.task.copilot | variant.arguments)),
             copilot=variant.copilot_config(self.task),
             **self.inputs(tokenizer, rows),
         )
-        seconds = trainer.train().metrics["train_runtime"]
-        return Trained(trainer.model.eval(), {"copilot": trainer.learner}, seconds)
+        trainer.train()
+        return trainer.model.eval(), trainer.learner
 
     def arguments(self, seed: int) -> dict[str, Any]:
         """Of the trainer's config."""
