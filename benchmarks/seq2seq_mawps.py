@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from cost import table
 from datasets import Dataset, load_dataset
 from equations import solves
-from scipy.stats import bootstrap
+from runs import kept, paired_interval
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, set_seed
 from transformers import T5ForConditionalGeneration as T5
 
@@ -146,8 +147,8 @@ def summary(runs: list[dict]) -> list[dict]:
         row["NLL per token"] = f"{statistics.mean(run[arm]['nll'] for run in runs):.4f}"
         row["difference"] = ""
         if arm != "pilot" and gain.any():
-            low, high = bootstrap((gain,), np.mean, rng=0).confidence_interval
-            row["difference"] = f"{gain.mean():+.1%} [{low:+.1%}, {high:+.1%}]"
+            mean, low, high = paired_interval(gain)
+            row["difference"] = f"{mean:+.1%} [{low:+.1%}, {high:+.1%}]"
         rows.append(row)
     return rows
 
@@ -162,18 +163,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     settings = {"training": TRAINING, "shape": SHAPE, "copilot": COPILOT | {"dropout": DROPOUT}, "width": args.width}
-    args.runs.mkdir(parents=True, exist_ok=True)
     runs = []
     for seed in range(args.seeds):
         found = {}
         for name, measure in (("copilot", run_copilot), ("joint", run_joint)):
-            file = args.runs / f"{name}-{seed}.json"
-            kept = json.loads(file.read_text()) if file.is_file() else {}
-            if kept.get("settings") != settings:
-                figures = measure(args.width, seed, args.data, args.runs / "trainer", args.device)
-                kept = {"settings": settings, "figures": figures}
-                file.write_text(json.dumps(kept))
-            found |= kept["figures"]
+            make = partial(measure, args.width, seed, args.data, args.runs / "trainer", args.device)
+            found |= kept(args.runs / f"{name}-{seed}.json", settings, make)
         runs.append(found)
     rows = summary(runs)
     text = table(rows) + "\n"

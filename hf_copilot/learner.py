@@ -93,7 +93,7 @@ class CopilotLearner:
                 "a Copilot beside a Pilot of its own vocabulary, or build one with copilot_for(pilot)."
             )
         if steps_per_round < 1:
-            raise ValueError(f"steps_per_round={steps_per_round}: the Copilot takes at least one step in a round.")
+            raise ValueError(f"steps_per_round={steps_per_round}: must be at least one step (the paper takes 1).")
         self.steps_per_round = steps_per_round
         self.device = self.head.device
         self.copilot = copilot.to(self.device)

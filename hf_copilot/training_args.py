@@ -38,16 +38,10 @@ class CopilotArguments:
             prediction generate with the Copilot.
         copilot_start_fresh (`bool`, defaults to `False`): On resuming from a checkpoint that holds no Copilot, start a
             fresh one instead of raising an error.
-    """
 
-    def __post_init__(self):
-        for option in fields(CopilotArguments):
-            choices = option.metadata.get("choices")
-            if choices is not None and getattr(self, option.name) not in choices:
-                raise ValueError(f"{option.name}={getattr(self, option.name)!r}: choose one of {choices}.")
-        after = getattr(super(), "__post_init__", None)
-        if after is not None:
-            after()
+    Raises:
+        ValueError: For a value that is not among a field's choices.
+    """
 
     copilot_learning_rate: float = field(
         default=3e-4, metadata={"help": "Peak learning rate of the Copilot's own AdamW; its schedule is the Pilot's."}
@@ -107,6 +101,15 @@ class CopilotArguments:
         default=False,
         metadata={"help": "On resuming from a checkpoint that holds no Copilot, start a fresh one."},
     )
+
+    def __post_init__(self):
+        for option in fields(CopilotArguments):
+            choices = option.metadata.get("choices")
+            if choices is not None and getattr(self, option.name) not in choices:
+                raise ValueError(f"{option.name}={getattr(self, option.name)!r}: choose one of {choices}.")
+        after = getattr(super(), "__post_init__", None)
+        if after is not None:
+            after()
 
 
 @dataclass

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mistakes import ALL_BYTES, ALL_ROUNDS, LogVariant, ReservoirLog, WeightedLog, cross_fit, log_rows, teach
-from run import RESULTS, TASKS, kept, settings_of, table
+from run import RESULTS, TASKS, settings_of, table
+from runs import kept
 from scoring import Rectified
 from tasks import Row
 from training import Setting, Trained, Variant

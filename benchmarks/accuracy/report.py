@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from runs import paired_interval  # noqa: E402
 
 Run = dict[str, dict[str, Any]]  # arms of one seed
 LOWER_IS_BETTER = ("nll",)
@@ -23,15 +28,9 @@ def difference(runs: list[Run], arm: str, metric: str, base: str = "pilot") -> d
     """Mean difference over seeds, and its 95 % interval over test items: paired bootstrap of items, BCa."""
     both = [(run[arm]["figures"][metric], run[base]["figures"][metric]) for run in runs]
     gains = np.mean([np.subtract(a[0], b[0]) for a, b in both], axis=0)  # [items]
-    weights = np.ones_like(gains) if both[0][0][1] is None else np.array(both[0][0][1])  # [items]
-    figures = {"difference": float(np.average(gains, weights=weights)), "low": 0.0, "high": 0.0}
-    if not gains.any():
-        return figures
-    statistic = lambda gain, weight, axis=-1: (gain * weight).sum(axis) / weight.sum(axis)  # noqa: E731
-    interval = bootstrap(
-        (gains, weights), statistic, paired=True, n_resamples=4000, batch=200, rng=0
-    ).confidence_interval
-    return figures | {"low": float(interval.low), "high": float(interval.high)}
+    weights = both[0][0][1]
+    mean, low, high = paired_interval(gains, None if weights is None else np.array(weights))
+    return {"difference": mean, "low": low, "high": high}
 
 
 def summarise(runs: list[Run], metrics: Iterable[str]) -> dict[str, dict[str, Any]]:

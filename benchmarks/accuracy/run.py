@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -29,20 +28,10 @@ from training import Setting
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cost import table  # noqa: E402
+from runs import kept  # noqa: E402
 
 TASKS = {task.name: task for task in (ARITHMETIC, TEXT, MAWPS, RECOMMENDATION, MULTIPLE_CHOICE)}
 RESULTS = Path(__file__).parent.parent / "results" / "accuracy"
-
-
-def kept(file: Path, settings: dict, make: Callable[[], dict]) -> dict:
-    """What `make` gives, or what an earlier run with the same settings gave."""
-    settings = json.loads(json.dumps(settings, default=str))
-    found = json.loads(file.read_text()) if file.is_file() else {}
-    if found.get("settings") != settings:
-        found = {"settings": settings, "result": json.loads(json.dumps(make()))}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found))
-    return found["result"]
 
 
 def settings_of(setting: Setting) -> dict:
