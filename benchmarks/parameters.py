@@ -1,10 +1,12 @@
-"""Parameters of Pilots and of the Copilots that the paper pairs with them, beside its Table 11. Builds no weights.
+"""Parameters of Pilots and of the Copilots that the paper pairs with them, beside its Table 11, and of Copilots of two
+layers. Builds no weights.
 
 python benchmarks/parameters.py      # writes benchmarks/results/parameters.md
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -51,6 +53,7 @@ def llama_pair() -> tuple[torch.nn.Module, CopilotModel]:
 def row(name: str, pair: tuple[torch.nn.Module, CopilotModel], paper: tuple[int, int]) -> dict:
     pilot, copilot = (count_parameters(model)[0] / 1e6 for model in pair)
     vocabulary = 2 * pair[1].lm_head.weight.numel() / 1e6
+    own, lent = (two_layers(pair[1], projection) / 1e6 for projection in ("own", "pilot"))
     return {
         "Pilot": name,
         "its parameters (M)": f"{pilot:,.0f}",
@@ -58,7 +61,16 @@ def row(name: str, pair: tuple[torch.nn.Module, CopilotModel], paper: tuple[int,
         "of these in two vocabulary matrices": f"{vocabulary:,.1f}",
         "paper: Pilot (M)": f"{paper[0]:,}",
         "paper: Copilot (M)": f"{paper[1] - paper[0]:,}",
+        "two layers (M)": f"{own:,.1f}",
+        "two layers, the Pilot's vocabulary (M)": f"{lent:,.1f} ({lent / pilot:.0%} of the Pilot)",
     }
+
+
+def two_layers(copilot: CopilotModel, projection: str) -> int:
+    """Parameters of the same Copilot with two layers, and its own or the Pilot's vocabulary."""
+    config = copy.deepcopy(copilot.config)
+    config.num_hidden_layers, config.vocab_projection = 2, projection
+    return count_parameters(CopilotModel(config))[0]
 
 
 def main() -> None:

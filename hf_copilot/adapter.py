@@ -16,7 +16,8 @@ def add_adapter(copilot: CopilotModel, peft_config: PeftConfig) -> PeftModel:
     peft_config = copy.deepcopy(peft_config)  # PEFT writes into it, and the Pilot may have been given the same
     peft_config.task_type = None
     peft_config.target_modules = peft_config.target_modules or "all-linear"
-    new = ["lm_head", "start"] + ["memory_proj"] * isinstance(copilot.memory_proj, nn.Linear)
+    maps = [name for name in ("memory_proj", "input_proj") if isinstance(copilot.get_submodule(name), nn.Linear)]
+    new = [copilot.last_map, "start", *maps]
     peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *new})
     model = get_peft_model(copilot, peft_config)
     for parameter in copilot.parameters():

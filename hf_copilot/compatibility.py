@@ -6,11 +6,13 @@ import hashlib
 import json
 import warnings
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .modeling_copilot import CopilotModel
 from .pilot_tap import PilotHead, find_layers, is_encoder_decoder, unwrap
+from .vocabulary import lent_vocabulary
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> str:
@@ -38,7 +40,8 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
 
     Raises:
         ValueError: Another tokenizer, another number of rows without proof that the tokens are the same, another
-            hidden size, or a Pilot whose decoder layers or head can't be found.
+            hidden size, a Pilot whose decoder layers or head can't be found, or one that can't lend its vocabulary to
+            a Copilot that uses it (`vocab_projection="pilot"`).
 
     Warns:
         UserWarning: If the Pilot is of another architecture than the one that the Copilot was trained beside.
@@ -71,6 +74,8 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
             f"The Copilot reads hidden states of size {config.pilot_hidden_size} and the Pilot's have "
             f"{text_config.hidden_size}. A Copilot moves between Pilots of one hidden size; train one beside this one."
         )
+    if config.vocab_projection == "pilot":
+        lent_vocabulary(base, torch.device("meta"))  # raises where it can't
     if config.pilot_model_type not in (None, text_config.model_type):
         warnings.warn(
             f"The Copilot was trained beside a {config.pilot_model_type!r} and the Pilot is a "

@@ -17,6 +17,7 @@ _CHOICES = {
     "pooling": ("mean", "max", "sum"),
     "hidden_state_lag": (0, 1),
     "copilot_input": ("both", "discrepancy", "token"),
+    "vocab_projection": ("own", "pilot"),
     "objective": ("cross_entropy", "rmse"),
     "fusion": ("logit", "probability"),
     "error_feedback": ("realized", "predicted"),
@@ -60,6 +61,9 @@ class CopilotConfig(PreTrainedConfig):
             At position i the Copilot reads h up to i - lag.
         copilot_input (`str`, defaults to `"both"`):
             `"discrepancy"` (the paper's), `"token"` (embedding of the token just read), or the sum of the two.
+        vocab_projection (`str`, defaults to `"own"`):
+            Whose embedding and output matrix the Copilot uses: its own, or the `"pilot"`'s, with a learned map of
+            d_P x d beside each. Then it holds nothing of the size of the vocabulary.
         objective, fusion (`str`, default to `"cross_entropy"` and `"logit"`):
             `rmse` (Eq. 7) goes with `probability` (Eq. 8), `cross_entropy` of the fused logits with `logit`.
         error_feedback (`str`, defaults to `"realized"`):
@@ -105,6 +109,7 @@ class CopilotConfig(PreTrainedConfig):
     pooling: str = "mean"
     hidden_state_lag: int = 1
     copilot_input: str = "both"
+    vocab_projection: str = "own"
     objective: str = "cross_entropy"
     fusion: str = "logit"
     error_feedback: str = "realized"

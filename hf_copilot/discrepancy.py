@@ -124,14 +124,15 @@ class FusedCrossEntropy(torch.autograd.Function):
     """Σ_i −log softmax(z_i + W h_i)[y_i], chunk by chunk in one `[c, V]` buffer.
 
     The gradients are formed in the forward pass, while the buffer holds g = softmax(z + f) − onehot(y):
-    dL/dh = g W and dL/dW = gᵀ h. Nothing of size `[m, V]` outlives a chunk.
+    dL/dh = g W and, where W learns, dL/dW = gᵀ h. Nothing of size `[m, V]` outlives a chunk.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, pilot_logits, labels):
         loss = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden)  # [m, d]
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)  # [V, d]
+        learns = ctx.needs_input_grad[1]
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None  # [V, d]
         cast_weight = weight.to(hidden.dtype)
         for rows in row_chunks(len(labels), len(weight)):
             fused = pilot_logits(rows) + hidden[rows] @ cast_weight.T  # [c, V] float32
@@ -142,18 +143,18 @@ class FusedCrossEntropy(torch.autograd.Function):
             gradient.scatter_add_(-1, label, -torch.ones_like(normalizer))
             gradient = gradient.to(hidden.dtype)
             d_hidden[rows] = gradient @ cast_weight  # [c, d]
-            if gradient.dtype == d_weight.dtype:
+            if learns and gradient.dtype == d_weight.dtype:
                 d_weight.addmm_(gradient.T, hidden[rows])  # [V, d]
-            else:
+            elif learns:
                 d_weight += gradient.T @ hidden[rows]  # [V, d]
-        ctx.gradients = d_hidden, d_weight.to(weight.dtype)
+        ctx.gradients = d_hidden, d_weight.to(weight.dtype) if learns else None
         return loss
 
     @staticmethod
     def backward(ctx, d_loss):
         d_hidden, d_weight = ctx.gradients
         del ctx.gradients  # scaled in place: this graph can be walked once
-        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None
+        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss) if d_weight is not None else None, None, None
 
 
 def cross_entropy_loss(
@@ -166,7 +167,7 @@ def cross_entropy_loss(
 
     Args:
         hidden: `[m, d]`, the Copilot's last hidden states.
-        weight: `[V, d]`, the Copilot's output matrix.
+        weight: `[V, d]`, W: the Copilot's output matrix, or the Pilot's, into which no gradient flows.
         pilot_logits: Gives z `[c, V]` float32 for a slice of positions; no gradient flows into it.
         labels: `[m]` int64.
     """

@@ -29,6 +29,7 @@ from .measures import STRENGTHS, calibration_of, no_sums, sums_of
 from .mistake_log import MistakeLog, MistakeRecord
 from .modeling_copilot import CopilotModel
 from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, PilotTap, eval_mode, is_sharded, isolated_rng
+from .vocabulary import Vocabulary, lent_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class CopilotLearner:
         """Begin a run: check the Pilot's head, put the hooks in place, build optimizer and schedule, empty the log.
         The Copilot's weights stay; those of the main process are copied to all."""
         self.head.check()
+        self.copilot.vocabulary(self.lent)  # raises where the Pilot can't lend its own
         self.tap.open()
         self._follow_pilot()
         self._forget()
@@ -336,16 +338,27 @@ class CopilotLearner:
             yield CopilotBatch.collate(group, self.embedding, self.copilot.config, self.device, dtype)
 
     def _hidden(self, batch: CopilotBatch) -> torch.Tensor:
-        """The Copilot's last hidden states at the batch's queries, `[Q, d]`, in the type of its matrix products."""
-        hidden = self.forward(**batch.inputs).last_hidden_state[batch.valid]
+        """The Copilot's last hidden states at the batch's queries, `[Q, e]`, in the type of its matrix products."""
+        hidden = self.forward(**batch.inputs, lent=self.lent).last_hidden_state[batch.valid]
         return hidden.to(self.autocast_dtype or hidden.dtype)
+
+    @property
+    def lent(self) -> Vocabulary | None:
+        """The Pilot's matrices as they are now, where the Copilot uses them."""
+        uses_them = self.copilot.config.vocab_projection == "pilot"
+        return lent_vocabulary(self.head.pilot, self.device) if uses_them else None
+
+    @property
+    def output_matrix(self) -> torch.Tensor:
+        """W of f = W h, `[V, e]`."""
+        return self.copilot.vocabulary(self.lent).head
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def batch_loss(self, batch: CopilotBatch) -> torch.Tensor:
         """The objective, summed: over positions (cross-entropy) or over sequences (RMSE, Eq. 7)."""
-        hidden, weight = self._hidden(batch), self.copilot.lm_head.weight  # [Q, d], [V, d]
+        hidden, weight = self._hidden(batch), self.output_matrix  # [Q, e], [V, e]
         if self.copilot.config.objective == "rmse":
             return rmse_loss(hidden, weight, batch.target, batch.sequence, batch.num_sequences)
         return cross_entropy_loss(hidden, weight, lambda rows: self.head(batch.final_states[rows]), batch.labels)
@@ -384,8 +397,8 @@ class CopilotLearner:
     def scores(self, batch: CopilotBatch) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Chunks of the batch's queries: which, the Pilot's logits z and the correction f, each `[c, V]` float32."""
         with torch.no_grad(), self._autocast():
-            hidden = self._hidden(batch)  # [Q, d]
-            weight = self.copilot.lm_head.weight.to(hidden.dtype)  # [V, d]
+            hidden = self._hidden(batch)  # [Q, e]
+            weight = self.output_matrix.to(hidden.dtype)  # [V, e]
         for rows in row_chunks(len(hidden), len(weight)):
             with torch.no_grad(), self._autocast():
                 chunk = rows, self.head(batch.final_states[rows]), (hidden[rows] @ weight.T).float()

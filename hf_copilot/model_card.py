@@ -38,7 +38,7 @@ Trained with hf_copilot {version}.
 | | |
 |---|---|
 | objective, fusion, strength λ | `{objective}`, `{fusion}`, {strength} |
-| input, error feedback | `{copilot_input}`, `{error_feedback}` |
+| input, error feedback, vocabulary | `{copilot_input}`, `{error_feedback}`, `{vocab_projection}` |
 | layers, hidden size, pattern | {num_hidden_layers}, {hidden_size}, {pattern} |
 | started from | `init="{init}"` |
 | Pilot states | size {pilot_hidden_size}, `{pooling}` over `{pooled_layers}` layers |

@@ -2,7 +2,8 @@
 
 It knows no Pilot, no hook and no trainer: tensors in, tensors out. Shapes: B rows (documents), m queries (target
 positions), n positions of the Pilot's decoder, S of its encoder, d hidden size, d_P the Pilot's hidden size, V
-vocabulary, k kept entries of a discrepancy. The memory [X̃ ; h] has 2n entries, or S + n beside an encoder-decoder.
+vocabulary, k kept entries of a discrepancy, e the width of the matrices E and W of `vocabulary.py`. The memory
+[X̃ ; h] has 2n entries, or S + n beside an encoder-decoder.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_copilot import CopilotConfig
 from .model_card import copilot_card
+from .vocabulary import Vocabulary
 
 
 def interleave(embeddings: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -197,7 +199,7 @@ class CopilotLayer(GradientCheckpointingLayer):
 
 @dataclass
 class CopilotOutput(ModelOutput):
-    """`last_hidden_state` `[B, m, d]` and, where asked for, `logits` f `[B, m, V]`."""
+    """`last_hidden_state` `[B, m, e]`, what f = W h is made of, and, where asked for, `logits` f `[B, m, V]`."""
 
     last_hidden_state: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -207,7 +209,7 @@ class CopilotModel(PreTrainedModel):
     """Predicts the Pilot's discrepancy f at every query from [X̃ ; h] and the discrepancies before it.
 
     `CopilotModel(config)` has random weights; `hf_copilot.weights.copilot_for(pilot, config)` starts from a decoder.
-    The output matrix starts at zero, so a fresh Copilot changes nothing.
+    The last map starts at zero (W, or the one before it where the Pilot lends W), so a fresh Copilot changes nothing.
     """
 
     config_class = CopilotConfig
@@ -224,25 +226,24 @@ class CopilotModel(PreTrainedModel):
                 "This CopilotConfig has no sizes yet: build the Copilot with "
                 "hf_copilot.weights.copilot_for(pilot, config), which takes them from the Pilot."
             )
-        types = config.attention_types
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.start = nn.Embedding(1, config.hidden_size)
-        self.memory_proj = (
-            nn.Identity()
-            if config.pilot_hidden_size == config.hidden_size
-            else nn.Linear(config.pilot_hidden_size, config.hidden_size)
-        )
+        types, own = config.attention_types, config.vocab_projection == "own"
+        size, pilot_size = config.hidden_size, config.pilot_hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, size) if own else None
+        self.input_proj = nn.Identity() if own else nn.Linear(pilot_size, size, bias=False)
+        self.start = nn.Embedding(1, size)
+        self.memory_proj = nn.Identity() if pilot_size == size else nn.Linear(pilot_size, size)
         self.layers = nn.ModuleList(
             CopilotLayer(config, kind, cache_index=types[:i].count(kind)) for i, kind in enumerate(types)
         )
-        self.norm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.norm = CopilotRMSNorm(size, config.rms_norm_eps)
+        self.output_proj = nn.Identity() if own else nn.Linear(size, pilot_size, bias=False)
+        self.lm_head = nn.Linear(size, config.vocab_size, bias=False) if own else None
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if module is self.lm_head:
+        if module is self.get_submodule(self.last_map):
             init.zeros_(module.weight)
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=std)
@@ -253,18 +254,33 @@ class CopilotModel(PreTrainedModel):
         elif isinstance(module, CopilotRMSNorm):
             init.ones_(module.weight)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Module | None:
         return self.embed_tokens
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Module | None:
         return self.lm_head
+
+    @property
+    def last_map(self) -> str:
+        """The name of the module that starts at zero."""
+        return "lm_head" if self.config.vocab_projection == "own" else "output_proj"
+
+    def vocabulary(self, lent: Vocabulary | None) -> Vocabulary:
+        """E and W: the Copilot's own, or those that its Pilot lends."""
+        if self.config.vocab_projection == "own":
+            return Vocabulary(self.embed_tokens.weight, self.lm_head.weight)
+        if lent is None:
+            raise ValueError("This Copilot uses its Pilot's vocabulary: pass `lent=lent_vocabulary(pilot, device)`.")
+        return lent
 
     def new_cache(self) -> EncoderDecoderCache:
         """An empty cache: the Copilot's own keys and values, and those of the memory."""
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
-    def embed(self, indices: torch.Tensor, values: torch.Tensor, is_start: torch.Tensor) -> torch.Tensor:
-        """The input of a query: Σ_k (a ℓ_k + b [k = y]) E_k, or the start vector.
+    def embed(
+        self, indices: torch.Tensor, values: torch.Tensor, is_start: torch.Tensor, embedding: torch.Tensor
+    ) -> torch.Tensor:
+        """The input of a query: Σ_k (a ℓ_k + b [k = y]) E_k, mapped where E is the Pilot's, or the start vector.
 
         ℓ is the discrepancy before it, y the token just read (the last entry of ℓ), E the embedding matrix;
         (a, b) is (1, 0) for `copilot_input="discrepancy"` (the paper), (0, 1) for `"token"`, (1, 1) for `"both"`.
@@ -272,18 +288,21 @@ class CopilotModel(PreTrainedModel):
         Args:
             indices, values: `[B, m, k + 1]`, the discrepancy before each query (see [`SparseDiscrepancy`]).
             is_start: `[B, m]` bool, True where a run starts and nothing comes before.
+            embedding: E, `[V, e]`.
         """
         if self.config.copilot_input == "token":
-            inputs = self.embed_tokens(indices[..., -1])  # [B, m, d]
+            inputs = F.embedding(indices[..., -1], embedding)  # [B, m, e]
         else:
             if self.config.copilot_input == "both":
                 values = torch.cat([values[..., :-1], values[..., -1:] + 1.0], dim=-1)  # [B, m, k + 1]
-            weight = self.embed_tokens.weight
-            bag = F.embedding_bag(
-                indices.flatten(0, 1), weight, per_sample_weights=values.flatten(0, 1).to(weight.dtype), mode="sum"
-            )
-            inputs = bag.unflatten(0, indices.shape[:2])  # [B, m, d]
-        return torch.where(is_start[..., None], self.start.weight, inputs)
+            weights = values.flatten(0, 1).to(embedding.dtype)
+            bag = F.embedding_bag(indices.flatten(0, 1), embedding, per_sample_weights=weights, mode="sum")
+            inputs = bag.unflatten(0, indices.shape[:2])  # [B, m, e]
+        return torch.where(is_start[..., None], self.start.weight, self.project_input(inputs))
+
+    def project_input(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`[B, m, e]` -> `[B, m, d]`, in the Copilot's type."""
+        return self.input_proj(inputs.to(self.norm.weight.dtype))
 
     def forward(
         self,
@@ -296,6 +315,7 @@ class CopilotModel(PreTrainedModel):
         past_key_values: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         return_logits: bool = False,
+        lent: Vocabulary | None = None,
     ) -> CopilotOutput:
         """
         Args:
@@ -307,16 +327,18 @@ class CopilotModel(PreTrainedModel):
             past_key_values: Cache from [`new_cache`]; updated in place.
             inputs_embeds: `[B, m, d]` instead of what [`embed`] makes of the first three.
             return_logits: Also give f = W h, `[B, m, V]`.
+            lent: The Pilot's E and W, for `vocab_projection="pilot"`.
         """
-        dtype = self.norm.weight.dtype
+        dtype, vocabulary = self.norm.weight.dtype, self.vocabulary(lent)
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_indices, input_values, is_start)
+            inputs_embeds = self.embed(input_indices, input_values, is_start, vocabulary.embedding)
         hidden_states = inputs_embeds.to(dtype)  # [B, m, d]
         memory = self.memory_proj(memory.to(dtype))  # [B, s, d]
         for layer in self.layers:
             hidden_states = layer(hidden_states, memory, memory_mask, self_mask, past_key_values)
-        hidden_states = self.norm(hidden_states)  # [B, m, d]
-        return CopilotOutput(hidden_states, self.lm_head(hidden_states) if return_logits else None)
+        hidden_states = self.output_proj(self.norm(hidden_states))  # [B, m, e]
+        head = vocabulary.head
+        return CopilotOutput(hidden_states, F.linear(hidden_states.to(head.dtype), head) if return_logits else None)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):

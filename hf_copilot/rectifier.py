@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from .discrepancy import sparse_discrepancy
 from .modeling_copilot import CopilotModel, encoder_memory_mask, interleave, memory_mask
 from .pilot_tap import PilotStates, PilotTap
+from .vocabulary import lent_vocabulary
 
 UNKNOWN_CALL = (
     "The processor was called with tokens that its Pilot has not just been run on. It rectifies "
@@ -47,6 +48,8 @@ class Rectifier:
                 "p-tuning) yet: fine-tune the Pilot with LoRA or in full."
             )
         self.copilot, self.config = copilot, copilot.config
+        uses_pilots = self.config.vocab_projection == "pilot"
+        self.lent = lent_vocabulary(pilot, copilot.device) if uses_pilots else None
         self.tap = PilotTap(
             pilot, self.config.pooled_layers, self.config.pooling, self._take, lambda: not torch.is_grad_enabled()
         )
@@ -246,12 +249,13 @@ class Rectifier:
         if not continues:
             indices, values = token[:, None, None], torch.zeros(rows, 1, 1, device=token.device)
             return {"input_indices": indices, "input_values": values, "is_start": is_start}
-        embedding = self.copilot.embed_tokens
         if self.config.error_feedback == "predicted" and self.config.copilot_input != "token":
-            fed = self.last_correction.to(embedding.weight.dtype) @ embedding.weight  # [R, d]
+            embedding = self.copilot.vocabulary(self.lent).embedding[: self.config.vocab_size]  # [V, e]
+            fed = self.last_correction[:, : len(embedding)].to(embedding.dtype) @ embedding  # [R, e]
             if self.config.copilot_input == "both":
-                fed = fed + embedding(token)
-            return {"input_indices": None, "input_values": None, "is_start": is_start, "inputs_embeds": fed[:, None]}
+                fed = fed + embedding[token]
+            fed = self.copilot.project_input(fed[:, None])  # [R, 1, d]
+            return {"input_indices": None, "input_values": None, "is_start": is_start, "inputs_embeds": fed}
         known = self.last_logits[:, : self.config.vocab_size].float()  # [R, V]
         mistake = sparse_discrepancy(known, token, top_k)  # [R, k + 1]
         return {
@@ -266,7 +270,12 @@ class Rectifier:
         if was_training:
             self.copilot.eval()
         output = self.copilot(
-            **inputs, memory=memory, memory_mask=mask, past_key_values=self.cache, return_logits=True
+            **inputs,
+            memory=memory,
+            memory_mask=mask,
+            past_key_values=self.cache,
+            return_logits=True,
+            lent=self.lent,
         )
         if was_training:
             self.copilot.train()

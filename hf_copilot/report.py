@@ -19,7 +19,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def multiplied_parameters(model: nn.Module) -> int:
     """Parameters that a generated token is multiplied with: all but the encoder and the input embedding, unless the
-    head shares it."""
+    head shares it; of a Copilot that uses its Pilot's head, that head too."""
+    if model.get_output_embeddings() is None:
+        return count_parameters(model)[0] + model.config.vocab_size * model.config.pilot_hidden_size
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     count = count_parameters(model)[0] - (0 if head is embedding else embedding.numel())
     if getattr(model.config, "is_encoder_decoder", False):

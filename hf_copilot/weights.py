@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from .configuration_copilot import CopilotConfig
 from .modeling_copilot import CopilotModel
 from .pilot_tap import PilotHead, find_layers, is_encoder_decoder, isolated_rng, unwrap
+from .vocabulary import lent_vocabulary
 
 # Families whose block is the Copilot's own: pre-norm RMSNorm, MLP, attention (rotary and relative positions left out).
 LLAMA_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -56,6 +57,8 @@ def copilot_for(pilot: nn.Module, config: CopilotConfig | None = None) -> Copilo
     config.pilot_hidden_size = base.config.get_text_config().hidden_size
     config.pilot_model_type = base.config.get_text_config().model_type
     config.pilot_is_encoder_decoder = is_encoder_decoder(base)
+    if config.vocab_projection == "pilot":
+        lent_vocabulary(base, torch.device("meta"))  # raises where it can't
     if config.init == "random":
         _fill_sizes(config, base.config.get_text_config(), len(find_layers(base)[1]))
         return _build(config)
@@ -83,7 +86,10 @@ def _take_over(config: CopilotConfig, source: nn.Module) -> CopilotModel:
         _load(layer, _layer_state(states[index], layer.layer_type, source), config)
     final_norm = decoder.final_layer_norm if source_config.model_type in T5_FAMILIES else decoder.norm
     _load(copilot.norm, {"weight": final_norm.weight}, config)
-    _copy_embedding(copilot, source.get_input_embeddings().weight)
+    if config.vocab_projection == "own":
+        _copy_embedding(copilot, source.get_input_embeddings().weight)
+    elif config.init == "pilot":
+        nn.init.eye_(copilot.input_proj.weight)  # the Pilot's embedding, as it was
     return copilot
 
 

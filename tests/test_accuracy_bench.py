@@ -84,7 +84,13 @@ def test_long_prompts_lose_their_beginning():
 
 
 ITEMS = [f"i{number:03d}" for number in (0, 1, 7, 12, 19, 105, 110, 250, 251, 252, 999)]
-READS = [{}, {"hidden_state_lag": 0}, {"copilot_input": "discrepancy"}, {"pooled_layers": "second_half"}]
+READS = [
+    {},
+    {"vocab_projection": "pilot"},
+    {"hidden_state_lag": 0},
+    {"copilot_input": "discrepancy"},
+    {"pooled_layers": "second_half"},
+]
 
 
 @pytest.mark.parametrize("config", [*READS, None])

@@ -27,6 +27,7 @@ VARIANTS = {
     "two_epochs": {"max_steps": -1, "num_train_epochs": 2, "rows": 12},
     "paper": {"copilot": CopilotConfig.paper(num_hidden_layers=2, dropout=0.1)},
     "small_log": {"copilot_log_rounds": 2},
+    "pilot_vocabulary": {"copilot": CopilotConfig(dropout=0.1, vocab_projection="pilot")},
     "three_steps": {"copilot_steps_per_round": 3},
 }
 

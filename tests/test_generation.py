@@ -90,6 +90,10 @@ CONFIGS = {
     "paper": CopilotConfig.paper(num_hidden_layers=2, error_feedback="realized", top_k=VOCAB_SIZE),
     "pattern2_lag0": CopilotConfig(pattern=2, num_hidden_layers=1, hidden_state_lag=0),
     "token_max_half": CopilotConfig(copilot_input="token", pooling="max", pooled_layers="second_half"),
+    "pilot_vocabulary": CopilotConfig(vocab_projection="pilot"),
+    "narrow_pilot_vocabulary": CopilotConfig(
+        init="random", hidden_size=16, num_attention_heads=2, vocab_projection="pilot"
+    ),
     "narrow_random": CopilotConfig(init="random", hidden_size=16, num_attention_heads=2, num_hidden_layers=3, top_k=5),
 }
 

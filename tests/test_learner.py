@@ -51,7 +51,7 @@ def test_padding_free_documents():
 def forward(learner, records):
     batch = CopilotBatch.collate(records, learner.embedding, learner.copilot.config, learner.device, torch.float32)
     with torch.no_grad():
-        return learner.copilot(**batch.inputs, return_logits=True).logits[batch.valid]
+        return learner.copilot(**batch.inputs, return_logits=True, lent=learner.lent).logits[batch.valid]
 
 
 @pytest.mark.parametrize("config", [CopilotConfig(), CopilotConfig(pattern=2, hidden_state_lag=0)])

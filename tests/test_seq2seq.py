@@ -40,6 +40,7 @@ CONFIGS = {
     "paper": PAPER,
     "pattern2_lag0": CopilotConfig(pattern=2, num_hidden_layers=1, hidden_state_lag=0),
     "one_layer": CopilotConfig(num_hidden_layers=1, pilot_is_encoder_decoder=True, pooled_layers="first_half"),
+    "pilot_vocabulary": CopilotConfig(vocab_projection="pilot"),
     "narrow_random": CopilotConfig(init="random", hidden_size=16, num_attention_heads=2, num_hidden_layers=3, top_k=5),
 }
 
@@ -64,7 +65,7 @@ def teacher_forced(copilot, pilot, encoder_ids, decoder_ids):
     learner.close()
     (batch,) = learner.batches(learner.round)
     copilot.eval()
-    return copilot(**batch.inputs, return_logits=True).logits[0]
+    return copilot(**batch.inputs, return_logits=True, lent=learner.lent).logits[0]
 
 
 def check_against_training_path(copilot, pilot, calls, prompts=IDS):

@@ -163,11 +163,11 @@ def addition(count: int, seed: int = 0, form: str = "prompt-completion") -> Data
 
 
 def trained_like(pilot: PreTrainedModel, config: CopilotConfig | None = None, seed: int = 0) -> CopilotModel:
-    """A Copilot whose output matrix is not zero, so that it changes the text; in eval mode."""
+    """A Copilot whose last map is not zero, so that it changes the text; in eval mode."""
     copilot = copilot_for(pilot, config)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        copilot.lm_head.weight.normal_(std=0.3)
+        copilot.get_submodule(copilot.last_map).weight.normal_(std=0.3)
         copilot.start.weight.normal_()
     return copilot.eval()
 
@@ -184,7 +184,7 @@ def teacher_forced(copilot: CopilotModel, pilot: PreTrainedModel, ids: torch.Ten
     learner.close()
     (batch,) = learner.batches(learner.round)
     copilot.eval()
-    return copilot(**batch.inputs, return_logits=True).logits[0]
+    return copilot(**batch.inputs, return_logits=True, lent=learner.lent).logits[0]
 
 
 def assert_same(a: torch.nn.Module, b: torch.nn.Module) -> None:

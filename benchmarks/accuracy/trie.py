@@ -105,5 +105,6 @@ def _correction(
         torch.stack([reads, hidden_reads], dim=-1).flatten(1)[None],  # [1, Q, 2(n + N)]
         trie.sees.to(device)[None],
         return_logits=True,
+        lent=model.learner.lent,
     )
     return output.logits[0].float()
