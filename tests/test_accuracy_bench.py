@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "accuracy")
 
 import experiments  # noqa: E402
 import run  # noqa: E402
+from inputs import moved, scheduled_feeding  # noqa: E402
 from mistakes import ReservoirLog, WeightedLog  # noqa: E402
 from multiple_choice import MULTIPLE_CHOICE, SETS, convert  # noqa: E402
 from recommendation import RECOMMENDATION, check_with_beams  # noqa: E402
@@ -203,7 +204,46 @@ def test_every_experiment_runs(group, data, tmp_path, monkeypatch):
     experiments.main()
     text = (tmp_path / f"experiments_{group}_mawps.md").read_text()
     assert all(name in text for name in experiments.GROUPS[group])
-    assert ("cross-fitting" in text) == (group == "mistakes")
+    extras = {
+        "mistakes": "cross-fitting",
+        "portable": "moved to",
+        "stages": "2.5 times",
+        "feedback": "generated right",
+    }
+    assert all((name in text) == (group == its) for its, name in extras.items())
+
+
+def test_a_copilot_of_tokens_alone_moves_to_a_pilot_of_another_size():
+    """It reads nothing of the Pilot but ℓ: beside the same head and final states it gives the same f."""
+    pilot = tiny_pilot(num_hidden_layers=1).eval()
+    copilot = trained_like(pilot)
+    deeper = tiny_pilot(num_hidden_layers=3).eval()
+    wide = tiny_pilot(hidden_size=48, num_attention_heads=6, num_key_value_heads=3).eval()
+    with torch.no_grad():  # the same logits everywhere, whatever the states
+        for other in (pilot, deeper, wide):
+            other.lm_head.weight.zero_()
+    model = Rectified(pilot, tiny_tokenizer(), moved(copilot, pilot), 1.0)
+    examples = [encode(model.tokenizer, row, 64) for row in ROWS]
+    found = model.log_likelihoods(examples)
+    for other in (deeper, wide):
+        assert torch.equal(replace(model, pilot=other, learner=moved(copilot, other)).log_likelihoods(examples), found)
+    assert not torch.equal(alone(model).log_likelihoods(examples), found)
+
+
+def test_scheduled_feeding_is_generations_in_training():
+    """With every input predicted, the loss in training is that of a Copilot that is fed its own f."""
+    pilot = tiny_pilot().eval()
+    copilot = trained_like(pilot, CopilotConfig.paper(num_hidden_layers=2))
+    learner = CopilotLearner(copilot, pilot)
+    ids = torch.arange(5, 11)[None]
+    (batch,) = learner.batches(learner.read({"input_ids": ids, "labels": ids}, lambda: pilot(input_ids=ids)))
+    plain = copilot.train()(**batch.inputs).last_hidden_state
+    scheduled_feeding(learner)
+    torch.manual_seed(0)
+    fed = learner.forward(**batch.inputs).last_hidden_state
+    assert torch.equal(fed[:, 0], plain[:, 0]) and not torch.allclose(fed[:, 1:], plain[:, 1:])
+    copilot.eval()
+    assert torch.equal(learner.forward(**batch.inputs).last_hidden_state, copilot(**batch.inputs).last_hidden_state)
 
 
 def records_of(errors):

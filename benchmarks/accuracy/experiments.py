@@ -3,6 +3,10 @@
     python benchmarks/accuracy/experiments.py learning arithmetic text --data DIR --seeds 1
     python benchmarks/accuracy/experiments.py paper arithmetic mawps --data DIR --seeds 3
 
+Groups: `learning` (one change to our Copilot of run.py at a time), `mistakes` (whose errors it learns from), `paper`
+(the paper's Tables 16 to 20), `stages` (beside a Pilot that is trained longer), `portable` (a Copilot that reads none of
+the Pilot's states, moved to a wider Pilot), `feedback` (RMSE that is fed its own predictions).
+
 Everything is measured teacher-forced on the validation rows; λ is chosen on their first half and measured on the
 second. Writes benchmarks/results/accuracy/experiments_<group>_<task>.{json,md}.
 """
@@ -12,38 +16,60 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mistakes import ALL_BYTES, ALL_ROUNDS, LogVariant, ReservoirLog, WeightedLog, cross_fit, log_rows, teach
+from arms import COPILOTS, LONGER
+from inputs import moved, no_hidden_states, scheduled_feeding, tokens_alone
+from mistakes import ALL_BYTES, ALL_ROUNDS, cross_fit, log_rows, reservoir, teach, weighted
+from report import mean_of
 from run import RESULTS, TASKS, settings_of, table
 from runs import kept
 from scoring import Rectified
 from tasks import Row
 from training import Setting, Trained, Variant
 
+from hf_copilot import CopilotLearner
+
 
 def arguments(**changes: Any) -> dict[str, Any]:
     return {f"copilot_{name}": value for name, value in changes.items()}
 
 
+def ours(config: dict[str, Any] | None = None, change: Callable | None = None, **changes: Any) -> Variant:
+    """Our Copilot of run.py, with these changes."""
+    return Variant(config or {}, COPILOTS["copilot"].arguments | arguments(**changes), change=change)
+
+
 LEARNING = {
-    "default": Variant(),
-    "2 steps in a round": Variant(arguments=arguments(steps_per_round=2)),
-    "4 steps in a round": Variant(arguments=arguments(steps_per_round=4)),
-    "learning rate x 3": Variant(arguments=arguments(learning_rate=3e-3)),
-    "weight decay 0.1": Variant(arguments=arguments(weight_decay=0.1)),
-    "dropout 0.1": Variant({"dropout": 0.1}),
-    "4 layers": Variant({"num_hidden_layers": 4}),
-    "log of 32 rounds": Variant(arguments=arguments(log_rounds=32)),
-    "log of 512 rounds": Variant(arguments=arguments(log_rounds=512)),
-    "input ℓ": Variant({"copilot_input": "discrepancy"}),
-    "input token": Variant({"copilot_input": "token"}),
-    "lag 0": Variant({"hidden_state_lag": 0}),
-    "RMSE, realised feedback": Variant({"objective": "rmse", "fusion": "probability"}),
-    "random weights": Variant({"init": "random"}),
+    "ours": ours(),
+    "1 step in a round": ours(steps_per_round=1),
+    "1 step, learning rate x 3": ours(steps_per_round=1, learning_rate=3e-3),
+    "2 steps in a round": ours(steps_per_round=2),
+    "no weight decay": ours(weight_decay=0.0),
+    "no dropout": ours({"dropout": 0.0}),
+    "dropout 0.2": ours({"dropout": 0.2}),
+    "4 layers": ours({"num_hidden_layers": 4}),
+    "log of 32 rounds": ours(log_rounds=32),
+    "log of 512 rounds": ours(log_rounds=512),
+    "input ℓ": ours({"copilot_input": "discrepancy"}),
+    "input token": ours({"copilot_input": "token"}),
+    "lag 0": ours({"hidden_state_lag": 0}),
+    "no hidden states": ours(change=no_hidden_states),
+    "the Pilot's vocabulary": ours({"vocab_projection": "pilot"}),
+    "RMSE, realised feedback": ours({"objective": "rmse", "fusion": "probability"}),
+    "random weights": ours({"init": "random"}),
+}
+STAGES = {"ours": ours()}
+PORTABLE = {"ours": ours(), "tokens and ℓ alone": ours(change=tokens_alone)}
+RMSE = {"objective": "rmse", "fusion": "probability"}
+FEEDBACK = {
+    "RMSE, realised": ours(RMSE),
+    "RMSE, predicted": ours(RMSE | {"error_feedback": "predicted"}),
+    "RMSE, predicted, scheduled": ours(RMSE | {"error_feedback": "predicted"}, scheduled_feeding),
 }
 # Tables 18 to 20 of the paper; 16 is in `latest_checkpoint`, and 17 is what calibration stores of every λ
 PAPER = {
@@ -71,21 +97,26 @@ PAPER_FIGURES = {  # accuracy in %, Tables 16 to 20
     "λ = 0.8": "31.8",
     "λ = 1": "32.2",
 }
+ALL = {"log_rounds": ALL_ROUNDS, "log_max_bytes": ALL_BYTES}
 MISTAKES = {
-    "train (the paper)": Variant(),
-    "first_visit": Variant(arguments=arguments(mistake_source="first_visit")),
-    "first_visit, all rounds": Variant(
-        arguments=arguments(mistake_source="first_visit", log_rounds=ALL_ROUNDS, log_max_bytes=ALL_BYTES)
-    ),
-    "all rounds": Variant(arguments=arguments(log_rounds=ALL_ROUNDS, log_max_bytes=ALL_BYTES)),
-    "reservoir of 128 rounds": LogVariant(log=ReservoirLog),
-    "weighted by error": LogVariant(log=WeightedLog),
+    "train (the paper)": ours(),
+    "first_visit": ours(mistake_source="first_visit"),
+    "first_visit, all rounds": ours(mistake_source="first_visit", **ALL),
+    "all rounds": ours(**ALL),
+    "reservoir of 128 rounds": ours(change=reservoir),
+    "weighted by error": ours(change=weighted),
 }
-HOLDOUTS = {
-    share: Variant(arguments=arguments(mistake_source="holdout", holdout=share, log_max_bytes=ALL_BYTES))
-    for share in (0.1, 0.25)
+HOLDOUTS = {share: ours(mistake_source="holdout", holdout=share, log_max_bytes=ALL_BYTES) for share in (0.1, 0.25)}
+GROUPS = {
+    "learning": LEARNING,
+    "mistakes": MISTAKES,
+    "paper": PAPER,
+    "stages": STAGES,
+    "portable": PORTABLE,
+    "feedback": FEEDBACK,
 }
-GROUPS = {"learning": LEARNING, "paper": PAPER, "mistakes": MISTAKES}
+OTHER_WIDTH = 192  # of a Pilot that a Copilot without the Pilot's states is moved to
+METRICS = ("token accuracy", "answers right", "generated right")
 Measured = dict[str, float]
 
 
@@ -117,23 +148,55 @@ def run_group(setting: Setting, seed: int, group: str) -> dict[str, Any]:
     trained = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, GROUPS[group])
     alone = Rectified(trained.pilot, tokenizer)
     models = {"Pilot": alone}
-    for name, learner in trained.learners.items():
-        models[name] = replace(alone, learner=learner, strength=learner.copilot.config.strength)
+    models |= {name: beside(alone, learner) for name, learner in trained.learners.items()}
     if group in EXTRAS:
         models |= EXTRAS[group](setting, tokenizer, splits.train, seed, trained)
     rows = setting.encoded(tokenizer, splits.valid)
-    return {name: figures_of(model, rows) for name, model in models.items()}
+    pilots = {id(model.pilot): name for name, model in models.items() if model.learner is None}
+    figures = {name: figures_of(model, rows) | {"beside": pilots[id(model.pilot)]} for name, model in models.items()}
+    for name in models if group == "feedback" else ():
+        found = setting.task.measure(models[name], splits.valid[len(rows) // 2 :], setting.data)
+        figures[name]["own"] |= {"generated right": mean_of(found[setting.task.metric])}
+    return figures
+
+
+def beside(alone: Rectified, learner: CopilotLearner) -> Rectified:
+    """A Pilot with a Copilot at its own λ."""
+    return replace(alone, learner=learner, strength=learner.copilot.config.strength)
 
 
 def other_pilots(setting: Setting, tokenizer, rows: list[Row], seed: int, trained: Trained) -> dict[str, Rectified]:
     """The sources of mistakes that need Pilots of their own: cross-fitting, and rows held out."""
-    models = {"cross-fitting": cross_fit(setting, tokenizer, rows, seed, Variant(), trained)}
+    models = {"cross-fitting": cross_fit(setting, tokenizer, rows, seed, ours(), trained)}
     for share, variant in HOLDOUTS.items():
         pilot, learner = setting.train_with_holdout(setting.base(tokenizer), tokenizer, rows, seed, variant)
         own = Rectified(pilot, tokenizer)
         models[f"Pilot on {1 - share:.0%} of the rows"] = own
-        models[f"holdout of {share:.0%}"] = replace(own, learner=learner, strength=1.0)
+        models[f"holdout of {share:.0%}"] = beside(own, learner)
     return models
+
+
+def later(setting: Setting, tokenizer, rows: list[Row], seed: int, trained: Trained) -> dict[str, Rectified]:
+    """What a Copilot adds to a Pilot that has been trained longer."""
+    steps = round(LONGER * setting.task.training["max_steps"])
+    pilot, learners, _ = setting.train(setting.base(tokenizer), tokenizer, rows, seed, STAGES, max_steps=steps)
+    alone = Rectified(pilot, tokenizer)
+    name = f"Pilot, {LONGER:g} times the steps"
+    return {name: alone, f"ours beside the {name}": beside(alone, learners["ours"])}
+
+
+def other_size(setting: Setting, tokenizer, rows: list[Row], seed: int, trained: Trained) -> dict[str, Rectified]:
+    """A Pilot of another width: alone, with a Copilot of its own, and with the one that was trained beside the first
+    Pilot and reads none of its states."""
+    wider = replace(setting, task=replace(setting.task, pilot=setting.task.pilot | {"hidden_size": OTHER_WIDTH}))
+    pilot, learners, _ = wider.train(wider.base(tokenizer), tokenizer, rows, seed, STAGES)
+    alone = Rectified(pilot, tokenizer)
+    name = f"Pilot of width {OTHER_WIDTH}"
+    return {
+        name: alone,
+        f"ours beside the {name}": beside(alone, learners["ours"]),
+        f"moved to the {name}": beside(alone, moved(trained.learners["tokens and ℓ alone"].copilot, pilot)),
+    }
 
 
 def latest_checkpoint(
@@ -146,25 +209,28 @@ def latest_checkpoint(
     return {"log of the latest checkpoint": model}
 
 
-EXTRAS = {"mistakes": other_pilots, "paper": latest_checkpoint}
+EXTRAS = {"mistakes": other_pilots, "paper": latest_checkpoint, "stages": later, "portable": other_size}
 
 
 def rows_of(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """A row for each variant: means over seeds at λ = 1, and at the λ that was chosen."""
+    """A row for each variant: means over seeds at λ = 1, and at the λ that was chosen; NLL beside its own Pilot's."""
 
     def mean(name: str, which: str, metric: str) -> float:
         return statistics.mean(run[name][which][metric] for run in runs)
 
-    pilot, rows = mean("Pilot", "own", "nll"), []
+    rows = []
     for name in runs[0]:
         has_copilot = "chosen" in runs[0][name]
+        pilot = mean(runs[0][name]["beside"], "own", "nll")
         row = {"Copilot": name}
         for which, title in (("own", "λ = 1"), ("chosen", "λ chosen")):
             known = which == "own" or has_copilot
             nll = mean(name, which, "nll") if known else pilot
-            row[f"NLL, {title}"] = f"{nll:.4f} ({nll / pilot - 1:+.1%})" if known else ""
-            for metric in ("token accuracy", "answers right"):
-                row[f"{metric}, {title}"] = f"{mean(name, which, metric):.1%}" if known else ""
+            change = f" ({nll / pilot - 1:+.1%})" if has_copilot else ""
+            row[f"NLL, {title}"] = f"{nll:.4f}{change}" if known else ""
+            for metric in [m for m in METRICS if m in runs[0][name]["own"]]:
+                measured = known and metric in runs[0][name][which]
+                row[f"{metric}, {title}"] = f"{mean(name, which, metric):.1%}" if measured else ""
         strengths = [run[name]["calibration"]["strength"] for run in runs] if has_copilot else []
         rows.append(row | {"λ": ", ".join(f"{strength:g}" for strength in strengths)})
     return rows
@@ -209,7 +275,7 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     for name in args.tasks:
         setting = Setting(TASKS[name], args.data, args.work, args.device)
-        settings = settings_of(setting) | {"variants": {key: vars(variant) for key, variant in variants.items()}}
+        settings = settings_of(setting) | {"variants": {key: variant.settings() for key, variant in variants.items()}}
         runs = []
         for seed in range(args.seeds):
             file = args.work / name / f"{args.group}-{seed}.json"

@@ -6,16 +6,14 @@ Every way has the same data and the same steps of Pilot and Copilot; what it cos
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from scoring import BATCH, Rectified
-from tasks import Row, Task
+from tasks import Row
 from training import Setting, Trained, Variant
 from transformers import PreTrainedModel
 
-from hf_copilot import CopilotCallback, CopilotLearner, MistakeLog, copilot_for
+from hf_copilot import CopilotArguments, CopilotLearner, MistakeLog, copilot_for
 from hf_copilot.mistake_log import MistakeRecord
 
 ALL_ROUNDS, ALL_BYTES = 100_000, 2**34
@@ -52,24 +50,12 @@ class WeightedLog(MistakeLog):
         return [records[i] for i in picked]
 
 
-@dataclass(frozen=True)
-class LogVariant(Variant):
-    """A Copilot with a log of another kind."""
-
-    log: type[MistakeLog] = MistakeLog
-
-    def callback(self, task: Task) -> CopilotCallback:
-        return CallbackWithLog(self.log, super().callback(task))
+def reservoir(learner: CopilotLearner) -> None:
+    learner.log = ReservoirLog(learner.log.max_rounds, learner.log.max_bytes)
 
 
-class CallbackWithLog(CopilotCallback):
-    def __init__(self, log: type[MistakeLog], like: CopilotCallback):
-        super().__init__(like.source, like.copilot_args)
-        self.log = log
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        super().on_train_begin(*args, **kwargs)
-        self.learner.log = self.log(self.learner.log.max_rounds, self.learner.log.max_bytes)
+def weighted(learner: CopilotLearner) -> None:
+    learner.log = WeightedLog(learner.log.max_rounds, learner.log.max_bytes)
 
 
 def cross_fit(
@@ -94,9 +80,17 @@ def log_rows(
 ) -> CopilotLearner:
     """A learner whose log holds these rows as the Pilot, which stays as it is, sees them."""
     copilot = copilot_for(setting.base(tokenizer), variant.copilot_config(setting.task))
-    learning_rate = (setting.task.copilot | variant.arguments)["copilot_learning_rate"]
-    log = MistakeLog(ALL_ROUNDS, ALL_BYTES)
-    learner = CopilotLearner(copilot, pilot, learning_rate=learning_rate, warmup_steps=50, seed=seed, log=log)
+    args = CopilotArguments(**(setting.task.copilot | variant.arguments))
+    learner = CopilotLearner(
+        copilot,
+        pilot,
+        learning_rate=args.copilot_learning_rate,
+        weight_decay=args.copilot_weight_decay,
+        warmup_steps=50,
+        log=MistakeLog(ALL_ROUNDS, ALL_BYTES),
+        steps_per_round=args.copilot_steps_per_round,
+        seed=seed,
+    )
     learner.start(setting.task.training["max_steps"])
     model = Rectified(pilot, tokenizer)
     examples = setting.encoded(tokenizer, rows)

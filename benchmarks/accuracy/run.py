@@ -47,8 +47,8 @@ def run_task(setting: Setting, seeds: int) -> tuple[list[dict], dict]:
     """All arms for every seed, and what they cost; a Hub model has no Pilot of the joint size beside it."""
     runs, settings, folder = [], settings_of(setting), setting.work / setting.task.name
     ours = COPILOTS["copilot"]
-    with_copilots = settings | {"variants": {name: vars(variant) for name, variant in COPILOTS.items()}}
-    with_ours = settings | {"variants": vars(ours)}
+    with_copilots = settings | {"variants": {name: variant.settings() for name, variant in COPILOTS.items()}}
+    with_ours = settings | {"variants": ours.settings()}
     for seed in range(seeds):
         run = kept(
             folder / f"copilots-{seed}.json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -38,17 +39,35 @@ from hf_copilot.report import count_parameters
 
 @dataclass(frozen=True)
 class Variant:
-    """One Copilot: what differs from the defaults."""
+    """One Copilot: what differs from the defaults, and what is done to its learner before the first step."""
 
     config: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     paper: bool = False
+    change: Callable[[CopilotLearner], None] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """To know a kept run by."""
+        settings = {"config": self.config, "arguments": self.arguments, "paper": self.paper}
+        return settings | ({"change": self.change.__name__} if self.change else {})
 
     def copilot_config(self, task: Task) -> CopilotConfig:
         return (CopilotConfig.paper if self.paper else CopilotConfig)(**(task.copilot_config | self.config))
 
     def callback(self, task: Task) -> CopilotCallback:
-        return CopilotCallback(self.copilot_config(task), CopilotArguments(**(task.copilot | self.arguments)))
+        arguments = CopilotArguments(**(task.copilot | self.arguments))
+        return ChangingCallback(self.copilot_config(task), arguments, self.change)
+
+
+class ChangingCallback(CopilotCallback):
+    def __init__(self, config: CopilotConfig, arguments: CopilotArguments, change: Callable | None):
+        super().__init__(config, arguments)
+        self.change = change
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_begin(*args, **kwargs)
+        if self.change is not None:
+            self.change(self.learner)
 
 
 class Trained(NamedTuple):
