@@ -110,7 +110,8 @@ class Setting:
         if self.pilot is not None:
             return AutoModelForCausalLM.from_pretrained(self.pilot, dtype="auto").to(self.device)
         shape = self.task.pilot | ({"num_hidden_layers": layers} if layers else {})
-        depends = json.dumps([shape, self.task.training, self.task.pretraining_steps, tokenizer.get_vocab()])
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        depends = json.dumps([shape, self.task.training, self.task.pretraining_steps, vocabulary])
         folder = self.work / "base" / f"{self.task.name}-{sha256(depends.encode()).hexdigest()[:12]}"
         if not (folder / "config.json").is_file():
             set_seed(0)
