@@ -158,6 +158,9 @@ def test_every_task_runs_and_is_kept(task, data, tmp_path):
     assert costs["pilot"] == {"training": 1.0, "generation": 1.0} and costs["joint"]["training"] > 0
     assert set(runs[0]) >= {"pilot", "paper", "copilot", "copilot, λ chosen", "joint", "longer"}
     assert runs[0]["joint"]["parameters"] >= runs[0]["copilot"]["parameters"] > runs[0]["pilot"]["parameters"]
+    checks = runs[0]["copilot"].get("checks", {})
+    assert bool(checks) == (task.name == "recommendation")
+    assert checks.get("largest difference of a score", 0.0) < 1e-3
     items = len(task.splits(data, 0).test)
     assert all(len(arm["figures"]["nll"][0]) == items for arm in runs[0].values())
     (tmp_path / "work" / "base").rename(tmp_path / "elsewhere")

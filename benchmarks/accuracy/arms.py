@@ -55,6 +55,8 @@ def run_copilots(setting: Setting, seed: int, variants: dict[str, Variant]) -> d
         model = Rectified(pilot, tokenizer, learner, learner.copilot.config.strength)
         own = {"parameters": size + count_parameters(learner.copilot)[0]}
         arms[name] = own | {"figures": measure(setting, model, splits.test), "strength": model.strength}
+        checks = setting.task.check(model, splits.test, setting.data)
+        arms[name] |= {"checks": checks} if checks else {}
         calibration = model.calibrate(valid)
         chosen = Rectified(pilot, tokenizer, learner, calibration["strength"])
         same = chosen.strength == model.strength

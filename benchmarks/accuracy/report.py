@@ -39,6 +39,7 @@ def summarise(runs: list[Run], metrics: Iterable[str]) -> dict[str, dict[str, An
     for arm in runs[0]:
         row = {"parameters": runs[0][arm]["parameters"], "strengths": [run[arm].get("strength") for run in runs]}
         row["calibrations"] = [run[arm]["calibration"] for run in runs if "calibration" in run[arm]]
+        row |= {"checks": [run[arm]["checks"] for run in runs]} if "checks" in runs[0][arm] else {}
         for metric in metrics:
             means = [mean_of(run[arm]["figures"][metric]) for run in runs]
             error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None

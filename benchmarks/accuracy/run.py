@@ -104,6 +104,8 @@ def report(task: Task, runs: list[dict], costs: dict, settings: dict, stem: Path
     found = {"settings": settings, "arms": summary, "costs": costs}
     Path(f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
     Path(f"{stem}.md").write_text(text + "\n")
+    for arm, row in summary.items():
+        print("".join(f"{arm}: {check}\n" for check in row.get("checks", [])), end="")
     print(f"\n{task.name}, {len(runs)} seeds, {len(runs[0]['pilot']['figures']['nll'][0])} test items\n\n{text}\n")
 
 
