@@ -11,7 +11,7 @@ from tasks import Row, Splits, Task, llama, read
 
 SETS = ("piqa", "boolq", "winogrande", "openbookqa")
 ANSWERS = re.compile(r"Answer format:\s*([\w/]+)\s*$")
-VALID, TEST = 100, 500  # rows of each set
+VALID, TEST = 100, 250  # rows of each set
 
 
 class MultipleChoice(Task):
@@ -69,7 +69,7 @@ MULTIPLE_CHOICE = MultipleChoice(
     "multiple-choice",
     "accuracy",
     pilot=llama(layers=4, width=128),
-    training={"max_steps": 800, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50},
+    training={"max_steps": 300, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50},
     copilot={"copilot_learning_rate": 1e-3},
     copilot_config={"dropout": 0.1},
     max_length=256,
