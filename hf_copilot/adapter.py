@@ -6,6 +6,7 @@ import copy
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .modeling_copilot import CopilotModel
@@ -20,6 +21,11 @@ def add_adapter(copilot: CopilotModel, peft_config: PeftConfig) -> PeftModel:
     new = [copilot.last_map, "start", *maps]
     peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *new})
     model = get_peft_model(copilot, peft_config)
+    if isinstance(copilot.embed_tokens, BaseTunerLayer):
+        raise ValueError(
+            "copilot_peft_config puts an adapter on embed_tokens, which the Copilot reads by its rows: name it in "
+            "modules_to_save instead of target_modules."
+        )
     for parameter in copilot.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

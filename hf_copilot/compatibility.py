@@ -42,6 +42,7 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
         ValueError: Another tokenizer, another number of rows without proof that the tokens are the same, another
             hidden size, a Pilot whose decoder layers or head can't be found, or one that can't lend its vocabulary to
             a Copilot that uses it (`vocab_projection="pilot"`).
+        NotImplementedError: If it can't because it is sharded or offloaded.
 
     Warns:
         UserWarning: If the Pilot is of another architecture than the one that the Copilot was trained beside.

@@ -340,7 +340,7 @@ class CopilotLearner:
     def _hidden(self, batch: CopilotBatch) -> torch.Tensor:
         """The Copilot's last hidden states at the batch's queries, `[Q, e]`, in the type of its matrix products."""
         hidden = self.forward(**batch.inputs, lent=self.lent).last_hidden_state[batch.valid]
-        return hidden.to(self.autocast_dtype or hidden.dtype)
+        return hidden.to(self.autocast_dtype or self.output_matrix.dtype)
 
     @property
     def lent(self) -> Vocabulary | None:

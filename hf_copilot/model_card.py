@@ -14,7 +14,7 @@ _TEMPLATE = """---
 
 A [Transformer Copilot](https://huggingface.co/papers/2505.16270): a small decoder that was trained on the mistakes of
 a language model (the *Pilot*, {pilot}) while that was fine-tuned, and that rectifies the Pilot's distribution in
-`generate`. It is an adapter: it needs a Pilot of the same vocabulary and hidden size.
+`generate`. It is an adapter: it needs a Pilot of the same vocabulary and hidden size{lent}.
 
 ## Use it
 
@@ -70,6 +70,8 @@ def copilot_card(config: CopilotConfig) -> ModelCard:
         _TEMPLATE.format(
             **fields,
             metadata=metadata.to_yaml(),
+            lent=", with the same embedding and head or nearly so: it uses the Pilot's"
+            * (fields["vocab_projection"] == "pilot"),
             pilot=f"`{on_hub}`" if on_hub else f"a `{config.pilot_model_type}` model",
             pilot_id=on_hub or "<the Pilot>",
             auto_class="AutoModelForSeq2SeqLM" if config.pilot_is_encoder_decoder else "AutoModelForCausalLM",

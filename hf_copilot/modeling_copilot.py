@@ -266,12 +266,12 @@ class CopilotModel(PreTrainedModel):
         return "lm_head" if self.config.vocab_projection == "own" else "output_proj"
 
     def vocabulary(self, lent: Vocabulary | None) -> Vocabulary:
-        """E and W: the Copilot's own, or those that its Pilot lends."""
+        """E and W: the Copilot's own, or those that its Pilot lends, without padding rows that the Copilot lacks."""
         if self.config.vocab_projection == "own":
             return Vocabulary(self.embed_tokens.weight, self.lm_head.weight)
         if lent is None:
             raise ValueError("This Copilot uses its Pilot's vocabulary: pass `lent=lent_vocabulary(pilot, device)`.")
-        return lent
+        return Vocabulary(*(matrix[: self.config.vocab_size] for matrix in lent))
 
     def new_cache(self) -> EncoderDecoderCache:
         """An empty cache: the Copilot's own keys and values, and those of the memory."""

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from .discrepancy import sparse_discrepancy
 from .modeling_copilot import CopilotModel, encoder_memory_mask, interleave, memory_mask
 from .pilot_tap import PilotStates, PilotTap
-from .vocabulary import lent_vocabulary
+from .vocabulary import Vocabulary, lent_vocabulary
 
 UNKNOWN_CALL = (
     "The processor was called with tokens that its Pilot has not just been run on. It rectifies "
@@ -48,8 +48,6 @@ class Rectifier:
                 "p-tuning) yet: fine-tune the Pilot with LoRA or in full."
             )
         self.copilot, self.config = copilot, copilot.config
-        uses_pilots = self.config.vocab_projection == "pilot"
-        self.lent = lent_vocabulary(pilot, copilot.device) if uses_pilots else None
         self.tap = PilotTap(
             pilot, self.config.pooled_layers, self.config.pooling, self._take, lambda: not torch.is_grad_enabled()
         )
@@ -59,6 +57,7 @@ class Rectifier:
     def reset(self) -> None:
         """Forget everything."""
         self.pending: list[PilotStates] = []  # forwards of the Pilot since the last call
+        self.lent: Vocabulary | None = None  # the Pilot's matrices, as they were when the run began
         self.cache = self.copilot.new_cache()  # the memory of n positions, the run of the queries so far
         self.ids: torch.Tensor | None = None  # [R, n] tokens of the last call
         self.visible: torch.Tensor | None = None  # [R, n] bool, which of them are not padding
@@ -99,6 +98,8 @@ class Rectifier:
             self.visible = torch.ones_like(ids, dtype=torch.bool)  # [R, n]
         if not continues:
             self.cache.self_attention_cache = DynamicCache()
+            if self.config.vocab_projection == "pilot":
+                self.lent = lent_vocabulary(self.tap.model, self.copilot.device)
         if self.config.pilot_is_encoder_decoder:
             self.encoder_output, self.encoder_visible = pending[-1].embeddings, self._encoder_visible(pending[-1])
         self._cut_memory(past)
@@ -250,8 +251,8 @@ class Rectifier:
             indices, values = token[:, None, None], torch.zeros(rows, 1, 1, device=token.device)
             return {"input_indices": indices, "input_values": values, "is_start": is_start}
         if self.config.error_feedback == "predicted" and self.config.copilot_input != "token":
-            embedding = self.copilot.vocabulary(self.lent).embedding[: self.config.vocab_size]  # [V, e]
-            fed = self.last_correction[:, : len(embedding)].to(embedding.dtype) @ embedding  # [R, e]
+            embedding = self.copilot.vocabulary(self.lent).embedding  # [V, e]
+            fed = self.last_correction.to(embedding.dtype) @ embedding  # [R, e]
             if self.config.copilot_input == "both":
                 fed = fed + embedding[token]
             fed = self.copilot.project_input(fed[:, None])  # [R, 1, d]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .pilot_tap import is_sharded, unwrap
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WAY_OUT = "Use CopilotConfig(vocab_projection='own')."
 
 
 class Vocabulary(NamedTuple):
@@ -18,22 +23,37 @@ class Vocabulary(NamedTuple):
 
 
 def lent_vocabulary(pilot: nn.Module, device: torch.device) -> Vocabulary:
-    """What a Pilot, wrapped or not, lends: its matrices as they are now, detached, without scale, bias or adapter.
+    """What a Pilot, wrapped or not, lends: its matrices as they are now, detached, without scale, cap or bias.
 
     Raises:
-        NotImplementedError: If processes share them (FSDP2).
-        ValueError: If they are quantised, or not both `[V, d_P]`.
+        NotImplementedError: If processes share them (FSDP2, tensor parallelism), or they are offloaded.
+        ValueError: If they are quantised, have an adapter that a merge would move into them, or are not `[V, d_P]`.
     """
-    base, way_out = unwrap(pilot), "Use CopilotConfig(vocab_projection='own')."
-    if is_sharded(base):
-        raise NotImplementedError(f"A sharded Pilot can't lend its vocabulary to the Copilot. {way_out}")
-    matrices = [module.weight for module in (base.get_input_embeddings(), base.get_output_embeddings())]
-    if not all(matrix.is_floating_point() for matrix in matrices):
-        raise ValueError(f"The Pilot's embedding or head is quantised and can't be lent to the Copilot. {way_out}")
-    shapes, size = [tuple(matrix.shape) for matrix in matrices], base.config.get_text_config().hidden_size
-    if shapes[0] != shapes[1] or shapes[0][1] != size:
+    base = unwrap(pilot)
+    modules = base.get_input_embeddings(), base.get_output_embeddings()
+    if is_sharded(base) or any(isinstance(getattr(module, "weight", None), DTensor) for module in modules):
+        raise NotImplementedError(f"A sharded Pilot can't lend its vocabulary to the Copilot. {WAY_OUT}")
+    embedding, head = (_matrix(module) for module in modules)
+    tied = modules[0].weight is modules[1].weight
+    size = base.config.get_text_config().hidden_size
+    if embedding.shape != head.shape or embedding.shape[1] != size:
         raise ValueError(
-            f"The Pilot's embedding {shapes[0]} and head {shapes[1]} must both be [vocabulary, {size}] to be lent to "
-            f"the Copilot. {way_out}"
+            f"The Pilot's embedding {tuple(embedding.shape)} and head {tuple(head.shape)} must both be [vocabulary, "
+            f"{size}] to be lent to the Copilot. {WAY_OUT}"
         )
-    return Vocabulary(*(matrix.detach().to(device) for matrix in matrices))
+    lent = embedding.to(device)
+    return Vocabulary(lent, lent if tied else head.to(device))
+
+
+def _matrix(module: Any) -> torch.Tensor:
+    weight = getattr(module, "weight", None)
+    if isinstance(module, BaseTunerLayer):
+        raise ValueError(
+            "The Pilot's embedding or head has an adapter, which would change the Copilot when it is merged: leave "
+            f"both out of target_modules (modules_to_save is fine). {WAY_OUT}"
+        )
+    if weight is None or weight.dtype not in FLOATS:
+        raise ValueError(f"The Pilot's embedding or head is quantised and can't be lent to the Copilot. {WAY_OUT}")
+    if weight.is_meta:
+        raise NotImplementedError(f"An offloaded Pilot can't lend its vocabulary to the Copilot. {WAY_OUT}")
+    return weight.detach()

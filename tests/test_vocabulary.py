@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig
+from accelerate import cpu_offload
+from peft import LoraConfig, get_peft_model
 from test_trainer import losses, settings, train
 from tiny import VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer, trained_like
 from transformers import OPTConfig, OPTForCausalLM
@@ -19,6 +20,8 @@ from hf_copilot import (
     CopilotTrainer,
     copilot_for,
 )
+from hf_copilot.compatibility import tokenizer_fingerprint
+from hf_copilot.model_card import copilot_card
 from hf_copilot.report import count_parameters, multiplied_parameters
 from hf_copilot.vocabulary import lent_vocabulary
 
@@ -134,20 +137,74 @@ def test_an_adapter_trains_its_maps_in_full(pilot):
     learner = CopilotLearner(copilot, pilot, 1, learning_rate=1e-2, peft_config=LoraConfig(r=2))
     with learner.observe({"input_ids": IDS, "labels": IDS}), torch.no_grad():
         pilot(input_ids=IDS)
+    trained = {name for name, parameter in copilot.named_parameters() if parameter.requires_grad}
+    for module in ("input_proj", "output_proj"):
+        assert f"{module}.modules_to_save.default.weight" in trained and not any(
+            f"{module}.lora" in n for n in trained
+        )
     learner.step()
     plain = learner.exported()
-    assert plain.output_proj.weight.any() and type(plain.input_proj) is torch.nn.Linear
+    assert plain.output_proj.weight.any()
     assert plain.state_dict().keys() == copilot_for(pilot, CopilotConfig(**LENT)).state_dict().keys()
 
 
+def test_an_adapter_on_the_embedding_is_refused(pilot):
+    """The embedding's rows are read, not its forward: an adapter on it would not learn."""
+    with pytest.raises(ValueError, match="modules_to_save"):
+        CopilotLearner(copilot_for(pilot), pilot, peft_config=LoraConfig(r=2, target_modules=["embed_tokens"]))
+
+
+def test_its_card_says_what_it_needs(pilot):
+    cards = [str(copilot_card(copilot_for(pilot, CopilotConfig(**changes)).config)) for changes in ({}, LENT)]
+    assert ["embedding and head" in card for card in cards] == [False, True]
+
+
 def test_half_precision_of_the_pilot(pilot):
-    """The lent matrices are in the Pilot's type, the Copilot in float32."""
+    """The lent matrices are in the Pilot's type, the Copilot in float32; training and generation agree on f."""
     pilot = pilot.to(torch.bfloat16)
-    learner = learner_of(copilot_for(pilot, CopilotConfig(**LENT)), pilot)
+    learner = learner_of(trained_like(pilot, CopilotConfig(**LENT)), pilot)
+    (batch,) = learner.batches(learner.round)
+    ((_, _, trained),) = learner.scores(batch)
+    with torch.no_grad():
+        generated = learner.copilot(**batch.inputs, return_logits=True, lent=learner.lent).logits[batch.valid].float()
+    assert torch.equal(trained, generated)
+    before = learner.copilot.output_proj.weight.clone()
     learner.step()
-    assert learner.loss_count == 1 and learner.copilot.output_proj.weight.any()
-    with CopilotLogitsProcessor(learner.copilot, pilot) as processor:
-        assert pilot.generate(IDS, logits_processor=[processor], max_new_tokens=3).shape[1] > IDS.shape[1]
+    assert learner.loss_count == 1 and not torch.equal(learner.copilot.output_proj.weight, before)
+
+
+def correction(copilot, pilot, processor=None):
+    """f after `IDS`."""
+    with processor or CopilotLogitsProcessor(copilot, pilot) as processor, torch.no_grad():
+        pilot(input_ids=IDS)
+        return processor.rectifier.correction(IDS)
+
+
+def test_what_is_lent_is_of_now(pilot):
+    """A processor reads the Pilot's matrices when a text begins, wherever they have been put since it was made."""
+    copilot = trained_like(pilot, CopilotConfig(**LENT))
+    processor = CopilotLogitsProcessor(copilot, pilot)
+    pilot.load_state_dict(tiny_pilot(seed=3).state_dict(), assign=True)
+    assert torch.equal(correction(copilot, pilot, processor), correction(copilot, pilot))
+    assert processor.rectifier.lent is None  # detached: nothing of the Pilot is held
+
+
+@pytest.mark.parametrize("rows", [VOCAB_SIZE - 3, VOCAB_SIZE + 8])
+def test_padding_rows_of_another_pilot(pilot, rows):
+    """f has the rows that both have; the processor's f is 0 in the others."""
+    copilot = trained_like(pilot, CopilotConfig(**LENT))
+    other = tiny_pilot(vocab_size=rows).eval()
+    state = pilot.state_dict()
+    with torch.no_grad():
+        for name, tensor in other.state_dict().items():
+            tensor[: len(state[name])] = state[name][: len(tensor)]
+    copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tiny_tokenizer(), 20)
+    with CopilotLogitsProcessor(copilot, other, tokenizer=tiny_tokenizer()) as processor, torch.no_grad():
+        other(input_ids=IDS)
+        found = processor.rectifier.correction(IDS)
+    both = min(rows, VOCAB_SIZE)
+    assert found.shape[1] == both
+    torch.testing.assert_close(found, correction(copilot, pilot)[:, :both], rtol=1e-4, atol=1e-4)
 
 
 def test_the_lent_head_counts_in_the_cost_of_a_token(pilot):
@@ -167,6 +224,11 @@ def test_matrices_that_cannot_be_lent_are_named(pilot, monkeypatch):
     with pytest.raises(NotImplementedError, match="sharded"):
         CopilotLearner(copilot, pilot, 1)
     monkeypatch.undo()
+    adapted = get_peft_model(tiny_pilot(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="has an adapter"):
+        CopilotLogitsProcessor(copilot, adapted)
+    with pytest.raises(NotImplementedError, match="offloaded"):
+        copilot_for(cpu_offload(tiny_pilot()), CopilotConfig(init="random", **LENT))
     pilot.lm_head.weight = torch.nn.Parameter(pilot.lm_head.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="quantised"):
         CopilotLogitsProcessor(copilot, pilot)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import COPILOTS, LONGER
-from inputs import moved, no_hidden_states, scheduled_feeding, tokens_alone
+from inputs import SHARE, moved, no_hidden_states, scheduled_feeding, tokens_alone
 from mistakes import ALL_BYTES, ALL_ROUNDS, cross_fit, log_rows, reservoir, teach, weighted
 from report import mean_of
 from run import RESULTS, TASKS, settings_of, table
@@ -276,6 +276,7 @@ def main() -> None:
     for name in args.tasks:
         setting = Setting(TASKS[name], args.data, args.work, args.device)
         settings = settings_of(setting) | {"variants": {key: variant.settings() for key, variant in variants.items()}}
+        settings |= {"others": [OTHER_WIDTH, LONGER, SHARE, {share: v.settings() for share, v in HOLDOUTS.items()}]}
         runs = []
         for seed in range(args.seeds):
             file = args.work / name / f"{args.group}-{seed}.json"

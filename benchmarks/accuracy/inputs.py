@@ -69,5 +69,7 @@ def _forward_fed(copilot: CopilotModel, **inputs: Any) -> CopilotOutput:
         f = copilot(**inputs, return_logits=True).logits  # [B, m, V]
     realized = copilot.embed(inputs["input_indices"], inputs["input_values"], inputs["is_start"], embedding)
     predicted = (f @ embedding).roll(1, dims=1)  # [B, m, d]
+    if copilot.config.copilot_input == "both":
+        predicted = predicted + embedding[inputs["input_indices"][..., -1]]
     picked = (torch.rand(f.shape[:2], device=f.device) < SHARE) & ~inputs["is_start"]  # [B, m]
     return copilot(**inputs, inputs_embeds=torch.where(picked[..., None], predicted, realized))
