@@ -21,6 +21,7 @@ from .modeling_copilot import encoder_memory_mask, interleave, memory_mask
 from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, is_encoder_decoder
 
 IGNORE = -100
+FULL, LIKE = 1024, 0.75  # of `group_by_length`
 
 
 class Document(NamedTuple):
@@ -139,15 +140,22 @@ def encoder_outputs(states: PilotStates, rows: list[int]) -> tuple[torch.Tensor,
 def group_by_length(
     records: list[MistakeRecord], max_positions: int, has_encoder: bool = False
 ) -> list[list[MistakeRecord]]:
-    """Split into groups of like length (of decoder and encoder together) whose padded size (rows x longest) stays
-    within `max_positions`."""
+    """Split into groups of like length (of decoder and encoder together), whose padded size (rows x longest) stays
+    within `max_positions`; a group that has `FULL` positions takes no record shorter than `LIKE` of its longest, which
+    would be padding for the most part."""
 
     def length(record: MistakeRecord) -> int:
         return len(record.input_ids) + (len(record.embeddings) if has_encoder else 0)
 
+    def takes(group: list[MistakeRecord], record: MistakeRecord) -> bool:
+        longest = length(group[0])
+        padded = len(group) * longest
+        is_like = padded < FULL or length(record) >= LIKE * longest
+        return is_like and padded + longest <= max_positions
+
     groups: list[list[MistakeRecord]] = []
     for record in sorted(records, key=lambda record: -length(record)):
-        if groups and (len(groups[-1]) + 1) * length(groups[-1][0]) <= max_positions:
+        if groups and takes(groups[-1], record):
             groups[-1].append(record)
         else:
             groups.append([record])

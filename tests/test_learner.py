@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import VOCAB_SIZE, tiny_pilot, trained_like
 
 from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
-from hf_copilot.batch import CopilotBatch, find_documents, group_by_length
+from hf_copilot.batch import FULL, LIKE, CopilotBatch, find_documents, group_by_length
 from hf_copilot.learner_state import load_state
 from hf_copilot.mistake_log import MistakeRecord
 
@@ -111,6 +113,20 @@ def test_groups_stay_within_the_bound(pilot):
     groups = group_by_length(records, 14)
     assert [[len(r.input_ids) for r in group] for group in groups] == [[8], [6, 5]]
     assert [[len(r.input_ids) for r in group] for group in group_by_length(records, 1)] == [[8], [6], [5]]
+
+
+def test_groups_hold_little_padding(pilot):
+    """Beyond `FULL` positions a group takes records of like length alone; within, any."""
+    learner = CopilotLearner(copilot_for(pilot), pilot)
+    (record, *_) = observe(learner, pilot, padded_batch())
+    lengths = list(range(300, 20, -7))
+    records = [dataclasses.replace(record, input_ids=torch.zeros(length, dtype=torch.long)) for length in lengths]
+    groups = [[len(r.input_ids) for r in group] for group in group_by_length(records, 10**6)]
+    assert sum(groups, []) == lengths and 2 < len(groups) < len(lengths) / 4
+    for group in groups:
+        beyond = group[1 + FULL // group[0] :]
+        assert all(length >= LIKE * group[0] for length in beyond)
+    assert len(group_by_length(records[-10:], 10**6)) == 1
 
 
 @pytest.mark.parametrize("config", [CopilotConfig(), CopilotConfig.paper(num_hidden_layers=2)])
