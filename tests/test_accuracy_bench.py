@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "accuracy")
 
 import experiments  # noqa: E402
 import run  # noqa: E402
-from inputs import moved, scheduled_feeding  # noqa: E402
+from inputs import moved, prompts_too, scheduled_feeding  # noqa: E402
 from mistakes import ReservoirLog, WeightedLog  # noqa: E402
 from multiple_choice import MULTIPLE_CHOICE, SETS, convert  # noqa: E402
 from recommendation import RECOMMENDATION, check_with_beams  # noqa: E402
@@ -231,6 +231,19 @@ def test_a_copilot_of_tokens_alone_moves_to_a_pilot_of_another_size():
     for other in (deeper, wide):
         assert torch.equal(replace(model, pilot=other, learner=moved(copilot, other)).log_likelihoods(examples), found)
     assert not torch.equal(alone(model).log_likelihoods(examples), found)
+
+
+def test_prompts_are_read_and_not_measured():
+    """With their discrepancies read the Copilot says something else about the same targets."""
+    model = rectified()
+    examples = [encode(model.tokenizer, row, 64) for row in ROWS]
+    before = model.log_likelihoods(examples)
+    prompts_too(model.learner)
+    after = model.log_likelihoods(examples)
+    assert torch.equal(after[:, 2], before[:, 2]) and not torch.allclose(after[:, 0], before[:, 0])
+    at_zero = replace(model, strength=0.0).log_likelihoods(examples)
+    torch.testing.assert_close(at_zero, alone(model).log_likelihoods(examples), rtol=1e-5, atol=1e-5)
+    assert model.calibrate(examples)["targets"] == before[:, 2].sum()
 
 
 @pytest.mark.parametrize("copilot_input", ["discrepancy", "both"])

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import COPILOTS, LONGER
-from inputs import SHARE, moved, no_hidden_states, scheduled_feeding, tokens_alone
+from inputs import SHARE, moved, no_hidden_states, prompts_too, scheduled_feeding, tokens_alone
 from mistakes import ALL_BYTES, ALL_ROUNDS, cross_fit, log_rows, reservoir, teach, weighted
 from report import mean_of
 from run import RESULTS, TASKS, settings_of, table
@@ -58,6 +58,7 @@ LEARNING = {
     "input ℓ": ours({"copilot_input": "discrepancy"}),
     "input token": ours({"copilot_input": "token"}),
     "lag 0": ours({"hidden_state_lag": 0}),
+    "prompts' discrepancies read": ours(change=prompts_too),
     "no hidden states": ours(change=no_hidden_states),
     "the Pilot's vocabulary": ours({"vocab_projection": "pilot"}),
     "RMSE, realised feedback": ours({"objective": "rmse", "fusion": "probability"}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,10 +11,14 @@ import torch
 from torch import nn
 
 from hf_copilot import CopilotLearner, CopilotModel
+from hf_copilot.batch import IGNORE, CopilotBatch
+from hf_copilot.discrepancy import SparseDiscrepancy
+from hf_copilot.mistake_log import MistakeRecord
 from hf_copilot.modeling_copilot import CopilotOutput
 from hf_copilot.pilot_tap import PilotStates
 
 NEVER = 10**6  # positions; a lag that hides every h
+PROMPT = -1.0
 SHARE = 0.5  # of the inputs that scheduled feeding predicts
 
 
@@ -53,6 +59,44 @@ def moved(copilot: CopilotModel, pilot: nn.Module) -> CopilotLearner:
 
     learner.tap.sink = without_states
     return learner
+
+
+def prompts_too(learner: CopilotLearner) -> None:
+    """The Copilot runs over the prompt as well and reads its discrepancies; only completions are learnt and measured.
+    A position of a prompt is marked by a `dropped` of `PROMPT`."""
+    learner._records = partial(_records_of_all, learner._records)
+    learner.batches = partial(_completions_of, learner.batches)
+
+
+def _records_of_all(make: Callable, inputs: dict[str, torch.Tensor], **kwargs: Any) -> list[MistakeRecord]:
+    ids, labels = inputs["input_ids"], inputs["labels"]  # [B, T] each
+    everything = ids.masked_fill(inputs["attention_mask"] == 0, IGNORE)
+    firsts = (labels != IGNORE).int().argmax(1).tolist()
+    # not from position 0, where the learner would draw a start at random
+    records = [record.starting_at(1) for record in make({**inputs, "labels": everything}, **kwargs)]
+    for record, first in zip(records, firsts, strict=True):
+        record.dropped = record.dropped.masked_fill(record.positions < first - 1, PROMPT)
+    return records
+
+
+def _completions_of(batches: Callable, records: list[MistakeRecord]) -> Iterator[CopilotBatch]:
+    for batch in batches(records):
+        yield completions(batch)
+
+
+def completions(batch: CopilotBatch) -> CopilotBatch:
+    """The batch with its queries in prompts read, but not asked for."""
+    asked = batch.target.dropped != PROMPT  # [Q]
+    valid = batch.valid.clone()
+    valid[batch.valid] = asked
+    return replace(
+        batch,
+        valid=valid,
+        final_states=batch.final_states[asked],
+        labels=batch.labels[asked],
+        target=SparseDiscrepancy(*(column[asked] for column in batch.target)),
+        sequence=batch.sequence[asked],
+    )
 
 
 def scheduled_feeding(learner: CopilotLearner) -> None:

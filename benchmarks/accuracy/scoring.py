@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from inputs import completions
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -79,7 +80,7 @@ class Rectified:
         if len(records) != len(inputs["labels"]):
             raise ValueError("A row has no target, or the Pilot's forward on it is not finite: it can't be scored.")
         dtype = learner.copilot.norm.weight.dtype
-        batch = CopilotBatch.collate(records, learner.embedding, config, learner.device, dtype)
+        batch = completions(CopilotBatch.collate(records, learner.embedding, config, learner.device, dtype))
         rows = batch.valid.nonzero()[:, 0]  # [Q]
         for chunk, logits, correction in learner.scores(batch):
             scores = fuse(logits.log_softmax(-1), correction, self.strength, config.fusion)  # [c, V]
