@@ -25,7 +25,7 @@ from .learner import CopilotLearner
 from .learner_state import save_state, written_beside
 from .modeling_copilot import CopilotModel
 from .pilot_tap import unwrap
-from .training_args import CopilotArguments
+from .training_args import AUTO_STRENGTHS, CopilotArguments
 
 
 class CopilotCallback(TrainerCallback):
@@ -50,10 +50,10 @@ class CopilotCallback(TrainerCallback):
     ):
         self.source = copilot
         self.copilot_args = copilot_args if copilot_args is not None else CopilotArguments()
-        if self.copilot_args.copilot_strength == "auto" or self.copilot_args.copilot_predict:
+        if self.copilot_args.copilot_strength in AUTO_STRENGTHS or self.copilot_args.copilot_predict:
             raise ValueError(
-                "CopilotCallback sees no evaluation: copilot_strength='auto' and copilot_predict need a trainer of "
-                "hf_copilot. Calibrate with callback.learner.calibrate()."
+                "CopilotCallback sees no evaluation: copilot_strength='auto' or 'auto_accuracy' and copilot_predict "
+                "need a trainer of hf_copilot. Calibrate with callback.learner.calibrate()."
             )
         if self.copilot_args.copilot_mistake_source == "holdout":
             raise ValueError(

@@ -25,7 +25,7 @@ from .batch import CopilotBatch, group_by_length, make_records
 from .configuration_copilot import check_strength
 from .discrepancy import cross_entropy_loss, rmse_loss, row_chunks
 from .distributed import copy_from_main_process, num_processes, process_index, sum_count, sum_over_processes
-from .measures import STRENGTHS, calibration_of, no_sums, sums_of
+from .measures import METRICS_OF_STRENGTH, STRENGTHS, calibration_of, no_sums, sums_of
 from .mistake_log import MistakeLog, MistakeRecord
 from .modeling_copilot import CopilotModel
 from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, PilotTap, eval_mode, is_sharded, isolated_rng
@@ -371,17 +371,20 @@ class CopilotLearner:
         return 0.0, self.copilot.config.strength
 
     @contextmanager
-    def calibrate(self, strengths: Sequence[float] = STRENGTHS, data: str = "") -> Iterator[None]:
+    def calibrate(self, strengths: Sequence[float] = STRENGTHS, data: str = "", metric: str = "nll") -> Iterator[None]:
         """Choose λ: inside the block `evaluate` measures at all `strengths`, and 0, the Pilot alone; at its end the
-        one with the least NLL becomes the Copilot's, so that it is never worse than the Pilot there. All of it is kept
-        in `copilot.config.calibration`.
+        best one becomes the Copilot's, so that by this metric it is never worse than the Pilot there. All of it is
+        kept in `copilot.config.calibration`.
 
         Args:
             data: What is measured on, in words.
+            metric: `"nll"`, for text that is sampled and for likelihoods, or `"token_accuracy"`, for greedy answers.
 
         Raises:
-            ValueError: If a λ is negative or not finite, or the block measures no labelled token.
+            ValueError: If a λ is negative or not finite, the block measures no labelled token, or for another metric.
         """
+        if metric not in METRICS_OF_STRENGTH:
+            raise ValueError(f"metric={metric!r}: λ is chosen by one of {METRICS_OF_STRENGTH}.")
         strengths = sorted({0.0, *(check_strength(strength) for strength in strengths)})
         self.calibration = strengths, no_sums(strengths)
         try:
@@ -391,7 +394,7 @@ class CopilotLearner:
             self.calibration = None
         sums = self._over_processes(sums)
         config = self.copilot.config
-        config.calibration = calibration_of(sums, strengths, data)
+        config.calibration = calibration_of(sums, strengths, data, metric)
         config.strength = config.calibration["strength"]
 
     def scores(self, batch: CopilotBatch) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:

@@ -10,6 +10,7 @@ import torch
 from .discrepancy import fuse
 
 # λ of the paper's Table 17 and around it; 0 is the Pilot alone
+METRICS_OF_STRENGTH = ("nll", "token_accuracy")
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
 
 
@@ -45,8 +46,9 @@ def sums_of(
     return torch.stack([row.double() for row in rows])
 
 
-def calibration_of(sums: torch.Tensor, strengths: Sequence[float], data: str) -> dict[str, Any]:
-    """Means over targets at every λ, and the λ with the least negative log-likelihood.
+def calibration_of(sums: torch.Tensor, strengths: Sequence[float], data: str, metric: str = "nll") -> dict[str, Any]:
+    """Means over targets at every λ, and the best λ by one of them: `"nll"`, the least negative log-likelihood, or
+    `"token_accuracy"`, the most top-1 hits, and of equals the least negative log-likelihood.
 
     Raises:
         ValueError: If nothing was measured.
@@ -55,9 +57,12 @@ def calibration_of(sums: torch.Tensor, strengths: Sequence[float], data: str) ->
     if not targets:
         raise ValueError("No labelled token was measured: calibrate on a data set with labels.")
     nll, accuracy = (sums[:-1] / targets).T.tolist()
-    best = strengths[nll.index(min(nll))]
+    order = list(zip(nll, strengths, strict=True))
+    if metric == "token_accuracy":
+        order = [(-hits, *entry) for hits, entry in zip(accuracy, order, strict=True)]
     return {
-        "strength": best,
+        "strength": min(order)[-1],
+        "metric": metric,
         "strengths": list(strengths),
         "nll": nll,
         "token_accuracy": accuracy,

@@ -101,5 +101,6 @@ def _calibration(calibration: dict | None) -> str:
     rows = zip(calibration["strengths"], calibration["nll"], calibration["token_accuracy"], strict=True)
     lines = [f"| {strength:g} | {nll:.4f} | {accuracy:.4f} |" for strength, nll, accuracy in rows]
     data = f"{calibration['targets']:,} tokens of {calibration['data']}"
-    head = ["", f"λ = {calibration['strength']:g} had the least NLL, teacher-forced on {data} (0 is the Pilot alone):"]
+    best = {"nll": "the least NLL", "token_accuracy": "the highest token accuracy"}[calibration.get("metric", "nll")]
+    head = ["", f"λ = {calibration['strength']:g} had {best}, teacher-forced on {data} (0 is the Pilot alone):"]
     return "\n".join([*head, "", "| λ | NLL (nats per token) | token accuracy |", "|---|---|---|", *lines, ""])

@@ -45,7 +45,7 @@ from .mistake_source import Holdout, split_holdout, without_logits
 from .modeling_copilot import CopilotModel
 from .pilot_tap import is_encoder_decoder
 from .report import describe_start, table_of_training
-from .training_args import CopilotArguments
+from .training_args import AUTO_STRENGTHS, CopilotArguments
 
 logger = logging.get_logger(__name__)
 
@@ -106,8 +106,11 @@ class CopilotMixin:
                 "copilot_predict=True needs CopilotSeq2SeqTrainer with predict_with_generate=True; elsewhere generate "
                 "with a CopilotLogitsProcessor."
             )
-        if self.copilot_args.copilot_strength == "auto" and self.eval_dataset is None:
-            raise ValueError("copilot_strength='auto' chooses λ on `eval_dataset`: pass one, or leave it at 'config'.")
+        strength = self.copilot_args.copilot_strength
+        if strength in AUTO_STRENGTHS and self.eval_dataset is None:
+            raise ValueError(
+                f"copilot_strength={strength!r} chooses λ on `eval_dataset`: pass one, or leave it at 'config'."
+            )
         self.learner = make_learner(
             make_copilot(copilot, self.model, self.processing_class),
             self.model,
@@ -198,8 +201,8 @@ class CopilotMixin:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.learner.close()
-        if self.copilot_args.copilot_strength == "auto":
-            self.calibrate()
+        if self.copilot_args.copilot_strength in AUTO_STRENGTHS:
+            self.calibrate(metric=AUTO_STRENGTHS[self.copilot_args.copilot_strength])
         self._print_table()
         return output
 
@@ -251,19 +254,20 @@ class CopilotMixin:
             self.learner.copilot.config.results = results
         return output
 
-    def calibrate(self, eval_dataset=None, strengths=STRENGTHS):
-        """Choose the Copilot's λ by teacher-forced NLL on a data set, `eval_dataset` by default; see
-        [`CopilotLearner.calibrate`]. Returns what is stored in `copilot.config.calibration`.
+    def calibrate(self, eval_dataset=None, strengths=STRENGTHS, metric="nll"):
+        """Choose the Copilot's λ by teacher-forced NLL, or by `metric="token_accuracy"`, on a data set, `eval_dataset`
+        by default; see [`CopilotLearner.calibrate`]. Returns what is stored in `copilot.config.calibration`.
 
         Raises:
-            ValueError: Without a data set, without a labelled token in it, or for a λ that is negative or not finite.
+            ValueError: Without a data set, without a labelled token in it, for a λ that is negative or not finite, or
+                for another metric.
         """
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if data is None:
             raise ValueError("calibrate needs a data set: pass one here, or `eval_dataset` to the trainer.")
         parts = list(data.values()) if isinstance(data, dict) else [data]
         rows = [f"{len(part)} rows" if hasattr(part, "__len__") else "a stream" for part in parts]
-        with self.learner.calibrate(strengths, " and ".join(rows)):
+        with self.learner.calibrate(strengths, " and ".join(rows), metric):
             self.evaluate(eval_dataset, metric_key_prefix="calibration")
         self.learner.copilot.config.results = results_of(self.learner.copilot.config.calibration)
         return self.learner.copilot.config.calibration

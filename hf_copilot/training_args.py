@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from transformers import Seq2SeqTrainingArguments
 from trl import SFTConfig
 
+AUTO_STRENGTHS = {"auto": "nll", "auto_accuracy": "token_accuracy"}  # the metric that λ is chosen by
+
 
 @dataclass
 class CopilotArguments:
@@ -32,8 +34,9 @@ class CopilotArguments:
         copilot_torch_compile (`bool`, defaults to `False`): Compile it, with the Pilot's `torch_compile_backend`.
         copilot_save_mistake_log (`bool`, defaults to `True`): Save the log in checkpoints. Without it the Pilot still
             resumes exactly, the Copilot with an empty log. It may be large, and holds token ids of the training data.
-        copilot_strength (`str`, defaults to `"config"`): λ is the one in the Copilot's config, or with `"auto"` the
-            one that has the least NLL on `eval_dataset` when training ends.
+        copilot_strength (`str`, defaults to `"config"`): λ is the one in the Copilot's config, or the one that is best
+            on `eval_dataset` when training ends: with `"auto"` by NLL, with `"auto_accuracy"` by token accuracy (for
+            greedy answers; its probabilities may be too sure).
         copilot_predict (`bool`, defaults to `False`): With `predict_with_generate=True` (Seq2Seq), evaluation and
             prediction generate with the Copilot.
         copilot_start_fresh (`bool`, defaults to `False`): On resuming from a checkpoint that holds no Copilot, start a
@@ -89,8 +92,8 @@ class CopilotArguments:
     copilot_strength: str = field(
         default="config",
         metadata={
-            "help": "λ is the config's, or with 'auto' the best on eval_dataset when training ends.",
-            "choices": ["config", "auto"],
+            "help": "λ is the config's, or the best on eval_dataset when training ends: by NLL, or by accuracy.",
+            "choices": ["config", *AUTO_STRENGTHS],
         },
     )
     copilot_predict: bool = field(

@@ -21,7 +21,7 @@ from hf_copilot import (
     CopilotTrainer,
 )
 from hf_copilot.discrepancy import fuse
-from hf_copilot.measures import STRENGTHS, calibration_of, no_sums, sums_of
+from hf_copilot.measures import METRICS_OF_STRENGTH, STRENGTHS, calibration_of, no_sums, sums_of
 
 
 @settings(deadline=None, max_examples=25)
@@ -58,6 +58,27 @@ def test_the_best_strength_is_kept(pilot, config):
     assert metrics["rectified_nll"] == pytest.approx(min(found["nll"])) and metrics["rectified_nll"] <= found["nll"][0]
 
 
+def test_the_most_right_tokens_are_another_choice():
+    """λ = 2 has the most hits, λ = 1 the least NLL; of equals in hits the one with less NLL is taken."""
+    strengths, sums = (0.0, 1.0, 2.0, 3.0), torch.tensor([[9.0, 4], [7, 5], [8, 6], [9, 6], [0, 10]])
+    by = {metric: calibration_of(sums, strengths, "", metric) for metric in METRICS_OF_STRENGTH}
+    assert [by["nll"]["strength"], by["token_accuracy"]["strength"]] == [1.0, 2.0]
+    assert by["token_accuracy"] == by["nll"] | {"strength": 2.0, "metric": "token_accuracy"}
+
+
+@pytest.mark.parametrize("strength, best", [("auto", "nll"), ("auto_accuracy", "token_accuracy")])
+def test_the_argument_names_the_metric(tmp_path, strength, best):
+    trainer = make_trainer(tmp_path, addition(8, seed=1), copilot_strength=strength)
+    trainer.train()
+    found = trainer.copilot.config.calibration
+    wanted = {"nll": min(found["nll"]), "token_accuracy": max(found["token_accuracy"])}[best]
+    assert found["metric"] == best and found[best][found["strengths"].index(found["strength"])] == wanted
+    trainer.save_model()
+    assert {"nll": "least NLL", "token_accuracy": "highest token accuracy"}[best] in (
+        tmp_path / "copilot" / "README.md"
+    ).read_text()
+
+
 def test_training_on_forgets_the_chosen_strength(pilot):
     """A Copilot that was switched off would else be measured, and saved, as the Pilot."""
     copilot = trained_like(pilot)
@@ -83,6 +104,8 @@ def test_nothing_measured_raises(pilot):
     with pytest.raises(ValueError, match="No labelled token"), learner.calibrate():
         pass
     assert learner.copilot.config.strength == 1.0 and learner.calibration is None
+    with pytest.raises(ValueError, match="chosen by one of"), learner.calibrate(metric="loss"):
+        pass
     with pytest.raises(ValueError, match="finite"), learner.calibrate((-1.0,)):
         pass
     with pytest.raises(ValueError, match="No labelled token"):
