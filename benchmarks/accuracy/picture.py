@@ -46,6 +46,7 @@ def plot_gains(axes: Axes, results: dict[str, dict[str, Any]]) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(results)), [f"{task}\n({TASKS[task].metric})" for task in results])
     axes.invert_yaxis()
+    axes.locator_params(axis="x", nbins=6)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
     axes.set_xlabel("gain over the Pilot, relative")
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
