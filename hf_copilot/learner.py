@@ -337,10 +337,13 @@ class CopilotLearner:
         for group in group_by_length(records, self.largest_batch, has_encoder):
             yield CopilotBatch.collate(group, self.embedding, self.copilot.config, self.device, dtype)
 
-    def _hidden(self, batch: CopilotBatch) -> torch.Tensor:
-        """The Copilot's last hidden states at the batch's queries, `[Q, e]`, in the type of its matrix products."""
-        hidden = self.forward(**batch.inputs, lent=self.lent).last_hidden_state[batch.valid]
-        return hidden.to(self.autocast_dtype or self.output_matrix.dtype)
+    def _outputs(self, batch: CopilotBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What f = W h is made of at the batch's queries: h `[Q, e]`, in the type of its matrix products, and W
+        `[V, e]`."""
+        lent = self.lent
+        hidden = self.forward(**batch.inputs, lent=lent).last_hidden_state[batch.valid]  # [Q, e]
+        weight = self.copilot.vocabulary(lent).head  # [V, e]
+        return hidden.to(self.autocast_dtype or weight.dtype), weight
 
     @property
     def lent(self) -> Vocabulary | None:
@@ -348,17 +351,12 @@ class CopilotLearner:
         uses_them = self.copilot.config.vocab_projection == "pilot"
         return lent_vocabulary(self.head.pilot, self.device) if uses_them else None
 
-    @property
-    def output_matrix(self) -> torch.Tensor:
-        """W of f = W h, `[V, e]`."""
-        return self.copilot.vocabulary(self.lent).head
-
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def batch_loss(self, batch: CopilotBatch) -> torch.Tensor:
         """The objective, summed: over positions (cross-entropy) or over sequences (RMSE, Eq. 7)."""
-        hidden, weight = self._hidden(batch), self.output_matrix  # [Q, e], [V, e]
+        hidden, weight = self._outputs(batch)  # [Q, e], [V, e]
         if self.copilot.config.objective == "rmse":
             return rmse_loss(hidden, weight, batch.target, batch.sequence, batch.num_sequences)
         return cross_entropy_loss(hidden, weight, lambda rows: self.head(batch.final_states[rows]), batch.labels)
@@ -400,8 +398,8 @@ class CopilotLearner:
     def scores(self, batch: CopilotBatch) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Chunks of the batch's queries: which, the Pilot's logits z and the correction f, each `[c, V]` float32."""
         with torch.no_grad(), self._autocast():
-            hidden = self._hidden(batch)  # [Q, e]
-            weight = self.output_matrix.to(hidden.dtype)  # [V, e]
+            hidden, weight = self._outputs(batch)  # [Q, e], [V, e]
+            weight = weight.to(hidden.dtype)
         for rows in row_chunks(len(hidden), len(weight)):
             with torch.no_grad(), self._autocast():
                 chunk = rows, self.head(batch.final_states[rows]), (hidden[rows] @ weight.T).float()

@@ -114,17 +114,22 @@ def test_gradient_checkpointing_logs_one_record_per_document(tmp_path, kwargs):
     assert len(trainer.learner.log) == 4 * 4
 
 
-def test_the_copilot_learns_what_the_pilot_gets_wrong(tmp_path):
-    """A Pilot that hardly learns (tiny rate) is rectified on problems that neither has seen."""
+def train_beside_a_pilot_that_hardly_learns(tmp_path, config=None):
+    """The Pilot's rate is tiny; the metrics are on problems that neither has seen."""
     trainer = CopilotTrainer(
         model=tiny_pilot(),
         args=CopilotSFTConfig(**settings(tmp_path, max_steps=40, learning_rate=1e-5, copilot_learning_rate=1e-2)),
         train_dataset=addition(160),
         eval_dataset=addition(32, seed=7),
         processing_class=tiny_tokenizer(),
+        copilot=config,
     )
     trainer.train()
-    metrics = trainer.evaluate()
+    return trainer, trainer.evaluate()
+
+
+def test_the_copilot_learns_what_the_pilot_gets_wrong(tmp_path):
+    trainer, metrics = train_beside_a_pilot_that_hardly_learns(tmp_path)
     assert metrics["eval_rectified_nll"] < 0.8 * metrics["eval_pilot_nll"]
     assert metrics["eval_pilot_nll"] == pytest.approx(metrics["eval_loss"], rel=1e-2)
     assert count_hooks(trainer.model) == 0

@@ -6,8 +6,8 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
-from test_trainer import losses, settings, train
-from tiny import VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer, trained_like
+from test_trainer import losses, train, train_beside_a_pilot_that_hardly_learns
+from tiny import VOCAB_SIZE, assert_same, tiny_pilot, tiny_tokenizer, trained_like
 from transformers import OPTConfig, OPTForCausalLM
 from trl import SFTTrainer
 
@@ -16,7 +16,6 @@ from hf_copilot import (
     CopilotLearner,
     CopilotLogitsProcessor,
     CopilotModel,
-    CopilotSFTConfig,
     CopilotTrainer,
     copilot_for,
 )
@@ -94,16 +93,7 @@ def test_the_pilot_that_lends_is_trained_as_ever(tmp_path, lora):
 
 
 def test_it_learns_what_the_pilot_gets_wrong_and_is_saved_small(tmp_path):
-    trainer = CopilotTrainer(
-        model=tiny_pilot(),
-        args=CopilotSFTConfig(**settings(tmp_path, max_steps=40, learning_rate=1e-5, copilot_learning_rate=1e-2)),
-        train_dataset=addition(160),
-        eval_dataset=addition(32, seed=7),
-        processing_class=tiny_tokenizer(),
-        copilot=CopilotConfig(**LENT),
-    )
-    trainer.train()
-    metrics = trainer.evaluate()
+    trainer, metrics = train_beside_a_pilot_that_hardly_learns(tmp_path, CopilotConfig(**LENT))
     assert metrics["eval_rectified_nll"] < 0.8 * metrics["eval_pilot_nll"]
     trainer.save_model(str(tmp_path / "saved"))
     loaded = CopilotModel.from_pretrained(tmp_path / "saved" / "copilot")

@@ -44,6 +44,7 @@ def ours(config: dict[str, Any] | None = None, change: Callable | None = None, *
     return Variant(config or {}, COPILOTS["copilot"].arguments | arguments(**changes), change=change)
 
 
+RMSE = {"objective": "rmse", "fusion": "probability"}
 LEARNING = {
     "ours": ours(),
     "1 step in a round": ours(steps_per_round=1),
@@ -61,12 +62,11 @@ LEARNING = {
     "prompts' discrepancies read": ours(change=prompts_too),
     "no hidden states": ours(change=no_hidden_states),
     "the Pilot's vocabulary": ours({"vocab_projection": "pilot"}),
-    "RMSE, realised feedback": ours({"objective": "rmse", "fusion": "probability"}),
+    "RMSE, realised feedback": ours(RMSE),
     "random weights": ours({"init": "random"}),
 }
 STAGES = {"ours": ours()}
 PORTABLE = {"ours": ours(), "tokens and ℓ alone": ours(change=tokens_alone)}
-RMSE = {"objective": "rmse", "fusion": "probability"}
 FEEDBACK = {
     "RMSE, realised": ours(RMSE),
     "RMSE, predicted": ours(RMSE | {"error_feedback": "predicted"}),
