@@ -83,8 +83,9 @@ class CopilotCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         if args.world_size > 1 or args.n_gpu > 1:
             raise NotImplementedError(
-                "CopilotCallback runs in one process on one GPU so far: launch it with plain `python`, and make one "
-                "GPU visible with CUDA_VISIBLE_DEVICES."
+                "CopilotCallback runs in one process on one GPU: launch it with plain `python`, and make one GPU "
+                "visible with CUDA_VISIBLE_DEVICES, or use CopilotTrainer or CopilotSeq2SeqTrainer, which take "
+                "several processes."
             )
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise NotImplementedError(

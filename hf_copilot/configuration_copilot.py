@@ -153,7 +153,10 @@ class CopilotConfig(PreTrainedConfig):
 
     @classmethod
     def paper(cls, **kwargs: Any) -> CopilotConfig:
-        """The settings of the paper: all layers of its source, ℓ alone as input, RMSE, Eq. 8, Algorithm 2."""
+        """The settings of the paper: all layers of its source, ℓ alone as input, RMSE, Eq. 8, Algorithm 2.
+
+        The paper's source is a small decoder of the Pilot's family, for a large Pilot too: pass it as `init` (the
+        default is the Pilot's own decoder, with all of its layers)."""
         settings: dict[str, Any] = {
             "num_hidden_layers": None,
             "copilot_input": "discrepancy",

@@ -10,6 +10,8 @@ from torch import nn
 
 from .learner import CopilotLearner
 
+QUANTITIES = (("nll", "NLL per token", ".4f"), ("token_accuracy", "token accuracy", ".1%"))
+
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """All parameters, and those that are trained."""
@@ -54,12 +56,14 @@ def table_of_training(
         table.add_column(column, justify="right" if column else "left")
     for prefix, where in (("", "training, before learning"), ("eval_", "evaluation")):
         entries = [entry for entry in log_history if f"{prefix}rectified_nll" in entry]
-        for quantity, title, form in (("nll", "NLL per token", ".4f"), ("token_accuracy", "token accuracy", ".1%")):
+        for quantity, title, form in QUANTITIES:
             if entries:
                 figures = [format(entries[-1][f"{prefix}{who}_{quantity}"], form) for who in ("pilot", "rectified")]
                 table.add_row(f"{title} ({where})", *figures)
     if calibration is not None:
-        nll = dict(zip(calibration["strengths"], calibration["nll"], strict=True))
         best, on = calibration["strength"], f"{calibration['targets']:,} tokens of {calibration['data']}"
-        table.add_row(f"NLL per token (λ = {best:g}, chosen on {on})", f"{nll[0.0]:.4f}", f"{nll[best]:.4f}")
+        at = [calibration["strengths"].index(strength) for strength in (0.0, best)]
+        for quantity, title, form in QUANTITIES:
+            figures = [format(calibration[quantity][i], form) for i in at]
+            table.add_row(f"{title} (λ = {best:g}, chosen on {on})", *figures)
     return table if table.row_count else None

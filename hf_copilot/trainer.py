@@ -76,7 +76,8 @@ class CopilotMixin:
     """Adds a Copilot to a subclass of `transformers.Trainer`; see [`CopilotTrainer`].
 
     Attributes:
-        copilot (`CopilotModel`): Save it with `save_pretrained`, push it with `push_to_hub`.
+        copilot (`CopilotModel`): Save it with `save_pretrained`, push it with `push_to_hub`; with
+            `copilot_peft_config` every access merges the adapter into a new copy.
         learner (`CopilotLearner`): What trains it.
     """
 
@@ -331,10 +332,16 @@ class CopilotTrainer(CopilotMixin, SFTTrainer):
 
     The Pilot's training is SFTTrainer's, bit for bit. The logs gain `copilot_loss`, `pilot_nll`, `rectified_nll`,
     `pilot_token_accuracy`, `rectified_token_accuracy` and `copilot_dropped_mass` (probability beyond the `top_k`
-    tokens that the Copilot is told of), at every logging step, on documents that it has not seen yet; in evaluation
-    all but the first, with `eval_`. The Copilot is saved in `output_dir/copilot` and in every checkpoint. Checkpoints
-    also hold the Mistake Log, and with it token ids of the training data: where they are shared
-    (`hub_strategy="checkpoint"` or `"all_checkpoints"`), `copilot_save_mistake_log=False` leaves it out.
+    tokens that the Copilot is told of), at every logging step: each round is measured before the Copilot learns from
+    it, so that in the first epoch the documents are new to it; of later epochs judge by the evaluation, which has all
+    but the first, with `eval_`. There is `copilot_skipped_steps` where a step failed and was left out, and
+    `copilot_log_rounds` where its bound in bytes keeps the log short. `eval_loss` is the Pilot's: for
+    `load_best_model_at_end` to follow Pilot + Copilot set `metric_for_best_model="eval_rectified_nll"` and
+    `greater_is_better=False`.
+
+    The Copilot is saved in `output_dir/copilot` and in every checkpoint. Checkpoints also hold the Mistake Log, and
+    with it token ids of the training data: where they are shared (`hub_strategy="checkpoint"` or
+    `"all_checkpoints"`), `copilot_save_mistake_log=False` leaves it out.
 
     Takes every argument of SFTTrainer, and:
 

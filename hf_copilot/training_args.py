@@ -23,8 +23,8 @@ class CopilotArguments:
             the log anew and costs as much as the first.
         copilot_mistake_source (`str`, defaults to `"train"`): Whose errors are logged: `"train"`, every forward of the
             Pilot's training (the paper); `"first_visit"`, those of the first epoch, before the Pilot has seen the
-            document (of it the log keeps the last `copilot_log_rounds`, and nothing of later epochs; for Pilots whose
-            head is not trained); `"holdout"`, those on a slice that it never trains on.
+            document; the last `copilot_log_rounds` of that epoch stay in the log (for Pilots whose head is frozen, as
+            with LoRA); `"holdout"`, those on a slice that it never trains on.
         copilot_holdout (`float`, defaults to `0.1`): That slice's share of `train_dataset`. One more batch of
             `per_device_train_batch_size` of its rows goes through the Pilot, without gradient, at every step.
         copilot_log_rounds (`int`, defaults to `128`): Rounds (optimizer steps) that the Mistake Log keeps.
@@ -36,14 +36,14 @@ class CopilotArguments:
             resumes exactly, the Copilot with an empty log. It may be large, and holds token ids of the training data.
         copilot_strength (`str`, defaults to `"config"`): λ is the one in the Copilot's config, or the one that is best
             on `eval_dataset` when training ends: with `"auto"` by NLL, with `"auto_accuracy"` by token accuracy (for
-            greedy answers; its probabilities may be too sure).
+            greedy answers; its probabilities may be too sure). A fixed λ is `CopilotConfig.strength`.
         copilot_predict (`bool`, defaults to `False`): With `predict_with_generate=True` (Seq2Seq), evaluation and
             prediction generate with the Copilot.
         copilot_start_fresh (`bool`, defaults to `False`): On resuming from a checkpoint that holds no Copilot, start a
             fresh one instead of raising an error.
 
     Raises:
-        ValueError: For a value that is not among a field's choices.
+        ValueError: For a value that is not among a field's choices, or one that would do nothing.
     """
 
     copilot_learning_rate: float = field(
@@ -94,6 +94,7 @@ class CopilotArguments:
         metadata={
             "help": "λ is the config's, or the best on eval_dataset when training ends: by NLL, or by accuracy.",
             "choices": ["config", *AUTO_STRENGTHS],
+            "hint": "; for a fixed λ set CopilotConfig(strength=...) or CopilotLogitsProcessor(strength=...)",
         },
     )
     copilot_predict: bool = field(
@@ -109,7 +110,13 @@ class CopilotArguments:
         for option in fields(CopilotArguments):
             choices = option.metadata.get("choices")
             if choices is not None and getattr(self, option.name) not in choices:
-                raise ValueError(f"{option.name}={getattr(self, option.name)!r}: choose one of {choices}.")
+                hint = option.metadata.get("hint", "")
+                raise ValueError(f"{option.name}={getattr(self, option.name)!r}: choose one of {choices}{hint}.")
+        if self.copilot_holdout != CopilotArguments.copilot_holdout and self.copilot_mistake_source != "holdout":
+            raise ValueError(
+                f"copilot_holdout={self.copilot_holdout} holds nothing out while copilot_mistake_source="
+                f"{self.copilot_mistake_source!r}: set copilot_mistake_source='holdout', or leave it out."
+            )
         after = getattr(super(), "__post_init__", None)
         if after is not None:
             after()

@@ -51,7 +51,8 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(args.model) if args.model else ByT5Tokenizer()
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     tiny = LlamaConfig(vocab_size=len(tokenizer), **shape, pad_token_id=0, eos_token_id=1)
-    pilot = AutoModelForCausalLM.from_pretrained(args.model) if args.model else LlamaForCausalLM(tiny)
+    pilot = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32") if args.model else LlamaForCausalLM(tiny)
+    pilot.to(PartialState().device)
     rows = list(load_dataset("openai/gsm8k", "main", split="train")) if args.model else sums(8 * args.steps)
 
     def collate(rows):
@@ -60,7 +61,7 @@ def main():
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         for row, label in zip(rows, batch["labels"], strict=True):
             label[: len(tokenizer(row["question"], add_special_tokens=False)["input_ids"])] = -100
-        return dict(batch)
+        return dict(batch.to(pilot.device))
 
     loader = torch.utils.data.DataLoader(rows[: 8 * args.steps], 8, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(pilot.parameters(), lr=1e-5 if args.model else 1e-3)

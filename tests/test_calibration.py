@@ -130,7 +130,9 @@ def test_auto_at_the_end_of_training(tmp_path, capsys):
     trainer.train()
     found = trainer.copilot.config.calibration
     assert found["data"] == "8 rows and 4 rows" and found["strengths"] == list(STRENGTHS)
-    assert f"λ = {found['strength']:g}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"NLL per token (λ = {found['strength']:g}" in shown and f"{min(found['nll']):.4f}" in shown
+    assert f"token accuracy (λ = {found['strength']:g}" in shown and f"{found['token_accuracy'][0]:.1%}" in shown
     trainer.save_model()
     loaded = CopilotModel.from_pretrained(tmp_path / "copilot")
     assert loaded.config.strength == found["strength"] and loaded.config.calibration == found

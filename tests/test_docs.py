@@ -11,7 +11,7 @@ from peft import PromptTuningConfig, get_peft_model
 from tiny import QUIET, addition, tiny_pilot, tiny_tokenizer, trained_like
 from transformers import TrainingArguments
 
-from hf_copilot import CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer
+from hf_copilot import CopilotCallback, CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer
 
 TESTS = Path(__file__).parent
 TABLE = (TESTS.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")
@@ -64,6 +64,13 @@ def test_data_parallel_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="DataParallel"):
         make_trainer(tmp_path)
+
+
+def test_the_callback_in_several_processes_raises(tmp_path, monkeypatch):
+    args = TrainingArguments(output_dir=str(tmp_path), **QUIET)
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(NotImplementedError, match="plain `python`"):
+        CopilotCallback().on_train_begin(args, None, None, model=tiny_pilot())
 
 
 def test_virtual_tokens_raise_in_generation(pilot):

@@ -143,6 +143,13 @@ def test_a_choice_that_does_not_exist_raises(tmp_path, option):
             config_class(**folder, **{option: "hold_out"})
 
 
+def test_arguments_that_would_do_nothing_raise():
+    with pytest.raises(ValueError, match="set copilot_mistake_source='holdout'"):
+        CopilotArguments(copilot_holdout=0.2)
+    with pytest.raises(ValueError, match="for a fixed λ set CopilotConfig"):
+        CopilotArguments(copilot_strength=0.5)
+
+
 @given(st.integers(1, 9), st.integers(1, 5))
 def test_a_holdout_is_walked_through_in_order(rows, size):
     holdout = Holdout(list(range(rows)), list, size)
