@@ -17,7 +17,7 @@ from .checkpoint import STATE_FOLDER, WEIGHTS_FOLDER
 from .compatibility import check_pilot, tokenizer_fingerprint
 from .configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
-from .learner_state import load_state
+from .learner_state import load_state, written_beside
 from .mistake_log import MistakeLog, MistakeRecord
 from .modeling_copilot import CopilotModel
 from .pilot_tap import unwrap
@@ -43,12 +43,14 @@ def make_copilot(
     else:
         raise TypeError(f"copilot={copilot!r}: pass None, a CopilotConfig, a CopilotModel, a path or a Hub id.")
     base = unwrap(pilot).config
+    if not is_hub_id(copilot.config.init):
+        copilot.config.init = Path(copilot.config.init).name  # no folders of this machine in what is shared
+    copilot.config.pilot_model_type = base.get_text_config().model_type
     copilot.config.base_model_name_or_path = base.name_or_path if is_hub_id(base.name_or_path) else None
     copilot.config.base_model_revision = getattr(base, "_commit_hash", None)
-    copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
+    if tokenizer is not None:
+        copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
     copilot.config.hf_copilot_version = __version__
-    copilot.config.results = None
-    copilot.config.forget_calibration()
     return copilot
 
 
@@ -120,6 +122,12 @@ def load_checkpoint(learner: CopilotLearner, checkpoint: str | os.PathLike, star
             "save_only_model=True wrote it). Set copilot_start_fresh=True in CopilotSFTConfig to resume the Pilot "
             "with a fresh Copilot."
         )
+
+
+def save_weights(learner: CopilotLearner, directory: str | os.PathLike) -> None:
+    """Write the Copilot as plain weights, with its card, into its folder of `directory`."""
+    with written_beside(Path(directory) / WEIGHTS_FOLDER) as folder:
+        learner.exported("cpu").save_pretrained(folder)
 
 
 def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None:

@@ -110,7 +110,7 @@ def make_records(
         input_ids = inputs["input_ids"].cpu().flatten()[where]  # [N]
         embeddings, embedding_spans = flat(states.embeddings, where), spans  # [N, d_P]
         if embedding.gives(embeddings, input_ids):
-            embeddings, embedding_spans = embeddings[:0], [0] * len(spans)
+            embeddings, embedding_spans = embeddings.new_empty(0, embeddings.shape[-1]), [0] * len(spans)
     columns = {
         "input_ids": (input_ids, spans),
         "embeddings": (embeddings.to(dtype=dtype), embedding_spans),

@@ -18,11 +18,12 @@ from .assembly import (
     load_checkpoint,
     make_copilot,
     make_learner,
+    save_weights,
 )
-from .checkpoint import STATE_FOLDER, WEIGHTS_FOLDER
+from .checkpoint import STATE_FOLDER
 from .configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
-from .learner_state import save_state, written_beside
+from .learner_state import save_state
 from .modeling_copilot import CopilotModel
 from .pilot_tap import unwrap
 from .training_args import AUTO_STRENGTHS, CopilotArguments
@@ -141,11 +142,9 @@ class CopilotCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        with written_beside(checkpoint / WEIGHTS_FOLDER) as folder:
-            self.learner.exported("cpu").save_pretrained(folder)
+        save_weights(self.learner, checkpoint)
         save_state(self.learner, checkpoint / STATE_FOLDER, self.copilot_args.copilot_save_mistake_log)
 
     def on_train_end(self, args, state, control, **kwargs):
-        with written_beside(Path(args.output_dir) / WEIGHTS_FOLDER) as folder:
-            self.learner.exported("cpu").save_pretrained(folder)
+        save_weights(self.learner, args.output_dir)
         self.close()

@@ -166,8 +166,9 @@ class CopilotConfig(PreTrainedConfig):
         }
         return cls(**(settings | kwargs))
 
-    def forget_calibration(self) -> None:
-        """Go back to the default λ, if it was chosen for weights that are to be trained further."""
+    def forget_results(self) -> None:
+        """Drop what was measured of weights that are to be trained further, and a λ that was chosen for them."""
+        self.results = None
         if self.calibration is not None:
             self.strength, self.calibration = type(self).strength, None
 

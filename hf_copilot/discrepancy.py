@@ -179,15 +179,16 @@ def fuse(scores: torch.Tensor, correction: torch.Tensor, strength: float, fusion
 
     `"logit"`: s + λf − (lse(s + λf) − lse(s)). `"probability"` (Eq. 8): p̃ = max(p̂ + λf, floor), put back on the scale
     of s. Either way the result is normalised where s was (log-probabilities stay log-probabilities), raw logits stay
-    raw logits, and tokens banned with −inf stay banned. A row of s that holds NaN stays a row with NaN.
+    raw logits, and tokens banned with −inf stay banned, be it all of a row. A row of s that holds NaN stays one.
     """
     if strength == 0:
         return scores
     normalizer = scores.logsumexp(-1, keepdim=True)  # [..., 1]
     if fusion == "logit":
         fused = scores + strength * correction  # [..., V]
-        return fused - (fused.logsumexp(-1, keepdim=True) - normalizer)
-    pilot = (scores - normalizer).exp()  # [..., V] p̂
-    fused = torch.maximum(pilot + strength * correction, pilot.clamp_max(PROBABILITY_FLOOR))
-    fused = fused.masked_fill(scores == -torch.inf, 0.0)
-    return fused.log() - fused.sum(-1, keepdim=True).log() + normalizer
+    else:
+        pilot = (scores - normalizer).exp()  # [..., V] p̂
+        fused = torch.maximum(pilot + strength * correction, pilot.clamp_max(PROBABILITY_FLOOR))
+        fused = fused.masked_fill(scores == -torch.inf, 0.0).log()
+    shift = normalizer - fused.logsumexp(-1, keepdim=True)  # [..., 1]
+    return fused + shift.masked_fill(normalizer == -torch.inf, 0.0)

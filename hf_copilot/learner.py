@@ -107,6 +107,7 @@ class CopilotLearner:
         self.log = log if log is not None else MistakeLog()
         self.log_dtype, self.seed, self.autocast_dtype = log_dtype, seed, autocast_dtype
         self._forget()
+        self.optimizer: torch.optim.Optimizer | None = None  # from `start` on
         self.calibration: tuple[Sequence[float], torch.Tensor] | None = None  # λ and sums, inside `calibrate`
         self._listening, self._caught = False, None
         config = copilot.config
@@ -133,7 +134,7 @@ class CopilotLearner:
         self.tap.open()
         self._follow_pilot()
         self._forget()
-        self.copilot.config.forget_calibration()
+        self.copilot.config.forget_results()
         copy_from_main_process(self.copilot.parameters())
         decay = [p for p in self.trainable_parameters() if p.ndim > 1]
         no_decay = [p for p in self.trainable_parameters() if p.ndim <= 1]
@@ -175,7 +176,7 @@ class CopilotLearner:
         with self._watch(inputs):
             yield
         with self.head.gathered():
-            self.round += self._records(inputs, dtype=self.log_dtype, device="cpu")
+            self.round += self._records_to_log(inputs)
 
     @contextmanager
     def evaluate(self, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -183,12 +184,13 @@ class CopilotLearner:
         with self._watch(inputs):
             yield
         with self.head.gathered():
+            size = self._caught.positions
             records = self._records(inputs)
             if self.calibration is None:
-                self.sums["eval"] += self.score(records)
+                self.sums["eval"] += self.score(records, max_positions=size)
             else:
                 strengths, sums = self.calibration
-                sums += self.score(records, strengths)
+                sums += self.score(records, strengths, size)
 
     def read(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
         """The records of one forward, neither logged nor measured; the hooks are gone afterwards."""
@@ -205,7 +207,7 @@ class CopilotLearner:
         with isolated_rng(self.device), eval_mode(self.head.trained), self._watch(inputs):
             forward()
         with self.head.gathered():
-            return self._records(inputs, dtype=self.log_dtype, device="cpu")
+            return self._records_to_log(inputs)
 
     @contextmanager
     def _watch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -226,9 +228,12 @@ class CopilotLearner:
 
     def _records(self, inputs: Mapping[str, Any], **kwargs: Any) -> list[MistakeRecord]:
         states, self._caught = self._caught, None
-        self.largest_batch = max(self.largest_batch, states.positions)
         with self._autocast():
             return make_records(states, inputs, self.head, self.embedding, self.copilot.config.top_k, **kwargs)
+
+    def _records_to_log(self, inputs: Mapping[str, Any]) -> list[MistakeRecord]:
+        self.largest_batch = max(self.largest_batch, self._caught.positions)
+        return self._records(inputs, dtype=self.log_dtype, device="cpu")
 
     # ---- learning --------------------------------------------------------------------------------------------------
 
@@ -243,7 +248,14 @@ class CopilotLearner:
         Args:
             measure: First add this round's documents, which the Copilot has not seen, to the training metrics.
             mistakes: Records to log instead of this round's own; an empty list leaves the log as it is.
+
+        Raises:
+            ValueError: Before `start`.
         """
+        if self.optimizer is None:
+            raise ValueError(
+                "The Copilot has no schedule yet: pass num_training_steps, or call start() with it first."
+            )
         records, self.round = self.round, []
         with self.head.gathered(), isolated_rng(self.device, self.seed + 1_000_003 * self.steps + process_index()):
             if records and measure:
@@ -330,11 +342,13 @@ class CopilotLearner:
                 SKIPS_TO_WARN,
             )
 
-    def batches(self, records: list[MistakeRecord]) -> Iterator[CopilotBatch]:
-        """The records, padded, in groups no larger than the Pilot's own micro-batches."""
+    def batches(self, records: list[MistakeRecord], max_positions: int | None = None) -> Iterator[CopilotBatch]:
+        """The records, padded, in groups of at most `max_positions`, by default those of the Pilot's largest
+        micro-batch in training."""
+        max_positions = max_positions or self.largest_batch
         dtype = self.copilot.norm.weight.dtype
         has_encoder = self.copilot.config.pilot_is_encoder_decoder
-        for group in group_by_length(records, self.largest_batch, has_encoder):
+        for group in group_by_length(records, max_positions, has_encoder):
             yield CopilotBatch.collate(group, self.embedding, self.copilot.config, self.device, dtype)
 
     def _outputs(self, batch: CopilotBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -406,21 +420,28 @@ class CopilotLearner:
             yield chunk
 
     @torch.no_grad()
-    def score(self, records: list[MistakeRecord], strengths: Sequence[float] | None = None) -> torch.Tensor:
+    def score(
+        self,
+        records: list[MistakeRecord],
+        strengths: Sequence[float] | None = None,
+        max_positions: int | None = None,
+    ) -> torch.Tensor:
         """Sums over the records' targets, teacher-forced, at each λ of `strengths`, on the CPU: see [`sums_of`]."""
         strengths = self.strengths if strengths is None else strengths
-        sums = no_sums(strengths).to(self.device)
+        parts = []
         was_training = self.copilot.training
         self.copilot.eval()
-        for batch in self.batches(records):
+        for batch in self.batches(records, max_positions):
             labels, dropped = batch.labels, batch.target.dropped  # [Q], [Q]
             for rows, pilot, correction in self.scores(batch):
                 fusion = self.copilot.config.fusion
-                sums += sums_of(pilot, correction, labels[rows], dropped[rows], strengths, fusion)
+                parts.append(sums_of(pilot, correction, labels[rows], dropped[rows], strengths, fusion))
         self.copilot.train(was_training)
-        return sums.cpu()
+        return torch.stack(parts).cpu().double().sum(0) if parts else no_sums(strengths)
 
     def _over_processes(self, sums: torch.Tensor) -> torch.Tensor:
+        if num_processes() == 1:
+            return sums  # not every device has float64
         sums = sums.to(self.device)
         sum_over_processes([sums])
         return sums

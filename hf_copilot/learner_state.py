@@ -13,9 +13,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from .distributed import process_index
@@ -71,6 +72,7 @@ def _save_shared(learner: CopilotLearner, folder: Path) -> None:
         "steps": learner.steps,
         "skipped_steps": learner.skipped_steps,
         "largest_batch": learner.largest_batch,
+        "trained": _what_is_trained(learner),
     }
     (folder / SCALARS).write_text(json.dumps(scalars), encoding="utf-8")
 
@@ -82,11 +84,18 @@ def _in_adapter(learner: CopilotLearner) -> list[tuple[str, torch.Tensor]]:
     return [(name, tensor) for name, tensor in learner.copilot.named_parameters() if tensor.requires_grad]
 
 
+def _what_is_trained(learner: CopilotLearner) -> dict[str, Any]:
+    """Shapes of all weights that are trained, and an adapter's factors."""
+    shapes = {name: list(p.shape) for name, p in learner.copilot.named_parameters() if p.requires_grad}
+    modules = learner.copilot.named_modules()
+    return shapes | {name: module.scaling for name, module in modules if isinstance(module, LoraLayer)}
+
+
 def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
     """Take up where [`save_state`] left off; call after `start`. The exported weights are loaded on their own.
 
     Raises:
-        ValueError: If the folder holds no state of a learner.
+        ValueError: If the folder holds no state of a learner, or of one that trains other weights.
     """
     directory = Path(directory)
     missing = [name for name in (TENSORS, SCALARS) if not (directory / name).is_file()]
@@ -94,6 +103,11 @@ def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
         raise ValueError(f"{directory} is not a saved state of a CopilotLearner: {missing} missing.")
     tensors = load_file(directory / TENSORS)
     scalars = json.loads((directory / SCALARS).read_text(encoding="utf-8"))
+    if scalars["trained"] != _what_is_trained(learner):
+        raise ValueError(
+            f"{directory} was saved by a run that trains other weights of its Copilot: resume with the "
+            "copilot_peft_config that it was started with."
+        )
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):

@@ -27,7 +27,7 @@ def sums_of(
     strengths: Sequence[float],
     fusion: str,
 ) -> torch.Tensor:
-    """Sums over c targets, `[len(strengths) + 1, 2]` float64: for every λ the negative log-likelihood (nats) and the
+    """Sums over c targets, `[len(strengths) + 1, 2]` float32: for every λ the negative log-likelihood (nats) and the
     top-1 hits of the fused distribution; in the last row the probability mass left out of ℓ, and c.
 
     Args:
@@ -43,7 +43,7 @@ def sums_of(
         hits = (fused.argmax(-1, keepdim=True) == label).sum()
         rows.append(torch.stack([-fused.gather(-1, label).sum(), hits]))
     rows.append(torch.stack([dropped.sum(), dropped.new_tensor(len(labels))]))
-    return torch.stack([row.double() for row in rows])
+    return torch.stack(rows)
 
 
 def calibration_of(sums: torch.Tensor, strengths: Sequence[float], data: str, metric: str = "nll") -> dict[str, Any]:

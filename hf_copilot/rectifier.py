@@ -131,7 +131,8 @@ class Rectifier:
             raise ValueError(UNKNOWN_CALL)
         raise ValueError(
             "The Pilot's cache holds tokens that this processor has not seen: make the processor before the cache is "
-            "filled, or call generate without past_key_values."
+            "filled, and one for each conversation that has a cache of its own, or call generate without "
+            "past_key_values."
         )
 
     def _ends_with(self, states: PilotStates, ids: torch.Tensor) -> bool:

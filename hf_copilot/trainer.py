@@ -27,7 +27,9 @@ from .assembly import (
     load_weights,
     make_copilot,
     make_learner,
+    save_weights,
 )
+from .batch import find_documents
 from .checkpoint import (
     STATE_FOLDER,
     WEIGHTS_FOLDER,
@@ -37,7 +39,7 @@ from .checkpoint import (
     write_manifest,
 )
 from .configuration_copilot import CopilotConfig
-from .learner_state import load_state, save_state, written_beside
+from .learner_state import load_state, save_state
 from .logits_processor import CopilotLogitsProcessor
 from .measures import STRENGTHS, results_of
 from .mistake_log import MistakeRecord
@@ -112,6 +114,11 @@ class CopilotMixin:
             raise ValueError(
                 f"copilot_strength={strength!r} chooses λ on `eval_dataset`: pass one, or leave it at 'config'."
             )
+        if self.args.greater_is_better and str(self.args.metric_for_best_model).endswith("nll"):
+            logger.warning(
+                f"metric_for_best_model={self.args.metric_for_best_model!r} is best where it is least, and "
+                "greater_is_better=True keeps the checkpoint where it is greatest: set greater_is_better=False."
+            )
         self.learner = make_learner(
             make_copilot(copilot, self.model, self.processing_class),
             self.model,
@@ -155,6 +162,11 @@ class CopilotMixin:
             raise NotImplementedError(
                 f"{type(self).__name__} does not support model_init (and with it hyperparameter_search): its Copilot "
                 "belongs to one model. Make a trainer for each model."
+            )
+        if isinstance(self, SFTTrainer) and is_encoder_decoder(self.model):
+            raise NotImplementedError(
+                f"{type(self).__name__} is for decoder-only models, as SFTTrainer is: use CopilotSeq2SeqTrainer for "
+                f"{type(self.model).__name__}."
             )
         if self.is_fsdp_enabled and is_encoder_decoder(self.model):
             raise NotImplementedError(
@@ -227,13 +239,17 @@ class CopilotMixin:
 
     def _without_repeated_rows(self, inputs):
         """In the last batch of an evaluation, accelerate repeats rows so that all processes have as many: unlabelled
-        here, they are not counted twice."""
+        here, they are not counted twice. Where rows are packed, those that are repeated are not known, and counted."""
         inputs, state = dict(inputs), self.accelerator.gradient_state
-        if self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
-            rows = len(inputs["labels"])
-            own = max(state.remainder - self.args.process_index * rows, 0)
-            inputs["labels"] = inputs["labels"].clone()
-            inputs["labels"][own:] = -100
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        labels = inputs["labels"] = inputs["labels"].clone()  # [B, T], or all rows one after the other [1, N]
+        if len(labels) > 1 or inputs.get("position_ids") is None:
+            labels[max(state.remainder - self.args.process_index * len(labels), 0) :] = -100
+        elif not (self.args.packing if self.args.eval_packing is None else self.args.eval_packing):
+            documents = find_documents(inputs)
+            own = max(state.remainder - self.args.process_index * len(documents), 0)
+            labels[:, documents[own].start if own < len(documents) else labels.shape[1] :] = -100
         return inputs
 
     def evaluation_loop(
@@ -282,8 +298,7 @@ class CopilotMixin:
 
     def save_model(self, output_dir=None, _internal_call=False):
         if self.args.should_save:
-            with written_beside(Path(output_dir or self.args.output_dir) / WEIGHTS_FOLDER) as folder:
-                self.learner.exported("cpu").save_pretrained(folder)
+            save_weights(self.learner, output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
@@ -336,8 +351,7 @@ class CopilotTrainer(CopilotMixin, SFTTrainer):
     it, so that in the first epoch the documents are new to it; of later epochs judge by the evaluation, which has all
     but the first, with `eval_`. There is `copilot_skipped_steps` where a step failed and was left out, and
     `copilot_log_rounds` where its bound in bytes keeps the log short. `eval_loss` is the Pilot's: for
-    `load_best_model_at_end` to follow Pilot + Copilot set `metric_for_best_model="eval_rectified_nll"` and
-    `greater_is_better=False`.
+    `load_best_model_at_end` to follow Pilot + Copilot set `metric_for_best_model="eval_rectified_nll"`.
 
     The Copilot is saved in `output_dir/copilot` and in every checkpoint. Checkpoints also hold the Mistake Log, and
     with it token ids of the training data: where they are shared (`hub_strategy="checkpoint"` or

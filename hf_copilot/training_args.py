@@ -117,6 +117,8 @@ class CopilotArguments:
                 f"copilot_holdout={self.copilot_holdout} holds nothing out while copilot_mistake_source="
                 f"{self.copilot_mistake_source!r}: set copilot_mistake_source='holdout', or leave it out."
             )
+        if str(getattr(self, "metric_for_best_model", None)).endswith("nll") and self.greater_is_better is None:
+            self.greater_is_better = False  # transformers knows it of names that end with "loss"
         after = getattr(super(), "__post_init__", None)
         if after is not None:
             after()

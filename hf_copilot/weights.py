@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
@@ -35,7 +36,7 @@ COPILOT_NAMES = {  # of a layer's parameters, by the source's; applied one after
     "mlp.wi.": "mlp.up_proj.",
     "mlp.wo.": "mlp.down_proj.",
 }
-_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def copilot_for(pilot: nn.Module, config: CopilotConfig | None = None) -> CopilotModel:
@@ -76,8 +77,10 @@ def _take_over(config: CopilotConfig, source: nn.Module) -> CopilotModel:
     states = [block_state(layer) for layer in layers]
     if source_config.model_type not in FAMILIES:
         raise ValueError(_no_way(config, f"the family {source_config.model_type!r} is not among {FAMILIES}"))
+    if "mlp.up_proj.weight" not in states[0]:
+        raise ValueError(_no_way(config, "its weights are stored in a form that is not known (quantised?)"))
     for name, value in _block_settings(source_config, states[0]).items():
-        setattr(config, name, value)
+        _set_as_in_source(config, name, value)
     config.intermediate_size = config.intermediate_size or len(states[0]["mlp.up_proj.weight"])
     _fill_sizes(config, source_config, len(layers))
     copilot = _build(config)
@@ -91,6 +94,16 @@ def _take_over(config: CopilotConfig, source: nn.Module) -> CopilotModel:
     elif config.init == "pilot":
         nn.init.eye_(copilot.input_proj.weight)  # the Pilot's embedding, as it was
     return copilot
+
+
+def _set_as_in_source(config: CopilotConfig, name: str, value: Any) -> None:
+    given = getattr(config, name)
+    if given not in (getattr(CopilotConfig, name), value):
+        raise ValueError(
+            f"CopilotConfig.{name}={given!r}, but the decoder that the Copilot starts from (init={config.init!r}) has "
+            f"{value!r}: leave it out, or use init='random'."
+        )
+    setattr(config, name, value)
 
 
 def _block_settings(source: PreTrainedConfig, state: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -132,8 +145,10 @@ def _layer_state(state: dict[str, torch.Tensor], layer_type: str, source: nn.Mod
 def block_state(layer: nn.Module) -> dict[str, torch.Tensor]:
     """A decoder layer's plain weights under the Copilot's names: adapters dropped, quantised weights dequantised."""
     state = {}
+    adapted = tuple(f"{name}." for name, module in layer.named_modules() if isinstance(module, BaseTunerLayer))
     for name, parameter in layer.named_parameters():
-        if "lora_" in name or ".original_module." in name or "relative_attention_bias" in name:
+        of_adapter = name.startswith(adapted) and ".base_layer." not in name
+        if of_adapter or ".original_module." in name or "relative_attention_bias" in name:
             continue
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight" and is_quantized(layer.get_submodule(owner)):

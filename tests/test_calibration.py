@@ -141,7 +141,9 @@ def test_auto_at_the_end_of_training(tmp_path, capsys):
         with CopilotLogitsProcessor(loaded, trainer.model) as processor:
             assert processor.strength == found["strength"]
     again = make_trainer(tmp_path / "again", sets, copilot=loaded)
-    assert again.copilot.config.strength == 1.0 and again.copilot.config.calibration is None
+    assert (loaded.config.strength, loaded.config.calibration) == (found["strength"], found)  # nothing trained yet
+    again.train()
+    assert (loaded.config.strength, loaded.config.calibration, loaded.config.results) == (1.0, None, None)
 
 
 def test_calibrating_on_another_set_when_asked(tmp_path):

@@ -240,6 +240,15 @@ def test_the_calibrated_strength_is_resumed(tmp_path, straight):
     assert resumed.copilot.config.strength == 0.75
 
 
+def test_resuming_with_another_adapter_raises(tmp_path):
+    make_trainer(tmp_path, copilot_peft_config=LoraConfig(r=4)).train()
+    for other in (None, LoraConfig(r=2), LoraConfig(r=4, lora_alpha=3)):
+        with pytest.raises(ValueError, match="copilot_peft_config that it was started with"):
+            make_trainer(tmp_path, copilot_peft_config=other).train(
+                resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+            )
+
+
 def test_random_state_of_the_copilot_is_its_own(tmp_path):
     """No step of the Copilot draws from the global generator."""
     trainer = make_trainer(tmp_path)

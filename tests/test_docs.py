@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from peft import PromptTuningConfig, get_peft_model
-from tiny import QUIET, addition, tiny_pilot, tiny_tokenizer, trained_like
+from tiny import QUIET, addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
 from transformers import TrainingArguments
 
 from hf_copilot import CopilotCallback, CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer
@@ -58,6 +58,16 @@ def test_unsupported_training_raises(tmp_path, monkeypatch, owner, attribute, va
     monkeypatch.setattr(owners[owner], attribute, value, raising=False)
     with pytest.raises(NotImplementedError, match=message):
         trainer._check_supported(None)
+
+
+def test_an_encoder_decoder_in_the_trainer_of_decoders_raises(tmp_path):
+    with pytest.raises(NotImplementedError, match="use CopilotSeq2SeqTrainer for T5"):
+        CopilotTrainer(
+            model=tiny_seq2seq(),
+            args=CopilotSFTConfig(output_dir=str(tmp_path), **QUIET),
+            train_dataset=addition(8),
+            processing_class=tiny_tokenizer(),
+        )
 
 
 def test_data_parallel_raises(tmp_path, monkeypatch):

@@ -199,6 +199,32 @@ def test_missing_labels_another_pilot_and_another_vocabulary_raise(pilot):
         CopilotLearner(copilot_for(pilot), tiny_pilot(vocab_size=VOCAB_SIZE + 1))
 
 
+def test_an_evaluation_leaves_the_bound_of_training_alone(pilot):
+    learner = CopilotLearner(trained_like(pilot), pilot, num_training_steps=1)
+    inputs = padded_batch()
+    part = {name: tensor[:1] for name, tensor in inputs.items()}
+    with learner.observe(part):
+        pilot(**part)
+    bound = learner.largest_batch
+    assert bound == part["input_ids"].numel()
+    with learner.evaluate(inputs):
+        pilot(**inputs)
+    learner.read(inputs, lambda: pilot(**inputs))
+    assert learner.largest_batch == bound
+
+
+def test_a_step_before_the_start_raises(pilot):
+    with pytest.raises(ValueError, match="call start"):
+        CopilotLearner(trained_like(pilot), pilot).step()
+
+
+def test_a_log_without_embeddings_holds_none_of_their_storage(pilot):
+    pilot.bfloat16().requires_grad_(False)
+    learner = CopilotLearner(copilot_for(pilot), pilot)
+    for record in observe(learner, pilot, padded_batch()):
+        assert record.embeddings.untyped_storage().nbytes() == 0
+
+
 def test_a_4d_mask_raises(pilot):
     inputs = padded_batch()
     inputs["attention_mask"] = torch.ones(4, 1, 9, 9, dtype=torch.bool)

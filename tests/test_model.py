@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from huggingface_hub import HfApi
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB_SIZE, tiny_pilot, tiny_tokenizer, trained_like
 from transformers import AutoConfig, AutoModel
@@ -73,6 +73,24 @@ def test_starts_from_another_checkpoint(tmp_path):
     tiny_pilot(vocab_size=2 * VOCAB_SIZE).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another vocabulary"):
         copilot_for(tiny_pilot(), CopilotConfig(init=str(tmp_path)))
+
+
+@pytest.mark.parametrize("make_config", [IA3Config, VeraConfig, LoHaConfig])
+def test_weights_come_through_other_adapters(pilot, make_config):
+    weights = copilot_for(pilot).layers.state_dict()
+    targets = ["q_proj", "o_proj", "down_proj"] if make_config is not VeraConfig else ["q_proj"]
+    more = {"feedforward_modules": ["down_proj"]} if make_config is IA3Config else {}
+    wrapped = get_peft_model(pilot, make_config(task_type="CAUSAL_LM", target_modules=targets, **more))
+    for name, tensor in copilot_for(wrapped).layers.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_a_block_that_the_source_has_not_raises(pilot):
+    with pytest.raises(ValueError, match="hidden_act='gelu'.*has 'silu'.*init='random'"):
+        copilot_for(pilot, CopilotConfig(hidden_act="gelu"))
+    assert copilot_for(pilot, CopilotConfig(hidden_act="gelu", init="random")).config.hidden_act == "gelu"
+    again = copilot_for(pilot, copilot_for(pilot).config)  # what it was given by the source is no setting of a user's
+    assert again.config.attention_bias == copilot_for(pilot).config.attention_bias
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])

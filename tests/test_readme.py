@@ -1,4 +1,4 @@
-"""The README's snippets run as they stand, on a tiny Pilot under another name."""
+"""The snippets of README and docs/using.md run as they stand, on a tiny Pilot under another name."""
 
 from __future__ import annotations
 
@@ -7,30 +7,60 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
-from tiny import addition, tiny_pilot, tiny_tokenizer
+from test_learner import padded_batch
+from tiny import addition, tiny_pilot, tiny_tokenizer, trained_like
+from transformers import Trainer, TrainingArguments
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+ROOT = Path(__file__).parent.parent
+README, USING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/using.md"))
+CPU = 'output_dir="out", use_cpu=True, bf16=False, max_steps=2, report_to=[]'
+CHANGES = {'"Qwen/Qwen2.5-0.5B"': '"base"', 'output_dir="out"': CPU}
 
 
-def test_the_snippets_run(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """A folder with a Pilot called "base", and no hub."""
     monkeypatch.chdir(tmp_path)
     tiny_pilot().save_pretrained("base")
     tiny_tokenizer().save_pretrained("base")
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: addition(16))
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": name}))
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: "url")
-    cpu = 'output_dir="out", use_cpu=True, bf16=False, max_steps=2, report_to=[]'
-    changes = {'"Qwen/Qwen2.5-0.5B"': '"base"', 'output_dir="out"': cpu}
-    namespace = {"another_pilot": tiny_pilot(seed=1)}
-    assert len(SNIPPETS) == 3
-    for snippet in SNIPPETS:
-        for before, after in changes.items():
+    return tmp_path
+
+
+def run(text, namespace):
+    snippets = re.findall(r"```python\n(.*?)```", text, re.S)
+    for snippet in snippets:
+        for before, after in CHANGES.items():
             snippet = snippet.replace(before, after)
         exec(snippet, namespace)
-    assert (tmp_path / "out" / "copilot" / "model.safetensors").is_file()
+    return len(snippets)
+
+
+def test_the_snippets_of_the_readme_run(offline):
+    assert run(README, {"another_pilot": tiny_pilot(seed=1)}) == 3
+    assert (offline / "out" / "copilot" / "model.safetensors").is_file()
+
+
+def test_the_snippets_of_the_first_questions_run(offline):
+    pilot, rows = tiny_pilot().eval(), [{"input_ids": [5, 9, 12], "labels": [5, 9, 12]}] * 4
+    plain = Trainer(
+        model=tiny_pilot(), args=TrainingArguments("plain", use_cpu=True, report_to=[]), train_dataset=rows
+    )
+    namespace = {"train_dataset": addition(16), "eval_dataset": addition(4), "pilot": pilot, "trainer": plain}
+    namespace |= {"loader": [padded_batch()] * 2, "tokenizer": tiny_tokenizer(), "copilot": trained_like(pilot)}
+    sft, *others = re.split(r"(?=\n\*\*My Pilot is trained already)", USING)
+    assert run(sft, dict(namespace)) == 1
+    assert run("".join(others), namespace) == 3
+    assert (offline / "copilot" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", README))
-def test_the_links_lead_somewhere(path):
-    assert (Path(__file__).parent.parent / path).exists()
+def test_the_links_of_the_readme_lead_somewhere(path):
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", USING))
+def test_the_links_of_the_first_questions_lead_somewhere(path):
+    assert (ROOT / "docs" / path).exists()

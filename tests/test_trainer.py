@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -265,6 +266,16 @@ def test_best_model_takes_its_copilot_along(tmp_path):
     assert trainer.copilot.config.results["rectified_nll"] == first["eval_rectified_nll"]
 
 
+def test_the_least_nll_is_the_best(tmp_path, caplog):
+    settings_of = partial(settings, tmp_path, eval_strategy="epoch", metric_for_best_model="eval_rectified_nll")
+    assert CopilotSFTConfig(**settings_of()).greater_is_better is False
+    assert CopilotSFTConfig(**settings_of(greater_is_better=True)).greater_is_better is True
+    args = SFTConfig(**settings_of())  # which takes greater_is_better=True
+    data = {"train_dataset": addition(8), "eval_dataset": addition(8)}
+    CopilotTrainer(tiny_pilot(), args, processing_class=tiny_tokenizer(), **data)
+    assert "best where it is least" in caplog.text
+
+
 def test_only_the_model_is_saved_with_its_copilot(tmp_path):
     trainer = train(CopilotTrainer, tmp_path, save_strategy="steps", save_steps=2, save_only_model=True)
     assert not list(tmp_path.rglob("copilot_state"))
@@ -483,6 +494,9 @@ def test_a_local_path_of_the_pilot_stays_private(tmp_path):
     trainer.copilot.save_pretrained(tmp_path / "copilot")
     for file in ("config.json", "README.md"):
         assert str(tmp_path) not in (tmp_path / "copilot" / file).read_text()
+    source = CopilotConfig(init=str(tmp_path / "pilot"))
+    trainer = train(CopilotTrainer, tmp_path / "again", config=source)
+    assert trainer.copilot.config.init == "pilot" and source.init == str(tmp_path / "pilot")
 
 
 def test_settings_of_an_adapted_copilot_are_live(tmp_path):

@@ -50,10 +50,14 @@ def learn(records_of: list[int], config: CopilotConfig) -> CopilotLearner:
     return learner
 
 
-def evaluated(folder: Path) -> dict[str, float]:
-    """The metrics of seven rows in batches of two: the last batch repeats rows where there are two processes."""
-    trainer = make_trainer(folder / "eval", copilot=trained_like(tiny_pilot()), per_device_eval_batch_size=2)
-    return trainer.evaluate(addition(7, seed=5))
+def evaluated(folder: Path) -> dict[str, dict[str, float]]:
+    """The metrics of seven rows in batches of two, padded or one after the other: the last batch repeats rows where
+    there are two processes."""
+    metrics = {}
+    for form, more in {"padded": {}, "padding_free": {"padding_free": True, "max_length": None}}.items():
+        args = {"copilot": trained_like(tiny_pilot()), "per_device_eval_batch_size": 2, **more}
+        metrics[form] = make_trainer(folder / f"eval-{form}", **args).evaluate(addition(7, seed=5))
+    return metrics
 
 
 def failed(failure: Callable, rank: int) -> dict:

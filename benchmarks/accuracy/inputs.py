@@ -79,8 +79,8 @@ def _records_of_all(make: Callable, inputs: dict[str, torch.Tensor], **kwargs: A
     return records
 
 
-def _completions_of(batches: Callable, records: list[MistakeRecord]) -> Iterator[CopilotBatch]:
-    for batch in batches(records):
+def _completions_of(batches: Callable, *args: Any, **kwargs: Any) -> Iterator[CopilotBatch]:
+    for batch in batches(*args, **kwargs):
         yield completions(batch)
 
 

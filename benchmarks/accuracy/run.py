@@ -43,11 +43,16 @@ def settings_of(setting: Setting) -> dict:
     return settings | {"base": setting.pilot, "lora": setting.lora, "device": setting.device, "data": data}
 
 
+def variants() -> dict:
+    """What makes the Copilots, beside a task's own settings of theirs."""
+    return {name: variant.settings() for name, variant in COPILOTS.items()}
+
+
 def run_task(setting: Setting, seeds: int) -> tuple[list[dict], dict]:
     """All arms for every seed, and what they cost; a Hub model has no Pilot of the joint size beside it."""
     runs, settings, folder = [], settings_of(setting), setting.work / setting.task.name
     ours = COPILOTS["copilot"]
-    with_copilots = settings | {"variants": {name: variant.settings() for name, variant in COPILOTS.items()}}
+    with_copilots = settings | {"variants": variants()}
     with_ours = settings | {"variants": ours.settings()}
     for seed in range(seeds):
         run = kept(
@@ -92,7 +97,8 @@ def main() -> None:
         task = replace(task, training=task.training | {"learning_rate": learning_rate})
         setting = Setting(task, args.data, work, args.device, args.pilot, args.lora)
         stem = f"{name}-{args.pilot.replace('/', '--')}" if args.pilot else task.name
-        report(task, *run_task(setting, args.seeds), settings_of(setting), args.results / stem)
+        settings = settings_of(setting) | {"variants": variants()}
+        report(task, *run_task(setting, args.seeds), settings, args.results / stem)
 
 
 def report(task: Task, runs: list[dict], costs: dict, settings: dict, stem: Path) -> None:
