@@ -23,7 +23,7 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_pilot().save_pretrained("base")
     tiny_tokenizer().save_pretrained("base")
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: addition(16))
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: addition(16, form="chat"))
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": name}))
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: "url")
     return tmp_path
