@@ -116,6 +116,7 @@ GROUPS = {
     "portable": PORTABLE,
     "feedback": FEEDBACK,
 }
+AT_ONCE = 7  # Copilots beside one Pilot
 OTHER_WIDTH = 192  # of a Pilot that a Copilot without the Pilot's states is moved to
 METRICS = ("token accuracy", "answers right", "generated right")
 Measured = dict[str, float]
@@ -144,13 +145,29 @@ def figures_of(model: Rectified, rows: list[dict[str, list[int]]]) -> dict[str, 
 
 
 def run_group(setting: Setting, seed: int, group: str) -> dict[str, Any]:
-    """Train all of a group beside one Pilot; figures of each on validation rows."""
+    """A group for one seed, a few Copilots at a time, each time beside the same Pilot again; what is done is kept."""
+    others = {share: variant.settings() for share, variant in HOLDOUTS.items()}
+    settings = settings_of(setting) | {"others": [OTHER_WIDTH, LONGER, SHARE, others]}
+    figures, names = {}, list(GROUPS[group])
+    for start in range(0, len(names), AT_ONCE):
+        variants = {name: GROUPS[group][name] for name in names[start : start + AT_ONCE]}
+        settings["variants"] = {name: variant.settings() for name, variant in variants.items()}
+        file = setting.work / setting.task.name / f"{group}-{seed}-{start // AT_ONCE}.json"
+        figures |= kept(file, settings, partial(run_variants, setting, seed, group, variants, start == 0))
+    return figures
+
+
+def run_variants(
+    setting: Setting, seed: int, group: str, variants: dict[str, Variant], is_first: bool
+) -> dict[str, dict[str, Any]]:
+    """Train these of a group beside one Pilot, with the first ones the group's `EXTRAS` too; figures of each on
+    validation rows."""
     tokenizer, splits = setting.tokenizer(), setting.task.splits(setting.data, seed)
-    trained = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, GROUPS[group])
+    trained = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, variants)
     alone = Rectified(trained.pilot, tokenizer)
     models = {"Pilot": alone}
     models |= {name: beside(alone, learner) for name, learner in trained.learners.items()}
-    if group in EXTRAS:
+    if is_first and group in EXTRAS:
         models |= EXTRAS[group](setting, tokenizer, splits.train, seed, trained)
     rows = setting.encoded(tokenizer, splits.valid)
     pilots = {id(model.pilot): name for name, model in models.items() if model.learner is None}
@@ -272,16 +289,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.data is None and args.tasks != ["arithmetic"]:
         parser.error("--data is needed for every task but arithmetic")
-    variants = GROUPS[args.group]
     args.results.mkdir(parents=True, exist_ok=True)
     for name in args.tasks:
         setting = Setting(TASKS[name], args.data, args.work, args.device)
-        settings = settings_of(setting) | {"variants": {key: variant.settings() for key, variant in variants.items()}}
-        settings |= {"others": [OTHER_WIDTH, LONGER, SHARE, {share: v.settings() for share, v in HOLDOUTS.items()}]}
-        runs = []
-        for seed in range(args.seeds):
-            file = args.work / name / f"{args.group}-{seed}.json"
-            runs.append(kept(file, settings, partial(run_group, setting, seed, args.group)))
+        runs = [run_group(setting, seed, args.group) for seed in range(args.seeds)]
+        settings = settings_of(setting)
+        settings |= {"variants": {key: variant.settings() for key, variant in GROUPS[args.group].items()}}
         text, stem = table_of(args.group, runs), f"experiments_{args.group}_{name}"
         (args.results / f"{stem}.json").write_text(
             json.dumps({"settings": settings, "runs": runs}, indent=1, default=str) + "\n"
