@@ -57,18 +57,15 @@ def calibration_of(sums: torch.Tensor, strengths: Sequence[float], data: str, me
     if not targets:
         raise ValueError("No labelled token was measured: calibrate on a data set with labels.")
     nll, accuracy = (sums[:-1] / targets).T.tolist()
-    order = list(zip(nll, strengths, strict=True))
-    if metric == "token_accuracy":
-        order = [(-hits, *entry) for hits, entry in zip(accuracy, order, strict=True)]
-    return {
-        "strength": min(order)[-1],
-        "metric": metric,
-        "strengths": list(strengths),
-        "nll": nll,
-        "token_accuracy": accuracy,
-        "targets": targets,
-        "data": data,
-    }
+    found = {"metric": metric, "strengths": list(strengths), "nll": nll, "token_accuracy": accuracy}
+    return {"strength": best_strength(found, metric), **found, "targets": targets, "data": data}
+
+
+def best_strength(calibration: dict[str, Any], metric: str) -> float:
+    """λ with the least `"nll"`, or with the highest `"token_accuracy"`, of equals that with the least NLL."""
+    figures = zip(calibration["nll"], calibration["token_accuracy"], calibration["strengths"], strict=True)
+    by_accuracy = metric == "token_accuracy"
+    return min((-accuracy * by_accuracy, nll, strength) for nll, accuracy, strength in figures)[-1]
 
 
 def results_of(calibration: dict[str, Any]) -> dict[str, float]:

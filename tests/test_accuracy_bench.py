@@ -156,7 +156,15 @@ def test_every_task_runs_and_is_kept(task, data, tmp_path):
     setting = Setting(task, data, tmp_path / "work")
     runs, costs = run.run_task(setting, seeds=1)
     assert costs["pilot"] == {"training": 1.0, "generation": 1.0} and costs["joint"]["training"] > 0
-    assert set(runs[0]) >= {"pilot", "paper", "copilot", "copilot, λ chosen", "joint", "longer"}
+    assert set(runs[0]) >= {
+        "pilot",
+        "paper",
+        "copilot",
+        "copilot, λ chosen",
+        "copilot, λ by accuracy",
+        "joint",
+        "longer",
+    }
     assert runs[0]["joint"]["parameters"] >= runs[0]["copilot"]["parameters"] > runs[0]["pilot"]["parameters"]
     checks = runs[0]["copilot"].get("checks", {})
     assert bool(checks) == (task.name == "recommendation") and "checks" not in runs[0]["paper"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cost import Stopwatch  # noqa: E402
 
+from hf_copilot.measures import best_strength
 from hf_copilot.report import count_parameters
 
 # the paper's: one step in a round, as Algorithm 1 has it; ours: the default config, but more steps, and weight decay
@@ -23,13 +25,16 @@ COPILOTS = {
     "copilot": Variant(arguments={"copilot_steps_per_round": 4, "copilot_weight_decay": 0.1}),
 }
 JOINT_RATES = (1.0, 0.5)  # of the task's learning rate
+CHOSEN_BY = {"λ chosen": "nll", "λ by accuracy": "token_accuracy"}  # on the validation rows
 LONGER = 2.5  # times the task's steps
 TITLES = {
     "pilot": "Pilot",
     "paper": "+ Copilot, paper's preset, λ = 1",
     "paper, λ chosen": "+ Copilot, paper's preset, λ chosen on valid",
+    "paper, λ by accuracy": "+ Copilot, paper's preset, λ chosen by token accuracy",
     "copilot": "+ Copilot, ours, λ = 1",
     "copilot, λ chosen": "+ Copilot, ours, λ chosen on valid",
+    "copilot, λ by accuracy": "+ Copilot, ours, λ chosen by token accuracy",
     "joint": "Pilot of the joint size",
     "longer": f"Pilot, {LONGER:g} times the steps",
 }
@@ -45,7 +50,7 @@ def measure(setting: Setting, model: Rectified, rows: list[Row]) -> dict[str, Fi
 
 
 def run_copilots(setting: Setting, seed: int, variants: dict[str, Variant]) -> dict[str, Arm]:
-    """The Pilot alone and with each Copilot, at its own λ and at the one that is chosen on the validation rows."""
+    """The Pilot alone and with each Copilot, at its own λ and at those that are chosen on the validation rows."""
     splits, tokenizer = setting.task.splits(setting.data, seed), setting.tokenizer()
     valid = setting.encoded(tokenizer, splits.valid)
     pilot, learners, _ = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, variants)
@@ -58,10 +63,13 @@ def run_copilots(setting: Setting, seed: int, variants: dict[str, Variant]) -> d
         checks = setting.task.check(model, splits.test, setting.data)
         arms[name] |= {"checks": checks} if checks else {}
         calibration = model.calibrate(valid)
-        chosen = Rectified(pilot, tokenizer, learner, calibration["strength"])
-        same = chosen.strength == model.strength
-        figures = arms[name]["figures"] if same else measure(setting, chosen, splits.test)
-        arms[f"{name}, λ chosen"] = own | {"figures": figures, "strength": chosen.strength, "calibration": calibration}
+        measured = {0.0: arms["pilot"]["figures"], model.strength: arms[name]["figures"]}
+        for by, metric in CHOSEN_BY.items():
+            strength = best_strength(calibration, metric)
+            if strength not in measured:
+                measured[strength] = measure(setting, replace(model, strength=strength), splits.test)
+            figures = {"figures": measured[strength], "strength": strength, "calibration": calibration}
+            arms[f"{name}, {by}"] = own | figures
     return arms
 
 

@@ -79,7 +79,7 @@ def rows_of(
     for arm, figures in summary.items():
         strengths = [f"{strength:g}" for strength in figures["strengths"] if strength is not None]
         row = {"arm": titles.get(arm, arm), "parameters": f"{figures['parameters']:,}", "λ": ", ".join(strengths)}
-        ratios = costs.get(arm.removesuffix(", λ chosen"), {})
+        ratios = costs.get(arm.partition(",")[0], {})
         row |= {f"{work} time": f"{ratios[work]:.2f}" if ratios else "" for work in ("training", "generation")}
         for i, metric in enumerate(metrics):
             row[metric] = cell(metric, figures[metric])
