@@ -1,8 +1,9 @@
-"""The picture of what run.py wrote: gains over the Pilot with their intervals, and the likelihood against λ.
+"""The pictures of what run.py and experiments.py wrote: gains over the Pilot with their intervals, the likelihood
+against λ, and what one change at a time does.
 
     python benchmarks/accuracy/picture.py
 
-Reads benchmarks/results/accuracy/<task>.json, writes docs/results.png.
+Reads benchmarks/results/accuracy/, writes docs/results.png and docs/learning.png.
 """
 
 from __future__ import annotations
@@ -63,18 +64,49 @@ def plot_strengths(axes: Axes, results: dict[str, dict[str, Any]]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def plot_learning(axes: Axes, task: str, runs: list[dict[str, Any]]) -> None:
+    """NLL of every Copilot of the group `learning` as a change of its Pilot's, at λ = 1 and at the chosen one: means
+    over seeds. The line is at ours."""
+    names = [name for name in runs[0] if "chosen" in runs[0][name]]
+
+    def changes(which: str) -> np.ndarray:
+        nll = [[run[name][which]["nll"] / run[run[name]["beside"]]["own"]["nll"] for name in names] for run in runs]
+        return np.mean(nll, axis=0) - 1  # [names]
+
+    for which, label, marker in (("own", "λ = 1", "o"), ("chosen", "λ chosen on other rows", "x")):
+        axes.scatter(changes(which), range(len(names)), marker=marker, label=label)
+    axes.axvline(changes("chosen")[0], color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", linewidth=0.3)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
+    axes.set(xlabel="NLL on validation rows against the Pilot's", title=f"{task}, seeds: {len(runs)}")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def read_runs(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """What the files say of each task that has one; `name` is a pattern for theirs."""
+    files = {task: folder / name.format(task=task) for task in TASKS}
+    return {task: json.loads(file.read_text()) for task, file in files.items() if file.is_file()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--picture", type=Path, default=RESULTS.parent.parent.parent / "docs" / "results.png")
+    parser.add_argument("--pictures", type=Path, default=RESULTS.parent.parent.parent / "docs")
     args = parser.parse_args()
-    files = {task: args.results / f"{task}.json" for task in TASKS}
-    results = {task: json.loads(file.read_text()) for task, file in files.items() if file.is_file()}
+    results = read_runs(args.results, "{task}.json")
     figure, (gains, strengths) = plt.subplots(1, 2, figsize=(12, 2 + 1.1 * len(results)))
     plot_gains(gains, results)
     plot_strengths(strengths, results)
     figure.tight_layout()
-    figure.savefig(args.picture, dpi=110)
+    figure.savefig(args.pictures / "results.png", dpi=110)
+    learning = read_runs(args.results, "experiments_learning_{task}.json")
+    figure, all_axes = plt.subplots(1, len(learning), figsize=(6 * len(learning), 5.5), sharey=True, squeeze=False)
+    for axes, (task, result) in zip(all_axes[0], learning.items(), strict=True):
+        plot_learning(axes, task, result["runs"])
+    figure.tight_layout()
+    figure.savefig(args.pictures / "learning.png", dpi=110)
 
 
 if __name__ == "__main__":
