@@ -13,13 +13,19 @@ from scipy.stats import bootstrap
 
 def kept(file: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` gives, or what an earlier run with the same settings gave."""
-    settings = json.loads(json.dumps(settings, default=str))
-    found = json.loads(file.read_text()) if file.is_file() else {}
-    if found.get("settings") != settings:
-        found = {"settings": settings, "result": json.loads(json.dumps(make()))}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found))
-    return found["result"]
+    if not is_kept(file, settings):
+        keep(file, settings, make())
+    return json.loads(file.read_text())["result"]
+
+
+def is_kept(file: Path, settings: dict[str, Any]) -> bool:
+    known = json.loads(json.dumps(settings, default=str))
+    return file.is_file() and json.loads(file.read_text())["settings"] == known
+
+
+def keep(file: Path, settings: dict[str, Any], result: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"settings": settings, "result": result}, default=str))
 
 
 def paired_interval(gains: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float, float]:

@@ -27,7 +27,7 @@ from inputs import SHARE, moved, no_hidden_states, prompts_too, scheduled_feedin
 from mistakes import ALL_BYTES, ALL_ROUNDS, cross_fit, log_rows, reservoir, teach, weighted
 from report import mean_of
 from run import RESULTS, TASKS, settings_of, table
-from runs import kept
+from runs import is_kept, keep, kept
 from scoring import Rectified
 from tasks import Row
 from training import Setting, Trained, Variant
@@ -53,15 +53,15 @@ LEARNING = {
     "no weight decay": ours(weight_decay=0.0),
     "no dropout": ours({"dropout": 0.0}),
     "dropout 0.2": ours({"dropout": 0.2}),
-    "4 layers": ours({"num_hidden_layers": 4}),
+    "the Pilot's vocabulary": ours({"vocab_projection": "pilot"}),
+    "lag 0": ours({"hidden_state_lag": 0}),
+    "no hidden states": ours(change=no_hidden_states),
     "log of 32 rounds": ours(log_rounds=32),
     "log of 512 rounds": ours(log_rounds=512),
     "input ℓ": ours({"copilot_input": "discrepancy"}),
     "input token": ours({"copilot_input": "token"}),
-    "lag 0": ours({"hidden_state_lag": 0}),
+    "4 layers": ours({"num_hidden_layers": 4}),
     "prompts' discrepancies read": ours(change=prompts_too),
-    "no hidden states": ours(change=no_hidden_states),
-    "the Pilot's vocabulary": ours({"vocab_projection": "pilot"}),
     "RMSE, realised feedback": ours(RMSE),
     "random weights": ours({"init": "random"}),
 }
@@ -116,7 +116,7 @@ GROUPS = {
     "portable": PORTABLE,
     "feedback": FEEDBACK,
 }
-AT_ONCE = 7  # Copilots beside one Pilot
+AT_ONCE = 3  # Copilots beside one Pilot
 OTHER_WIDTH = 192  # of a Pilot that a Copilot without the Pilot's states is moved to
 METRICS = ("token accuracy", "answers right", "generated right")
 Measured = dict[str, float]
@@ -145,29 +145,38 @@ def figures_of(model: Rectified, rows: list[dict[str, list[int]]]) -> dict[str, 
 
 
 def run_group(setting: Setting, seed: int, group: str) -> dict[str, Any]:
-    """A group for one seed, a few Copilots at a time, each time beside the same Pilot again; what is done is kept."""
-    others = {share: variant.settings() for share, variant in HOLDOUTS.items()}
-    settings = settings_of(setting) | {"others": [OTHER_WIDTH, LONGER, SHARE, others]}
-    figures, names = {}, list(GROUPS[group])
-    for start in range(0, len(names), AT_ONCE):
-        variants = {name: GROUPS[group][name] for name in names[start : start + AT_ONCE]}
+    """A group for one seed. What is done is kept: a group with `EXTRAS`, which need all of it, as a whole, else every
+    Copilot on its own. Those that are missing are trained a few at a time, each time beside the same Pilot again."""
+    folder, variants = setting.work / setting.task.name / f"{group}-{seed}", GROUPS[group]
+    settings = settings_of(setting)
+    if group in EXTRAS:
         settings["variants"] = {name: variant.settings() for name, variant in variants.items()}
-        file = setting.work / setting.task.name / f"{group}-{seed}-{start // AT_ONCE}.json"
-        figures |= kept(file, settings, partial(run_variants, setting, seed, group, variants, start == 0))
+        settings["others"] = [OTHER_WIDTH, LONGER, SHARE, {share: v.settings() for share, v in HOLDOUTS.items()}]
+        return kept(folder / "all.json", settings, partial(run_variants, setting, seed, group, variants))
+    kept_as = {
+        name: (folder / f"{name.replace(' ', '_')}.json", settings | {"variant": variant.settings()})
+        for name, variant in variants.items()
+    }
+    missing = [name for name in variants if not is_kept(*kept_as[name])]
+    for start in range(0, len(missing), AT_ONCE):
+        some = {name: variants[name] for name in missing[start : start + AT_ONCE]}
+        found = run_variants(setting, seed, group, some)
+        for name in some:
+            keep(*kept_as[name], {"Pilot": found["Pilot"], name: found[name]})
+    figures = {}
+    for file, _ in kept_as.values():
+        figures |= json.loads(file.read_text())["result"]
     return figures
 
 
-def run_variants(
-    setting: Setting, seed: int, group: str, variants: dict[str, Variant], is_first: bool
-) -> dict[str, dict[str, Any]]:
-    """Train these of a group beside one Pilot, with the first ones the group's `EXTRAS` too; figures of each on
-    validation rows."""
+def run_variants(setting: Setting, seed: int, group: str, variants: dict[str, Variant]) -> dict[str, dict[str, Any]]:
+    """Train these beside one Pilot, with what the group's `EXTRAS` add; figures of each on validation rows."""
     tokenizer, splits = setting.tokenizer(), setting.task.splits(setting.data, seed)
     trained = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, variants)
     alone = Rectified(trained.pilot, tokenizer)
     models = {"Pilot": alone}
     models |= {name: beside(alone, learner) for name, learner in trained.learners.items()}
-    if is_first and group in EXTRAS:
+    if group in EXTRAS:
         models |= EXTRAS[group](setting, tokenizer, splits.train, seed, trained)
     rows = setting.encoded(tokenizer, splits.valid)
     pilots = {id(model.pilot): name for name, model in models.items() if model.learner is None}
