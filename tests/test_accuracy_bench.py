@@ -17,6 +17,7 @@ from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "accuracy"))
 
 import experiments  # noqa: E402
+import picture  # noqa: E402
 import run  # noqa: E402
 from inputs import moved, prompts_too, scheduled_feeding  # noqa: E402
 from mistakes import ReservoirLog, WeightedLog  # noqa: E402
@@ -222,6 +223,26 @@ def test_every_experiment_runs(group, data, tmp_path, monkeypatch):
         "feedback": "generated right",
     }
     assert all((name in text) == (group == its) for its, name in extras.items())
+
+
+def test_what_is_done_is_kept(data, tmp_path, monkeypatch):
+    """Every Copilot of a group on its own: one more alone is trained."""
+    monkeypatch.setattr(experiments, "AT_ONCE", 1)
+    monkeypatch.setitem(experiments.GROUPS, "feedback", dict(list(experiments.FEEDBACK.items())[:1]))
+    setting = Setting(replace(MAWPS, **SMALL, max_new_tokens=4), data, tmp_path)
+    first = experiments.run_group(setting, 0, "feedback")
+    monkeypatch.setitem(experiments.GROUPS, "feedback", dict(list(experiments.FEEDBACK.items())[:2]))
+    trained, run_variants = [], experiments.run_variants
+    monkeypatch.setattr(experiments, "run_variants", lambda *args: trained.extend(args[-1]) or run_variants(*args))
+    both = experiments.run_group(setting, 0, "feedback")
+    assert trained == list(experiments.FEEDBACK)[1:2] and list(both) == ["Pilot", *list(experiments.FEEDBACK)[:2]]
+    assert {name: both[name] for name in first} == first  # the same Pilot, bit for bit
+
+
+def test_the_pictures_of_the_results_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["picture.py", "--pictures", str(tmp_path)])
+    picture.main()
+    assert {file.name for file in tmp_path.iterdir()} == {"results.png", "learning.png"}
 
 
 def test_a_copilot_of_tokens_alone_moves_to_a_pilot_of_another_size():
