@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from arms import TITLES
+from experiments import LEARNING
 from matplotlib.axes import Axes
 from report import LOWER_IS_BETTER
 from run import RESULTS, TASKS
@@ -64,23 +65,26 @@ def plot_strengths(axes: Axes, results: dict[str, dict[str, Any]]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def plot_learning(axes: Axes, task: str, runs: list[dict[str, Any]]) -> None:
+def plot_learning(axes: Axes, task: str, runs: list[dict[str, Any]], names: list[str]) -> None:
     """NLL of every Copilot of the group `learning` as a change of its Pilot's, at λ = 1 and at the chosen one: means
     over seeds. The line is at ours."""
-    names = [name for name in runs[0] if "chosen" in runs[0][name]]
+    places = [place for place, name in enumerate(names) if name in runs[0]]
 
     def changes(which: str) -> np.ndarray:
-        nll = [[run[name][which]["nll"] / run[run[name]["beside"]]["own"]["nll"] for name in names] for run in runs]
-        return np.mean(nll, axis=0) - 1  # [names]
+        nll = [[run[names[place]][which]["nll"] / run["Pilot"]["own"]["nll"] for place in places] for run in runs]
+        return 100 * (np.mean(nll, axis=0) - 1)  # [places], in %
 
     for which, label, marker in (("own", "λ = 1", "o"), ("chosen", "λ chosen on other rows", "x")):
-        axes.scatter(changes(which), range(len(names)), marker=marker, label=label)
+        axes.scatter(changes(which), places, marker=marker, label=label)
     axes.axvline(changes("chosen")[0], color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
     axes.grid(axis="y", linewidth=0.3)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
-    axes.set(xlabel="NLL on validation rows against the Pilot's", title=f"{task}, seeds: {len(runs)}")
+    axes.locator_params(axis="x", integer=True)
+    axes.set(
+        ylim=(len(names), -1),
+        xlabel="NLL on validation rows against the Pilot's, %",
+        title=f"{task}, seeds: {len(runs)}",
+    )
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -104,7 +108,7 @@ def main() -> None:
     learning = read_runs(args.results, "experiments_learning_{task}.json")
     figure, all_axes = plt.subplots(1, len(learning), figsize=(6 * len(learning), 5.5), sharey=True, squeeze=False)
     for axes, (task, result) in zip(all_axes[0], learning.items(), strict=True):
-        plot_learning(axes, task, result["runs"])
+        plot_learning(axes, task, result["runs"], list(LEARNING))
     figure.tight_layout()
     figure.savefig(args.pictures / "learning.png", dpi=110)
 
