@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from transformers import Seq2SeqTrainingArguments
 from trl import SFTConfig
 
+FIXED_STRENGTH = " For a fixed λ set CopilotConfig(strength=...) or CopilotLogitsProcessor(strength=...)."
 AUTO_STRENGTHS = {"auto": "nll", "auto_accuracy": "token_accuracy"}  # the metric that λ is chosen by
 
 
@@ -94,7 +95,6 @@ class CopilotArguments:
         metadata={
             "help": "λ is the config's, or the best on eval_dataset when training ends: by NLL, or by accuracy.",
             "choices": ["config", *AUTO_STRENGTHS],
-            "hint": "; for a fixed λ set CopilotConfig(strength=...) or CopilotLogitsProcessor(strength=...)",
         },
     )
     copilot_predict: bool = field(
@@ -110,8 +110,8 @@ class CopilotArguments:
         for option in fields(CopilotArguments):
             choices = option.metadata.get("choices")
             if choices is not None and getattr(self, option.name) not in choices:
-                hint = option.metadata.get("hint", "")
-                raise ValueError(f"{option.name}={getattr(self, option.name)!r}: choose one of {choices}{hint}.")
+                hint = FIXED_STRENGTH if option.name == "copilot_strength" else ""
+                raise ValueError(f"{option.name}={getattr(self, option.name)!r}: choose one of {choices}.{hint}")
         if self.copilot_holdout != CopilotArguments.copilot_holdout and self.copilot_mistake_source != "holdout":
             raise ValueError(
                 f"copilot_holdout={self.copilot_holdout} holds nothing out while copilot_mistake_source="

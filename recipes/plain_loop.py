@@ -52,7 +52,6 @@ def main():
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     tiny = LlamaConfig(vocab_size=len(tokenizer), **shape, pad_token_id=0, eos_token_id=1)
     pilot = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32") if args.model else LlamaForCausalLM(tiny)
-    pilot.to(PartialState().device)
     rows = list(load_dataset("openai/gsm8k", "main", split="train")) if args.model else sums(8 * args.steps)
 
     def collate(rows):
@@ -64,7 +63,7 @@ def main():
         return dict(batch.to(pilot.device))
 
     loader = torch.utils.data.DataLoader(rows[: 8 * args.steps], 8, shuffle=True, collate_fn=collate)
-    optimizer = torch.optim.AdamW(pilot.parameters(), lr=1e-5 if args.model else 1e-3)
+    optimizer = torch.optim.AdamW(pilot.to(PartialState().device).parameters(), lr=1e-5 if args.model else 1e-3)
     learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=len(loader), learning_rate=1e-3)
     (train_with_accelerate if args.accelerate else train)(pilot, optimizer, loader, learner)
     if not PartialState().is_main_process:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import QUIET, addition, assert_same, tiny_pilot, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, TrlParser
 
 from hf_copilot import CopilotArguments, CopilotCallback, CopilotSeq2SeqConfig, CopilotSFTConfig, CopilotTrainer
 from hf_copilot.mistake_source import Holdout, split_holdout
@@ -143,10 +143,17 @@ def test_a_choice_that_does_not_exist_raises(tmp_path, option):
             config_class(**folder, **{option: "hold_out"})
 
 
+@pytest.mark.parametrize("config_class", [CopilotSFTConfig, CopilotSeq2SeqConfig])
+def test_the_arguments_are_options_of_a_script(config_class, tmp_path):
+    names = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--copilot_steps_per_round", "2"]
+    (args,) = TrlParser((config_class,)).parse_args_into_dataclasses(names)
+    assert args.copilot_steps_per_round == 2
+
+
 def test_arguments_that_would_do_nothing_raise():
     with pytest.raises(ValueError, match="set copilot_mistake_source='holdout'"):
         CopilotArguments(copilot_holdout=0.2)
-    with pytest.raises(ValueError, match="for a fixed λ set CopilotConfig"):
+    with pytest.raises(ValueError, match="For a fixed λ set CopilotConfig"):
         CopilotArguments(copilot_strength=0.5)
 
 
