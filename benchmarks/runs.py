@@ -19,13 +19,16 @@ def kept(file: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]
 
 
 def is_kept(file: Path, settings: dict[str, Any]) -> bool:
-    known = json.loads(json.dumps(settings, default=str))
-    return file.is_file() and json.loads(file.read_text())["settings"] == known
+    return file.is_file() and json.loads(file.read_text())["settings"] == _as_json(settings)
 
 
 def keep(file: Path, settings: dict[str, Any], result: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"settings": settings, "result": result}, default=str))
+    file.write_text(json.dumps({"settings": _as_json(settings), "result": result}))
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings, default=str))
 
 
 def paired_interval(gains: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float, float]:

@@ -179,16 +179,18 @@ def fuse(scores: torch.Tensor, correction: torch.Tensor, strength: float, fusion
 
     `"logit"`: s + λf − (lse(s + λf) − lse(s)). `"probability"` (Eq. 8): p̃ = max(p̂ + λf, floor), put back on the scale
     of s. Either way the result is normalised where s was (log-probabilities stay log-probabilities), raw logits stay
-    raw logits, and tokens banned with −inf stay banned, be it all of a row. A row of s that holds NaN stays one.
+    raw logits, and tokens banned with −inf stay banned, be it all of a row. A row of s that holds NaN keeps it.
     """
     if strength == 0:
         return scores
     normalizer = scores.logsumexp(-1, keepdim=True)  # [..., 1]
     if fusion == "logit":
         fused = scores + strength * correction  # [..., V]
+        total = fused.logsumexp(-1, keepdim=True)  # [..., 1]
     else:
         pilot = (scores - normalizer).exp()  # [..., V] p̂
         fused = torch.maximum(pilot + strength * correction, pilot.clamp_max(PROBABILITY_FLOOR))
-        fused = fused.masked_fill(scores == -torch.inf, 0.0).log()
-    shift = normalizer - fused.logsumexp(-1, keepdim=True)  # [..., 1]
+        fused = fused.masked_fill(scores == -torch.inf, 0.0)
+        total, fused = fused.sum(-1, keepdim=True).log(), fused.log()  # [..., 1], [..., V]
+    shift = normalizer - total  # [..., 1]; a row without a token left has none
     return fused + shift.masked_fill(normalizer == -torch.inf, 0.0)

@@ -20,9 +20,7 @@ class MistakeRecord:
     input_ids: torch.Tensor  # [n] int64, of the decoder
     embeddings: torch.Tensor  # [n, d_P] X̃, or [0, d_P] where the input ids give it exactly; [S, d_P] of an encoder
     hidden_states: torch.Tensor  # [n, d_P] h
-    positions: (
-        torch.Tensor
-    )  # [m] int64, j such that the token at j + 1, or of a decoder the label at j, is to be predicted
+    positions: torch.Tensor  # [m] int64, j such that j + 1 has a label; beside an encoder, that j has
     labels: torch.Tensor  # [m] int64
     final_states: torch.Tensor  # [m, d_P], the decoder's output at the targets
     indices: torch.Tensor  # [m, k + 1] int32, ℓ

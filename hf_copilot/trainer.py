@@ -47,7 +47,7 @@ from .mistake_source import Holdout, split_holdout, without_logits
 from .modeling_copilot import CopilotModel
 from .pilot_tap import is_encoder_decoder
 from .report import describe_start, table_of_training
-from .training_args import AUTO_STRENGTHS, CopilotArguments
+from .training_args import AUTO_STRENGTHS, CopilotArguments, least_is_best
 
 logger = logging.get_logger(__name__)
 
@@ -114,7 +114,7 @@ class CopilotMixin:
             raise ValueError(
                 f"copilot_strength={strength!r} chooses λ on `eval_dataset`: pass one, or leave it at 'config'."
             )
-        if self.args.greater_is_better and str(self.args.metric_for_best_model).endswith("nll"):
+        if self.args.greater_is_better and least_is_best(self.args.metric_for_best_model):
             logger.warning(
                 f"metric_for_best_model={self.args.metric_for_best_model!r} is best where it is least, and "
                 "greater_is_better=True keeps the checkpoint where it is greatest: set greater_is_better=False."
@@ -246,11 +246,15 @@ class CopilotMixin:
         labels = inputs["labels"] = inputs["labels"].clone()  # [B, T], or all rows one after the other [1, N]
         if len(labels) > 1 or inputs.get("position_ids") is None:
             labels[max(state.remainder - self.args.process_index * len(labels), 0) :] = -100
-        elif not (self.args.packing if self.args.eval_packing is None else self.args.eval_packing):
+        elif not self._packs_evaluation():
             documents = find_documents(inputs)
             own = max(state.remainder - self.args.process_index * len(documents), 0)
             labels[:, documents[own].start if own < len(documents) else labels.shape[1] :] = -100
         return inputs
+
+    def _packs_evaluation(self) -> bool:
+        packs = getattr(self.args, "eval_packing", None)  # of SFTConfig alone; None is as in training
+        return getattr(self.args, "packing", False) if packs is None else packs
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

@@ -11,6 +11,11 @@ FIXED_STRENGTH = " For a fixed λ set CopilotConfig(strength=...) or CopilotLogi
 AUTO_STRENGTHS = {"auto": "nll", "auto_accuracy": "token_accuracy"}  # the metric that λ is chosen by
 
 
+def least_is_best(metric: str | None) -> bool:
+    """Whether a metric of ours is best where it is least; transformers knows it of names that end with "loss"."""
+    return metric is not None and metric.endswith("nll")
+
+
 @dataclass
 class CopilotArguments:
     """How a Copilot is trained beside a Pilot; the defaults hold where a trainer is given other arguments.
@@ -117,8 +122,8 @@ class CopilotArguments:
                 f"copilot_holdout={self.copilot_holdout} holds nothing out while copilot_mistake_source="
                 f"{self.copilot_mistake_source!r}: set copilot_mistake_source='holdout', or leave it out."
             )
-        if str(getattr(self, "metric_for_best_model", None)).endswith("nll") and self.greater_is_better is None:
-            self.greater_is_better = False  # transformers knows it of names that end with "loss"
+        if least_is_best(getattr(self, "metric_for_best_model", None)) and self.greater_is_better is None:
+            self.greater_is_better = False
         after = getattr(super(), "__post_init__", None)
         if after is not None:
             after()

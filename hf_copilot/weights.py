@@ -50,7 +50,8 @@ def copilot_for(pilot: nn.Module, config: CopilotConfig | None = None) -> Copilo
         A float32 Copilot on the CPU, in training mode.
 
     Raises:
-        ValueError: If weights can't be taken over from the source; the message names the way out.
+        ValueError: If weights can't be taken over from the source, or the config asks for another kind of block than
+            the source's; the message names the way out.
     """
     config = copy.deepcopy(config) if config is not None else CopilotConfig()
     base = unwrap(pilot)

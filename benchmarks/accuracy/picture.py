@@ -106,6 +106,8 @@ def main() -> None:
     figure.tight_layout()
     figure.savefig(args.pictures / "results.png", dpi=110)
     learning = read_runs(args.results, "experiments_learning_{task}.json")
+    if not learning:
+        return
     figure, all_axes = plt.subplots(1, len(learning), figsize=(6 * len(learning), 5.5), sharey=True, squeeze=False)
     for axes, (task, result) in zip(all_axes[0], learning.items(), strict=True):
         plot_learning(axes, task, result["runs"], list(LEARNING))
