@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 from trl.trainer.utils import add_fused_lm_head
 
-from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
+from hf_copilot import CopilotArguments, CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
 from hf_copilot.pilot_tap import unwrap
 from hf_copilot.report import multiplied_parameters
 
@@ -51,6 +51,7 @@ SHAPES = {
     "llama-3.1-8b": LLAMA_3
     | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
+STEPS = (1, CopilotArguments.copilot_steps_per_round)  # of the Copilot in a round: the paper's, the default
 PAPER = {  # Figure 5: whole fine-tuning and inference time with a 1B Copilot, A100
     "llama-3.2-1b": {"training": 1.065, "generation": 1.079},
     "llama-3.2-3b": {"training": 1.033, "generation": 1.047},
@@ -122,9 +123,11 @@ def make_batch(vocab_size: int, rows: int, length: int, labelled: int, device: s
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-def measure_training(shape: str, device: str, labelled: int, rows: int, accumulate: int, reps: int) -> dict:
+def measure_training(
+    shape: str, device: str, labelled: int, rows: int, accumulate: int, reps: int, steps_per_round: int
+) -> dict:
     """Seconds of one optimizer step: the Pilot alone, and with a Copilot, by part. `accumulate` micro-batches of
-    `rows` x 256 tokens, of which the last `labelled` of every row carry labels."""
+    `rows` x 256 tokens, of which the last `labelled` of every row carry labels; `steps_per_round` of the Copilot."""
     length = 256
     pilot, config, lora = make_pair(shape, device)
     pilot.train()
@@ -132,6 +135,7 @@ def measure_training(shape: str, device: str, labelled: int, rows: int, accumula
         copilot_for(pilot, config),
         pilot,
         num_training_steps=1000,
+        steps_per_round=steps_per_round,
         autocast_dtype=torch.bfloat16 if device == "cuda" else None,
         peft_config=lora,
     )
@@ -176,17 +180,18 @@ def measure_training(shape: str, device: str, labelled: int, rows: int, accumula
     learner.optimizer.register_step_pre_hook(lambda *_: watch.start("copilot_optimizer"))
     learner.optimizer.register_step_post_hook(lambda *_: watch.stop("copilot_optimizer"))
     watch.repeat(reps, 2, arms)
-    parts = {name: watch.median(name) for name in ("copilot_step", "copilot_optimizer")}
+    whole, updates = watch.median("copilot_step"), steps_per_round * watch.median("copilot_optimizer")
     log = accumulate * watch.median("log_part")
     pilot_seconds = watch.median("pilot")
     return {
         "labelled_share": labelled / length,
+        "steps_per_round": steps_per_round,
         "pilot_s": pilot_seconds,
         "pilot_and_copilot_s": watch.median("pilot_and_copilot"),
         "ratio": watch.ratio("pilot_and_copilot", "pilot"),
         "share_log": log / pilot_seconds,
-        "share_forward_backward": (parts["copilot_step"] - parts["copilot_optimizer"]) / pilot_seconds,
-        "share_optimizer": parts["copilot_optimizer"] / pilot_seconds,
+        "share_forward_backward": (whole - updates) / pilot_seconds,
+        "share_optimizer": updates / pilot_seconds,
         "log_mb": learner.log.nbytes / 1e6,
     }
 
@@ -247,10 +252,10 @@ def main() -> None:
     logging.set_verbosity_error()
     shape, device, reps = arguments.shape, arguments.device, arguments.reps
     if shape == "cpu":
-        settings = [(labelled, 8, 1) for labelled in (26, 128, 255)]
+        shapes = [(labelled, 8, 1) for labelled in (26, 128, 255)]
     else:
-        settings = [(10, 4, 4)]
-    training = [measure_training(shape, device, m, rows, acc, reps) for m, rows, acc in settings]
+        shapes = [(10, 4, 4)]
+    training = [measure_training(shape, device, *sizes, reps, steps) for steps in STEPS for sizes in shapes]
     generation = [measure_generation(shape, device, rows, 64, arguments.tokens, reps) for rows in (1, 8)]
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     result = {

@@ -37,8 +37,7 @@ from sft_copilot import train_tokenizer  # noqa: E402
 
 SHAPE = {"num_layers": 3, "num_heads": 4, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.1}
 TRAINING = {"num_train_epochs": 16, "per_device_train_batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 100}
-COPILOT = {"copilot_learning_rate": 1e-3}
-DROPOUT = 0.1  # of the Copilot, as the paper has it for T5
+COPILOT = {"copilot_learning_rate": 1e-3, "copilot_steps_per_round": 4}
 QUIET = {"save_strategy": "no", "report_to": [], "lr_scheduler_type": "cosine", "logging_steps": 100}
 RESULTS = Path(__file__).parent / "results"
 
@@ -107,7 +106,7 @@ def run_joint(width: int, seed: int, data: Path, folder: Path, device: str) -> d
 def run_copilot(width: int, seed: int, data: Path, folder: Path, device: str) -> dict:
     """Figures of a Pilot, and of the same with its Copilot, at λ = 1 and at the λ that is best on `valid`."""
     rows, valid, test = load(data)
-    settings = {"use_cpu": device == "cpu", "copilot": CopilotConfig(dropout=DROPOUT)} | COPILOT
+    settings = {"use_cpu": device == "cpu"} | COPILOT
     trainer, seconds = train(CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, width, seed, rows, folder, **settings)
     pilot, tokenizer = trainer.model.eval(), trainer.processing_class
     size, own = count_parameters(pilot)[0], count_parameters(trainer.copilot)[0]
@@ -162,13 +161,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("out/seq2seq_mawps"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    settings = {"training": TRAINING, "shape": SHAPE, "copilot": COPILOT | {"dropout": DROPOUT}, "width": args.width}
-    runs = []
+    common = {"training": TRAINING, "shape": SHAPE, "width": args.width}
+    settings, runs = common | {"copilot": COPILOT}, []
     for seed in range(args.seeds):
         found = {}
-        for name, measure in (("copilot", run_copilot), ("joint", run_joint)):
+        for name, measure, own in (("copilot", run_copilot, settings), ("joint", run_joint, common)):
             make = partial(measure, args.width, seed, args.data, args.runs / "trainer", args.device)
-            found |= kept(args.runs / f"{name}-{seed}.json", settings, make)
+            found |= kept(args.runs / f"{name}-{seed}.json", own, make)
         runs.append(found)
     rows = summary(runs)
     text = table(rows) + "\n"

@@ -44,7 +44,7 @@ class CopilotConfig(PreTrainedConfig):
             Factor on the scores; `None` is 1 / sqrt(head_dim), T5 has 1.
         mlp_gated (`bool`, defaults to `True`):
             Whether the MLP is W_down (act(W_gate x) * W_up x) or W_down act(W_up x), as in T5.
-        dropout (`float`, defaults to `0.0`):
+        dropout (`float`, defaults to `0.1`):
             Dropout on both residual branches of every layer, in training.
         pilot_hidden_size (`int`, *optional*):
             Width of the Pilot's hidden states. Where it differs from `hidden_size` one linear layer aligns them.
@@ -99,7 +99,7 @@ class CopilotConfig(PreTrainedConfig):
     qk_norm: bool = False
     attention_scaling: float | None = None
     mlp_gated: bool = True
-    dropout: float = 0.0
+    dropout: float = 0.1
     initializer_range: float = 0.02
 
     pilot_hidden_size: int | None = None
@@ -153,7 +153,8 @@ class CopilotConfig(PreTrainedConfig):
 
     @classmethod
     def paper(cls, **kwargs: Any) -> CopilotConfig:
-        """The settings of the paper: all layers of its source, ℓ alone as input, RMSE, Eq. 8, Algorithm 2.
+        """The settings of the paper: all layers of its source, ℓ alone as input, RMSE, Eq. 8, Algorithm 2; Algorithm
+        1 is `copilot_steps_per_round=1`.
 
         The paper's source is a small decoder of the Pilot's family, for a large Pilot too: pass it as `init` (the
         default is the Pilot's own decoder, with all of its layers)."""

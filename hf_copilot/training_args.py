@@ -23,10 +23,10 @@ class CopilotArguments:
     Parameters:
         copilot_learning_rate (`float`, defaults to `3e-4`): Peak learning rate of the Copilot's own AdamW. Its
             schedule and warm-up follow the Pilot's `lr_scheduler_type` and `warmup_steps`.
-        copilot_weight_decay (`float`, defaults to `0.0`): Weight decay of its matrices.
+        copilot_weight_decay (`float`, defaults to `0.1`): Weight decay of its matrices.
         copilot_max_grad_norm (`float`, defaults to `1.0`): Its gradient is clipped to this norm.
-        copilot_steps_per_round (`int`, defaults to `1`): Its optimizer steps for one of the Pilot's; each draws from
-            the log anew and costs as much as the first.
+        copilot_steps_per_round (`int`, defaults to `4`): Its optimizer steps for one of the Pilot's (the paper's: 1);
+            each draws from the log anew and costs as much as the first.
         copilot_mistake_source (`str`, defaults to `"train"`): Whose errors are logged: `"train"`, every forward of the
             Pilot's training (the paper); `"first_visit"`, those of the first epoch, before the Pilot has seen the
             document; the last `copilot_log_rounds` of that epoch stay in the log (for Pilots whose head is frozen, as
@@ -55,12 +55,12 @@ class CopilotArguments:
     copilot_learning_rate: float = field(
         default=3e-4, metadata={"help": "Peak learning rate of the Copilot's own AdamW; its schedule is the Pilot's."}
     )
-    copilot_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the Copilot's matrices."})
+    copilot_weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of the Copilot's matrices."})
     copilot_max_grad_norm: float = field(
         default=1.0, metadata={"help": "The Copilot's gradient is clipped to this norm."}
     )
     copilot_steps_per_round: int = field(
-        default=1, metadata={"help": "The Copilot's optimizer steps for one of the Pilot's."}
+        default=4, metadata={"help": "The Copilot's optimizer steps for one of the Pilot's."}
     )
     copilot_mistake_source: str = field(
         default="train",

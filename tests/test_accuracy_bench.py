@@ -280,7 +280,7 @@ def test_scheduled_feeding_is_generations_in_training(monkeypatch, copilot_input
     """With every input predicted, the Copilot is fed in training what it is fed when it generates the same text."""
     monkeypatch.setattr("inputs.SHARE", 1.0)
     pilot = tiny_pilot().eval()
-    config = CopilotConfig.paper(num_hidden_layers=2, copilot_input=copilot_input, top_k=VOCAB_SIZE)
+    config = CopilotConfig.paper(num_hidden_layers=2, dropout=0.0, copilot_input=copilot_input, top_k=VOCAB_SIZE)
     learner = CopilotLearner(trained_like(pilot, config), pilot, log_dtype=torch.float32)
     copilot, prompt = learner.copilot, torch.tensor([[5, 9, 12]])
     fed = {"training": [], "generation": []}

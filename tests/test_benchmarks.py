@@ -28,7 +28,7 @@ def tiny_shape(monkeypatch):
 
 
 def test_cost_of_training():
-    row = cost.measure_training("cpu", "cpu", labelled=26, rows=2, accumulate=2, reps=2)
+    row = cost.measure_training("cpu", "cpu", labelled=26, rows=2, accumulate=2, reps=2, steps_per_round=2)
     assert row["pilot_and_copilot_s"] > row["share_optimizer"] > 0
     assert row["share_forward_backward"] > 0 and row["share_log"] > 0 and row["log_mb"] > 0
 

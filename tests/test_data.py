@@ -6,10 +6,10 @@ import pytest
 import torch
 from datasets import Dataset
 from test_learner import forward
-from tiny import QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer, trained_like
+from tiny import OBJECTIVES, QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer, trained_like
 from trl import SFTConfig, SFTTrainer
 
-from hf_copilot import CopilotConfig, CopilotLearner, CopilotSFTConfig, CopilotTrainer, copilot_for
+from hf_copilot import CopilotLearner, CopilotSFTConfig, CopilotTrainer, copilot_for
 
 CHAT = {
     "messages": [
@@ -166,11 +166,10 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     return [{name: tensor[i : i + 1] for name, tensor in batch.items()} for i in range(len(batch["labels"]))]
 
 
-@pytest.mark.parametrize("objective", ["ours", "paper"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_batch_accumulated_or_packed_is_the_same_step(objective):
     """The Copilot after one step on the same documents, however the Pilot's batches were cut."""
-    config = CopilotConfig() if objective == "ours" else CopilotConfig.paper(num_hidden_layers=2)
-    weights = []
+    config, weights = OBJECTIVES[objective], []
     for batches in ([padded()], rows_of(padded()), [packed()], [dict(reversed(padded().items()))]):
         pilot = tiny_pilot().eval()
         copilot = copilot_for(pilot, config)

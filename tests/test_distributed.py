@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import OBJECTIVES
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from two_processes import evaluated, learn
 
-from hf_copilot import CopilotConfig, CopilotLearner, copilot_for
+from hf_copilot import CopilotLearner, copilot_for
 
 TESTS = Path(__file__).parent
 LAUNCHERS = {
@@ -70,12 +71,11 @@ def test_resumed_equals_uninterrupted_on_both(ranks):
 
 
 @pytest.mark.parametrize("share", ["shared", "one_has_none"])
-@pytest.mark.parametrize("objective", ["ours", "paper"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_processes_learn_what_one_learns(ranks, share, objective):
     """The same drawn documents, spread over two processes or all in one of them."""
     folder, *both = ranks
-    config = CopilotConfig() if objective == "ours" else CopilotConfig.paper(num_hidden_layers=2)
-    alone = learn([0, 1, 2], config)
+    alone = learn([0, 1, 2], OBJECTIVES[objective])
     expected = torch.cat([p.detach().flatten() for p in alone.copilot.parameters()])
     loss = alone.pop_metrics()["copilot_loss"]
     for index, rank in enumerate(both):

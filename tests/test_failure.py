@@ -25,7 +25,7 @@ def not_finite(self, batch):
 def test_a_failing_copilot_step_is_left_out(tmp_path, monkeypatch, caplog, failure):
     monkeypatch.setattr(CopilotLearner, "batch_loss", failure)
     data = addition(32)
-    ours = train(CopilotTrainer, CopilotSFTConfig, tmp_path / "ours", data, max_steps=6)
+    ours = train(CopilotTrainer, CopilotSFTConfig, tmp_path / "ours", data, max_steps=6, copilot_steps_per_round=1)
     theirs = train(SFTTrainer, SFTConfig, tmp_path / "theirs", data, max_steps=6)
     assert_same(ours.model, theirs.model)
     assert ours.learner.skipped_steps == 6
@@ -41,7 +41,7 @@ def test_a_step_that_works_ends_the_streak(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(CopilotLearner, "batch_loss", every_second)
     with caplog.at_level(logging.WARNING):
-        ours = train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(32), max_steps=6)
+        ours = train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(32), max_steps=6, copilot_steps_per_round=1)
     assert ours.learner.skipped_steps == 3 and "in a row" not in caplog.text
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE, tiny_pilot, trained_like
+from tiny import OBJECTIVES, VOCAB_SIZE, tiny_pilot, trained_like
 
 from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
 from hf_copilot.batch import FULL, LIKE, CopilotBatch, find_documents, group_by_length
@@ -129,7 +129,7 @@ def test_groups_hold_little_padding(pilot):
     assert len(group_by_length(records[-10:], 10**6)) == 1
 
 
-@pytest.mark.parametrize("config", [CopilotConfig(), CopilotConfig.paper(num_hidden_layers=2)])
+@pytest.mark.parametrize("config", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_the_groups_of_a_step_do_not_matter(pilot, config):
     """The loss is a mean over positions or sequences of the whole draw, however it is split."""
     weights = []
@@ -179,7 +179,7 @@ def test_a_non_finite_document_is_not_logged(pilot):
 
 
 def test_a_non_finite_step_is_left_out(pilot):
-    learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=2)
+    learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=2, steps_per_round=1)
     records = observe(learner, pilot, padded_batch())
     records[0].embeddings[:] = torch.inf
     before = [p.clone() for p in learner.copilot.parameters()]

@@ -51,6 +51,11 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# without dropout, whose draws depend on how a batch is cut
+OBJECTIVES = {
+    "ours": CopilotConfig(dropout=0.0),
+    "paper": CopilotConfig.paper(num_hidden_layers=2, dropout=0.0),
+}
 QUIET = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

@@ -13,7 +13,7 @@ import torch
 from test_checkpoint import make_trainer
 from test_failure import no_memory, not_finite
 from test_learner import observe, padded_batch
-from tiny import QUIET, addition, tiny_pilot, tiny_tokenizer, trained_like
+from tiny import OBJECTIVES, QUIET, addition, tiny_pilot, tiny_tokenizer, trained_like
 from torch import distributed as dist
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
@@ -91,7 +91,7 @@ def main(folder: Path) -> None:
     rank = dist.get_rank()
     shares = {"shared": [[0, 2], [1]], "one_has_none": [[0, 1, 2], []]}
     for name, share in shares.items():
-        for objective, config in (("ours", CopilotConfig()), ("paper", CopilotConfig.paper(num_hidden_layers=2))):
+        for objective, config in OBJECTIVES.items():
             learner = learn(share[rank], config)
             weights = torch.cat([p.detach().flatten() for p in learner.copilot.parameters()])
             torch.save(weights, folder / f"{name}-{objective}-{rank}.pt")

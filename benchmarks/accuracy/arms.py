@@ -19,11 +19,8 @@ from cost import Stopwatch  # noqa: E402
 from hf_copilot.measures import best_strength
 from hf_copilot.report import count_parameters
 
-# the paper's: one step in a round, as Algorithm 1 has it; ours: the default config, but more steps, and weight decay
-COPILOTS = {
-    "paper": Variant(paper=True),
-    "copilot": Variant(arguments={"copilot_steps_per_round": 4, "copilot_weight_decay": 0.1}),
-}
+PAPER = Variant(arguments={"copilot_steps_per_round": 1, "copilot_weight_decay": 0.0}, paper=True)  # Algorithm 1
+COPILOTS = {"paper": PAPER, "copilot": Variant()}  # ours: the defaults
 JOINT_RATES = (1.0, 0.5)  # of the task's learning rate
 CHOSEN_BY = {"λ chosen": "nll", "λ by accuracy": "token_accuracy"}  # on the validation rows
 LONGER = 2.5  # times the task's steps

@@ -3,9 +3,10 @@
     python benchmarks/accuracy/experiments.py learning arithmetic text --data DIR --seeds 1
     python benchmarks/accuracy/experiments.py paper arithmetic mawps --data DIR --seeds 3
 
-Groups: `learning` (one change to our Copilot of run.py at a time), `mistakes` (whose errors it learns from), `paper`
-(the paper's Tables 16 to 20), `stages` (beside a Pilot that is trained longer), `portable` (a Copilot that reads none
-of the Pilot's states, moved to a wider Pilot), `feedback` (RMSE that is fed its own predictions).
+Groups: `learning` (one change to our Copilot of run.py at a time), `confirm` (those of them that matter most, for all
+tasks), `mistakes` (whose errors it learns from), `paper` (the paper's Tables 16 to 20), `stages` (beside a Pilot that
+is trained longer), `portable` (a Copilot that reads none of the Pilot's states, moved to a wider Pilot), `feedback`
+(RMSE that is fed its own predictions).
 
 Everything is measured teacher-forced on the validation rows; λ is chosen on their first half and measured on the
 second. Writes benchmarks/results/accuracy/experiments_<group>_<task>.{json,md}.
@@ -22,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arms import COPILOTS, LONGER
+from arms import LONGER, PAPER
 from inputs import SHARE, moved, no_hidden_states, prompts_too, scheduled_feeding, tokens_alone
 from mistakes import ALL_BYTES, ALL_ROUNDS, cross_fit, log_rows, reservoir, teach, weighted
 from report import mean_of
@@ -41,7 +42,12 @@ def arguments(**changes: Any) -> dict[str, Any]:
 
 def ours(config: dict[str, Any] | None = None, change: Callable | None = None, **changes: Any) -> Variant:
     """Our Copilot of run.py, with these changes."""
-    return Variant(config or {}, COPILOTS["copilot"].arguments | arguments(**changes), change=change)
+    return Variant(config or {}, arguments(**changes), change=change)
+
+
+def papers(config: dict[str, Any] | None = None) -> Variant:
+    """The paper's preset, likewise."""
+    return replace(PAPER, config=config or {})
 
 
 RMSE = {"objective": "rmse", "fusion": "probability"}
@@ -65,6 +71,9 @@ LEARNING = {
     "RMSE, realised feedback": ours(RMSE),
     "random weights": ours({"init": "random"}),
 }
+CONFIRM = {
+    name: LEARNING[name] for name in ("ours", "1 step in a round", "the Pilot's vocabulary", "no hidden states")
+}
 STAGES = {"ours": ours()}
 PORTABLE = {"ours": ours(), "tokens and ℓ alone": ours(change=tokens_alone)}
 FEEDBACK = {
@@ -73,15 +82,15 @@ FEEDBACK = {
     "RMSE, predicted, scheduled": ours(RMSE | {"error_feedback": "predicted"}, scheduled_feeding),
 }
 # Tables 18 to 20 of the paper; 16 is in `latest_checkpoint`, and 17 is what calibration stores of every λ
-PAPER = {
-    "Pattern 1, mean, RMSE": Variant(paper=True),
-    "Pattern 2": Variant({"pattern": 2}, paper=True),
-    "Pattern 3": Variant({"pooled_layers": "first_half"}, paper=True),
-    "Pattern 4": Variant({"pooled_layers": "second_half"}, paper=True),
-    "max": Variant({"pooling": "max"}, paper=True),
-    "sum": Variant({"pooling": "sum"}, paper=True),
-    "cross-entropy of the fused logits": Variant(
-        {"objective": "cross_entropy", "fusion": "logit", "error_feedback": "realized"}, paper=True
+ABLATIONS = {
+    "Pattern 1, mean, RMSE": papers(),
+    "Pattern 2": papers({"pattern": 2}),
+    "Pattern 3": papers({"pooled_layers": "first_half"}),
+    "Pattern 4": papers({"pooled_layers": "second_half"}),
+    "max": papers({"pooling": "max"}),
+    "sum": papers({"pooling": "sum"}),
+    "cross-entropy of the fused logits": papers(
+        {"objective": "cross_entropy", "fusion": "logit", "error_feedback": "realized"}
     ),
 }
 PAPER_FIGURES = {  # accuracy in %, Tables 16 to 20
@@ -110,13 +119,15 @@ MISTAKES = {
 HOLDOUTS = {share: ours(mistake_source="holdout", holdout=share, log_max_bytes=ALL_BYTES) for share in (0.1, 0.25)}
 GROUPS = {
     "learning": LEARNING,
+    "confirm": CONFIRM,
     "mistakes": MISTAKES,
-    "paper": PAPER,
+    "paper": ABLATIONS,
     "stages": STAGES,
     "portable": PORTABLE,
     "feedback": FEEDBACK,
 }
-AT_ONCE = 3  # Copilots beside one Pilot
+KEPT_AS = {"confirm": "learning"}  # groups that share their runs
+AT_ONCE = 4  # Copilots beside one Pilot
 OTHER_WIDTH = 192  # of a Pilot that a Copilot without the Pilot's states is moved to
 METRICS = ("token accuracy", "answers right", "generated right")
 Measured = dict[str, float]
@@ -147,7 +158,7 @@ def figures_of(model: Rectified, rows: list[dict[str, list[int]]]) -> dict[str, 
 def run_group(setting: Setting, seed: int, group: str) -> dict[str, Any]:
     """A group for one seed. What is done is kept: a group with `EXTRAS`, which need all of it, as a whole, else every
     Copilot on its own. Those that are missing are trained a few at a time, each time beside the same Pilot again."""
-    folder, variants = setting.work / setting.task.name / f"{group}-{seed}", GROUPS[group]
+    folder, variants = setting.work / setting.task.name / f"{KEPT_AS.get(group, group)}-{seed}", GROUPS[group]
     settings = settings_of(setting)
     if group in EXTRAS:
         settings["variants"] = {name: variant.settings() for name, variant in variants.items()}
@@ -230,7 +241,7 @@ def latest_checkpoint(
     setting: Setting, tokenizer, rows: list[Row], seed: int, trained: Trained
 ) -> dict[str, Rectified]:
     """Table 16: the log holds what the trained Pilot gets wrong on its training rows, and nothing from before."""
-    learner = log_rows(setting, tokenizer, trained.pilot, rows, seed, Variant(paper=True))
+    learner = log_rows(setting, tokenizer, trained.pilot, rows, seed, papers())
     teach([learner], setting.task.training["max_steps"], setting.task.training["per_device_train_batch_size"])
     model = Rectified(trained.pilot, tokenizer, learner, learner.copilot.config.strength)
     return {"log of the latest checkpoint": model}
@@ -279,7 +290,7 @@ def table_of(group: str, runs: list[dict[str, Any]]) -> str:
     """All rows of a group; beside those of the paper's ablations stand its own figures."""
     rows = rows_of(runs)
     if group == "paper":
-        rows += strength_rows(runs, next(iter(PAPER)))
+        rows += strength_rows(runs, next(iter(ABLATIONS)))
         rows = [
             dict.fromkeys(rows[0], "") | row | {"the paper": PAPER_FIGURES.get(row["Copilot"], "")} for row in rows
         ]

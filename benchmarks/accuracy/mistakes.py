@@ -79,7 +79,7 @@ def log_rows(
     setting: Setting, tokenizer, pilot: PreTrainedModel, rows: list[Row], seed: int, variant: Variant
 ) -> CopilotLearner:
     """A learner whose log holds these rows as the Pilot, which stays as it is, sees them."""
-    copilot = copilot_for(setting.base(tokenizer), variant.copilot_config(setting.task))
+    copilot = copilot_for(setting.base(tokenizer), variant.copilot_config())
     args = CopilotArguments(**(setting.task.copilot | variant.arguments))
     learner = CopilotLearner(
         copilot,

@@ -71,6 +71,5 @@ MULTIPLE_CHOICE = MultipleChoice(
     pilot=llama(layers=4, width=128),
     training={"max_steps": 300, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50},
     copilot={"copilot_learning_rate": 1e-3},
-    copilot_config={"dropout": 0.1},
     max_length=256,
 )

@@ -134,6 +134,5 @@ RECOMMENDATION = Recommendation(
     pilot=llama(layers=4, width=128),
     training={"max_steps": 600, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 50},
     copilot={"copilot_learning_rate": 1e-3},
-    copilot_config={"dropout": 0.1},
     pretraining_steps=1500,
 )

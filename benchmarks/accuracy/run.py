@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "accuracy"
 def settings_of(setting: Setting) -> dict:
     """Everything that a run's figures depend on, besides the code."""
     task = setting.task
-    names = ("name", "pilot", "training", "copilot", "copilot_config", "pretraining_steps", "max_length")
+    names = ("name", "pilot", "training", "copilot", "pretraining_steps", "max_length")
     settings = {name: getattr(task, name) for name in (*names, "max_new_tokens")}
     data = sha256(json.dumps(task.splits(setting.data, seed=0)).encode()).hexdigest()
     return settings | {"base": setting.pilot, "lora": setting.lora, "device": setting.device, "data": data}

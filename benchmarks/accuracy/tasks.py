@@ -10,7 +10,7 @@ import json
 import random
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ class Task:
         metric: The figure of [`measure`] that the task is judged by.
         pilot: LlamaConfig of the small Pilot.
         training: SFTConfig of its training.
-        copilot, copilot_config: `copilot_...` arguments and CopilotConfig of every Copilot, chosen on validation rows.
+        copilot: `copilot_...` arguments of every Copilot, chosen on validation rows.
         pretraining_steps: Of the base that all arms start from.
         max_length: Longest row in tokens.
         max_new_tokens: Of generated answers.
@@ -64,7 +64,6 @@ class Task:
     pilot: dict[str, Any]
     training: dict[str, Any]
     copilot: dict[str, Any]
-    copilot_config: dict[str, Any] = field(default_factory=dict)
     pretraining_steps: int = 200
     max_length: int = 512
     max_new_tokens: int = 32
@@ -198,7 +197,6 @@ TEXT = Text(
     training={"max_steps": 400, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50}
     | {"train_sampling_strategy": "group_by_length"},
     copilot={"copilot_learning_rate": 1e-3},
-    copilot_config={"dropout": 0.1},
 )
 MAWPS = Mawps(
     "mawps",
@@ -206,6 +204,5 @@ MAWPS = Mawps(
     pilot=llama(layers=4, width=128),
     training={"max_steps": 1600, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 50},
     copilot={"copilot_learning_rate": 1e-3},
-    copilot_config={"dropout": 0.1},
     max_new_tokens=48,
 )

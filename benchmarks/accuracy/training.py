@@ -51,12 +51,12 @@ class Variant:
         settings = {"config": self.config, "arguments": self.arguments, "paper": self.paper}
         return settings | ({"change": self.change.__name__} if self.change else {})
 
-    def copilot_config(self, task: Task) -> CopilotConfig:
-        return (CopilotConfig.paper if self.paper else CopilotConfig)(**(task.copilot_config | self.config))
+    def copilot_config(self) -> CopilotConfig:
+        return (CopilotConfig.paper if self.paper else CopilotConfig)(**self.config)
 
     def callback(self, task: Task) -> CopilotCallback:
         arguments = CopilotArguments(**(task.copilot | self.arguments))
-        return ChangingCallback(self.copilot_config(task), arguments, self.change)
+        return ChangingCallback(self.copilot_config(), arguments, self.change)
 
 
 class ChangingCallback(CopilotCallback):
@@ -126,9 +126,7 @@ class Setting:
     def joint_layers(self, tokenizer, variant: Variant) -> int:
         """Layers of the smallest Pilot that has as many parameters as Pilot and Copilot together."""
         pilot = small_pilot(self.task.pilot, tokenizer)
-        wanted = (
-            count_parameters(pilot)[0] + count_parameters(copilot_for(pilot, variant.copilot_config(self.task)))[0]
-        )
+        wanted = count_parameters(pilot)[0] + count_parameters(copilot_for(pilot, variant.copilot_config()))[0]
         layers = self.task.pilot["num_hidden_layers"]
         while count_parameters(small_pilot(self.task.pilot | {"num_hidden_layers": layers}, tokenizer))[0] < wanted:
             layers += 1
@@ -162,7 +160,7 @@ class Setting:
         trainer = CopilotTrainer(
             pilot,
             CopilotSFTConfig(**self.arguments(seed), **(self.task.copilot | variant.arguments)),
-            copilot=variant.copilot_config(self.task),
+            copilot=variant.copilot_config(),
             **self.inputs(tokenizer, rows),
         )
         trainer.train()
