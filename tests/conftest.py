@@ -4,6 +4,7 @@ import os
 import tempfile
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1", TQDM_DISABLE="1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve beside another busy process
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read once, on import
 
 import pytest  # noqa: E402

@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from tiny import VOCAB_SIZE, teacher_forced, tiny_pilot, trained_like
-from transformers import CompileConfig, DynamicCache, LogitsProcessor, TextStreamer, pipeline
+from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, LogitsProcessor, TextStreamer, pipeline
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor
 
@@ -464,6 +464,8 @@ def test_padding_rows_of_the_pilot_are_left_alone(pilot, tokenizer):
 
 def test_continuous_batching_gives_no_unrectified_text(pilot):
     """It drops processors; the hook fails its forwards, so nothing is generated."""
+    cache = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # by default most of the free memory
+    settings = {"cache_implementation": "paged", "continuous_batching_config": cache, "eos_token_id": -1}
     with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor:
-        out = generate(pilot, processor, PROMPT[:1], cache_implementation="paged", eos_token_id=-1)
+        out = generate(pilot, processor, PROMPT[:1], **settings)
     assert torch.as_tensor(out).flatten().tolist() == PROMPT[0].tolist()
