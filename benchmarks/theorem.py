@@ -52,7 +52,7 @@ def train_pair(chain: torch.Tensor, seed: int, steps: int) -> tuple[LlamaForCaus
     torch.manual_seed(seed)
     pilot = LlamaForCausalLM(LlamaConfig(vocab_size=SYMBOLS, max_position_embeddings=LENGTH, **PILOT))
     config = CopilotConfig(objective="rmse", fusion="probability", top_k=SYMBOLS, dropout=0.0)
-    settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 20, "seed": seed}
+    settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 20, "steps_per_round": 4, "seed": seed}
     learner = CopilotLearner(copilot_for(pilot, config), pilot, **settings)
     learner.start(steps)
     optimizer = torch.optim.AdamW(pilot.parameters(), lr=1e-3)

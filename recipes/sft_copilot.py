@@ -53,7 +53,7 @@ class RecipeArguments:
     copilot_layers: int | None = field(
         default=None, metadata={"help": "Layers of the Copilot, 0 for all of its source; default: the preset's."}
     )
-    copilot_dropout: float = field(default=0.1, metadata={"help": "Dropout of the Copilot."})
+    copilot_dropout: float = field(default=CopilotConfig.dropout, metadata={"help": "Dropout of the Copilot."})
     validation_rows: int = field(default=200, metadata={"help": "Rows of the training split kept for evaluation."})
     generate_rows: int = field(default=200, metadata={"help": "Test rows answered by generation; 0 for none."})
     answer_pattern: str = field(
