@@ -136,6 +136,8 @@ def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None
     folder, config = Path(checkpoint) / WEIGHTS_FOLDER, learner.copilot.config
     saved = CopilotConfig.from_pretrained(folder)
     different = {name: (getattr(saved, name), getattr(config, name)) for name in saved.differences(config)}
+    if saved.calibration is None and config.calibration is None and saved.strength != config.strength:
+        different["strength"] = saved.strength, config.strength
     if different:
         raise ValueError(
             f"The Copilot in {checkpoint} has other settings than this run's (saved, now): {different}. Resume with "

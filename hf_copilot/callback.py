@@ -29,6 +29,20 @@ from .pilot_tap import unwrap
 from .training_args import AUTO_STRENGTHS, CopilotArguments
 
 
+def check_arguments(copilot_args: CopilotArguments) -> None:
+    """Raise a `ValueError` for what a callback can't do."""
+    if copilot_args.copilot_strength in AUTO_STRENGTHS or copilot_args.copilot_predict:
+        raise ValueError(
+            "CopilotCallback sees no evaluation: copilot_strength='auto' or 'auto_accuracy' and copilot_predict "
+            "need a trainer of hf_copilot. Calibrate with callback.learner.calibrate()."
+        )
+    if copilot_args.copilot_mistake_source == "holdout":
+        raise ValueError(
+            "CopilotCallback can't hold rows out of the Pilot's training: use a trainer of hf_copilot for "
+            "copilot_mistake_source='holdout', or 'first_visit'."
+        )
+
+
 class CopilotCallback(TrainerCallback):
     """Co-trains a Copilot in any `transformers.Trainer`: `Trainer(..., callbacks=[CopilotCallback()])`.
 
@@ -40,7 +54,8 @@ class CopilotCallback(TrainerCallback):
 
     Args:
         copilot, copilot_peft_config: As in [`CopilotTrainer`].
-        copilot_args: The fields that begin with `copilot_`.
+        copilot_args: The fields that begin with `copilot_`; by default those of the trainer's own `args`, if it has
+            them.
     """
 
     def __init__(
@@ -50,17 +65,9 @@ class CopilotCallback(TrainerCallback):
         copilot_peft_config: PeftConfig | None = None,
     ):
         self.source = copilot
-        self.copilot_args = copilot_args if copilot_args is not None else CopilotArguments()
-        if self.copilot_args.copilot_strength in AUTO_STRENGTHS or self.copilot_args.copilot_predict:
-            raise ValueError(
-                "CopilotCallback sees no evaluation: copilot_strength='auto' or 'auto_accuracy' and copilot_predict "
-                "need a trainer of hf_copilot. Calibrate with callback.learner.calibrate()."
-            )
-        if self.copilot_args.copilot_mistake_source == "holdout":
-            raise ValueError(
-                "CopilotCallback can't hold rows out of the Pilot's training: use a trainer of hf_copilot for "
-                "copilot_mistake_source='holdout', or 'first_visit'."
-            )
+        self.copilot_args = copilot_args
+        if copilot_args is not None:
+            check_arguments(copilot_args)
         self.copilot_peft_config = copilot_peft_config
         self.learner: CopilotLearner | None = None
         self.handles: list[RemovableHandle] = []
@@ -94,13 +101,12 @@ class CopilotCallback(TrainerCallback):
                 "tuning, p-tuning): use CopilotTrainer."
             )
         self.close()
-        self.learner = make_learner(
-            make_copilot(self.source, model, processing_class),
-            model,
-            args,
-            self.copilot_args,
-            self.copilot_peft_config,
-        )
+        if self.copilot_args is None:
+            self.copilot_args = args if isinstance(args, CopilotArguments) else CopilotArguments()
+            check_arguments(self.copilot_args)
+        if self.learner is None or self.learner.head.pilot is not unwrap(model):  # else it is trained further
+            copilot = make_copilot(self.source, model, processing_class)
+            self.learner = make_learner(copilot, model, args, self.copilot_args, self.copilot_peft_config)
         self.learner.warmup_steps = args.get_warmup_steps(state.max_steps)
         self.learner.start(state.max_steps)
         if state.global_step:

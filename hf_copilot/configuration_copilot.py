@@ -152,6 +152,21 @@ class CopilotConfig(PreTrainedConfig):
         check_strength(self.strength)
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> CopilotConfig:
+        """
+        Raises:
+            ValueError: If these are the settings of another kind of model.
+        """
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"This is a model of type {kind!r}, not a Copilot. After training the Copilot lies in the run's "
+                "folder copilot/: CopilotModel.from_pretrained('<run>/copilot'), or on the Hub "
+                "CopilotModel.from_pretrained('<run>', subfolder='copilot')."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def paper(cls, **kwargs: Any) -> CopilotConfig:
         """The settings of the paper: all layers of its source, ℓ alone as input, RMSE, Eq. 8, Algorithm 2; Algorithm
         1 is `copilot_steps_per_round=1`.

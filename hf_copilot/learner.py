@@ -11,6 +11,7 @@ for batch in loader:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +53,7 @@ class CopilotLearner:
         copilot: Trained in place; moved to the device of the Pilot's head.
         pilot: The model that is fine-tuned, wrapped or not.
         num_training_steps: Steps of the schedule; or call `start` later.
-        learning_rate, weight_decay, max_grad_norm: Of the Copilot's AdamW.
+        learning_rate, weight_decay, max_grad_norm: Of the Copilot's AdamW; a norm of 0 does not clip.
         warmup_steps, lr_scheduler_type, lr_scheduler_kwargs: Of its schedule, as in transformers.
         log: Defaults to `MistakeLog()`.
         log_dtype: Of the hidden states in the log.
@@ -95,6 +96,8 @@ class CopilotLearner:
             )
         if steps_per_round < 1:
             raise ValueError(f"steps_per_round={steps_per_round}: must be at least one step (the paper takes 1).")
+        if not max_grad_norm >= 0:
+            raise ValueError(f"max_grad_norm={max_grad_norm}: must be at least 0, which does not clip.")
         self.steps_per_round = steps_per_round
         self.device = self.head.device
         self.copilot = copilot.to(self.device)
@@ -307,7 +310,7 @@ class CopilotLearner:
         for parameter in parameters if num_processes() > 1 else ():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         sum_over_processes([loss, *(p.grad for p in parameters if p.grad is not None)])
-        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
         if bool((loss + norm).isfinite()):
             self.optimizer.step()
             self.loss_sum += loss

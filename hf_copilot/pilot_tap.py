@@ -6,6 +6,7 @@ decoder, S of the encoder, d_P the Pilot's hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,6 +162,14 @@ class PilotTap:
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
+
+    def __deepcopy__(self, memo: dict) -> PilotTap:
+        """A copy of the Pilot (for a moving average, say) has its hooks: there they stay silent, and hold nothing."""
+        silent = memo[id(self)] = copy.copy(self)
+        silent.listen, silent.sink, silent.states, silent.latest = (lambda: False), None, None, None
+        silent.model = silent.decoder = silent.layers = silent.pooled = None
+        silent.handles = []
+        return silent
 
     def _open(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         self.states = None

@@ -94,8 +94,6 @@ class Rectifier:
         pending = self._chain(pending, ids, continues)
         past = pending[0].past_length
         self._arrange(self._parents(ids, past) if past and not continues else rows)
-        if past == 0:
-            self.visible = torch.ones_like(ids, dtype=torch.bool)  # [R, n]
         if not continues:
             self.cache.self_attention_cache = DynamicCache()
             if self.config.vocab_projection == "pilot":
@@ -105,7 +103,8 @@ class Rectifier:
         self._cut_memory(past)
         inputs = self._next_input(ids[:, -1], continues)
         memory = self._memory(pending)  # [R, new entries, d_P]
-        self.visible = torch.cat([self.visible[:, :past], *(self._new_visible(s) for s in pending)], dim=1)  # [R, n]
+        before = self.visible[:, :past] if continues else self._visible_before(pending[0])  # [R, past]
+        self.visible = torch.cat([before, *(self._visible(s)[:, -s.length :] for s in pending)], dim=1)  # [R, n]
         if not continues:
             self.group = self._groups(ids)
         mask = self._memory_mask(ids.new_full((len(ids), 1), ids.shape[1] - 1))  # [R, 1, entries]
@@ -131,8 +130,8 @@ class Rectifier:
             raise ValueError(UNKNOWN_CALL)
         raise ValueError(
             "The Pilot's cache holds tokens that this processor has not seen: make the processor before the cache is "
-            "filled, and one for each conversation that has a cache of its own, or call generate without "
-            "past_key_values."
+            "filled, with all of its rows (not one that is repeated later), and one for each conversation that has a "
+            "cache of its own, or call generate without past_key_values."
         )
 
     def _ends_with(self, states: PilotStates, ids: torch.Tensor) -> bool:
@@ -223,20 +222,27 @@ class Rectifier:
             return torch.ones(states.embeddings.shape[:2], dtype=torch.bool, device=self.copilot.device)
         return mask.to(self.copilot.device) != 0
 
-    def _new_visible(self, states: PilotStates) -> torch.Tensor:
-        """Which positions of one forward are not padding, `[R, t]` bool, from the mask in whatever form it came."""
+    def _visible_before(self, states: PilotStates) -> torch.Tensor:
+        """Which positions before the first forward of a run are not padding, `[R, past]` bool: as its mask has them
+        now (a row that ended early in the last run is padded behind its end), or as they were, where a window hides
+        them."""
+        visible, past = self._visible(states), states.past_length
+        return visible[:, :past] if visible.shape[1] == past + states.length else self.visible[:, :past]
+
+    def _visible(self, states: PilotStates) -> torch.Tensor:
+        """Which of the n positions up to the end of one forward are not padding, by its mask in whatever form it came:
+        `[R, n]` bool, or the last of them, where a window slides."""
         mask: Any = states.attention_mask
         if isinstance(mask, dict):
             mask = mask.get("full_attention", next(iter(mask.values())))
-        new = slice(states.past_length, states.past_length + states.length)
+        n = states.past_length + states.length
         if mask is None:
-            visible = torch.ones(states.last_hidden_state.shape[:2], dtype=torch.bool)
+            visible = torch.ones(len(states.last_hidden_state), n, dtype=torch.bool)
         elif mask.ndim == 2:
-            visible = mask[:, new] != 0
-        else:  # [R, 1, t, n], bool or additive: visible to any query
+            visible = mask[:, :n] != 0
+        else:  # [R, 1, t, n or more], bool or additive: visible to any query
             seen = mask if mask.dtype == torch.bool else mask == 0
-            new = new if mask.shape[-1] >= new.stop else slice(-states.length, None)  # a sliding window is narrower
-            visible = seen[:, 0, :, new].any(1)
+            visible = seen[:, 0, :, :n].any(1)
         return visible.to(self.copilot.device)
 
     def _next_input(self, token: torch.Tensor, continues: bool) -> dict[str, torch.Tensor]:

@@ -13,9 +13,15 @@ from .learner import CopilotLearner
 QUANTITIES = (("nll", "NLL per token", ".4f"), ("token_accuracy", "token accuracy", ".1%"))
 
 
+def size_of(parameter: nn.Parameter) -> int:
+    """Its numbers; bitsandbytes packs two of 4 bits into a byte of its storage."""
+    packed = 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else 1
+    return parameter.numel() * packed
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """All parameters, and those that are trained."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(size_of(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
@@ -28,7 +34,7 @@ def multiplied_parameters(model: nn.Module) -> int:
     count = count_parameters(model)[0] - (0 if head is embedding else embedding.numel())
     if getattr(model.config, "is_encoder_decoder", False):
         own = {id(parameter) for parameter in model.get_decoder().parameters()} | {id(head)}
-        count -= sum(p.numel() for p in model.get_encoder().parameters() if id(p) not in own)
+        count -= sum(size_of(p) for p in model.get_encoder().parameters() if id(p) not in own)
     return count
 
 

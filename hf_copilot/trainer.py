@@ -213,6 +213,7 @@ class CopilotMixin:
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self.is_in_train = False  # transformers leaves it set where training ended with an exception
             self.learner.close()
         if self.copilot_args.copilot_strength in AUTO_STRENGTHS:
             self.calibrate(metric=AUTO_STRENGTHS[self.copilot_args.copilot_strength])
@@ -277,7 +278,8 @@ class CopilotMixin:
 
     def calibrate(self, eval_dataset=None, strengths=STRENGTHS, metric="nll"):
         """Choose the Copilot's λ by teacher-forced NLL, or by `metric="token_accuracy"`, on a data set, `eval_dataset`
-        by default; see [`CopilotLearner.calibrate`]. Returns what is stored in `copilot.config.calibration`.
+        by default; see [`CopilotLearner.calibrate`]. An evaluation like others: callbacks see it, with the prefix
+        `calibration_`. Returns what is stored in `copilot.config.calibration`.
 
         Raises:
             ValueError: Without a data set, without a labelled token in it, for a λ that is negative or not finite, or
@@ -286,6 +288,8 @@ class CopilotMixin:
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if data is None:
             raise ValueError("calibrate needs a data set: pass one here, or `eval_dataset` to the trainer.")
+        if isinstance(data, str):
+            data = self.eval_dataset[data]
         parts = list(data.values()) if isinstance(data, dict) else [data]
         rows = [f"{len(part)} rows" if hasattr(part, "__len__") else "a stream" for part in parts]
         with self.learner.calibrate(strengths, " and ".join(rows), metric):

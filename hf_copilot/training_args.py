@@ -24,7 +24,8 @@ class CopilotArguments:
         copilot_learning_rate (`float`, defaults to `3e-4`): Peak learning rate of the Copilot's own AdamW. Its
             schedule and warm-up follow the Pilot's `lr_scheduler_type` and `warmup_steps`.
         copilot_weight_decay (`float`, defaults to `0.1`): Weight decay of its matrices.
-        copilot_max_grad_norm (`float`, defaults to `1.0`): Its gradient is clipped to this norm.
+        copilot_max_grad_norm (`float`, defaults to `1.0`): Its gradient is clipped to this norm; 0 does not
+            clip.
         copilot_steps_per_round (`int`, defaults to `4`): Its optimizer steps for one of the Pilot's (the paper's: 1);
             each draws from the log anew and costs as much as the first.
         copilot_mistake_source (`str`, defaults to `"train"`): Whose errors are logged: `"train"`, every forward of the
@@ -57,7 +58,7 @@ class CopilotArguments:
     )
     copilot_weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of the Copilot's matrices."})
     copilot_max_grad_norm: float = field(
-        default=1.0, metadata={"help": "The Copilot's gradient is clipped to this norm."}
+        default=1.0, metadata={"help": "The Copilot's gradient is clipped to this norm; 0 does not clip."}
     )
     copilot_steps_per_round: int = field(
         default=4, metadata={"help": "The Copilot's optimizer steps for one of the Pilot's."}

@@ -23,7 +23,7 @@ def train(pilot, optimizer, loader, learner, backward=torch.Tensor.backward, say
         backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        learner.step(measure=step % 20 == 0)  # one step of the Copilot, on every process
+        learner.step(measure=step % 20 == 0)  # the Copilot's steps of this round, on every process
         if step % 20 == 0:
             say(step, {name: round(value, 4) for name, value in learner.pop_metrics().items()})
 

@@ -178,7 +178,7 @@ def main(
             "revision": model_args.model_revision,
             "attn_implementation": model_args.attn_implementation,
             "dtype": model_args.dtype,
-        }
+        } | (training_args.model_init_kwargs or {})
     trainer = CopilotTrainer(
         model=model,
         args=training_args,

@@ -153,6 +153,8 @@ def test_calibrating_on_another_set_when_asked(tmp_path):
     assert trainer.calibrate(addition(6, seed=4), strengths=(1.0,))["targets"] > 6
     with pytest.raises(ValueError, match="eval_dataset"):
         make_trainer(tmp_path, None, copilot_strength="auto")
+    named = make_trainer(tmp_path, {"a": addition(8, seed=1), "b": addition(4, seed=2)})
+    assert named.calibrate("b")["data"] == "4 rows"
 
 
 def test_calibrating_generates_nothing(tmp_path, monkeypatch):

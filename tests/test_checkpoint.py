@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotConfig, CopilotModel, CopilotSFTConfig, CopilotTrainer
 from hf_copilot.checkpoint import find_fault
+from hf_copilot.measures import calibration_of
 
 PACKED = {"packing": True, "packing_strategy": "bfd", "max_length": 16}
 VARIANTS = {
@@ -233,7 +234,8 @@ def test_the_manifest_lists_every_file(straight):
 def test_the_calibrated_strength_is_resumed(tmp_path, straight):
     folder = copy_of(straight, tmp_path / "run")
     config = folder / "checkpoint-4" / "copilot" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"strength": 0.75}))
+    chosen = calibration_of(torch.tensor([[2.0, 0], [1, 0], [0, 1]]), (0.0, 0.75), "rows")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"strength": 0.75, "calibration": chosen}))
     (folder / "checkpoint-4" / "copilot_state" / "files.json").unlink()  # the file was changed by hand
     resumed = make_trainer(folder)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
@@ -272,9 +274,10 @@ def test_kills_lose_nothing(tmp_path):
     assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "whole")
 
 
-def test_resuming_with_other_settings_raises(tmp_path, straight):
-    other = CopilotConfig(dropout=0.1, hidden_state_lag=0)
-    with pytest.raises(ValueError, match="hidden_state_lag.*(1, 0)"):
+@pytest.mark.parametrize("name, saved, now", [("hidden_state_lag", 1, 0), ("strength", 1.0, 0.5)])
+def test_resuming_with_other_settings_raises(tmp_path, straight, name, saved, now):
+    other = CopilotConfig(dropout=0.1, **{name: now})
+    with pytest.raises(ValueError, match=rf"{name}.*\({saved}, {now}\)"):
         make_trainer(tmp_path, copilot=other).train(
             resume_from_checkpoint=str(Path(straight.args.output_dir) / "checkpoint-2")
         )

@@ -10,7 +10,15 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from tiny import VOCAB_SIZE, teacher_forced, tiny_pilot, trained_like
-from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, LogitsProcessor, TextStreamer, pipeline
+from transformers import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    LogitsProcessor,
+    StaticCache,
+    TextStreamer,
+    pipeline,
+)
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor
 
@@ -213,6 +221,27 @@ def test_chat_on_a_kept_cache(pilot):
         generate(pilot, processor, turn, past_key_values=cache)
     assert kept_length == first.shape[1] - 1
     check_against_training_path(copilot, pilot, processor.calls, turn.shape[1], lambda row: 0)
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+def test_a_chat_in_which_a_row_ended_early(pilot, cache):
+    """The second turn masks what stands behind that row's end; kept cache equals none."""
+    copilot, turns = trained_like(pilot), {}
+    for name in ("kept", "none"):
+        kept = cache(config=pilot.config, max_cache_len=64) if cache is StaticCache else cache(config=pilot.config)
+        with Recorder(copilot, pilot) as processor:
+            end = generate(pilot, processor)[0, PROMPT.shape[1] + 1].item()  # of the first row's second new token
+            first = generate(pilot, processor, eos_token_id=end, past_key_values=kept)
+            turn, new = torch.cat([first, PROMPT], dim=1), first[:, PROMPT.shape[1] :]
+            mask = torch.ones_like(turn)
+            mask[:, PROMPT.shape[1] : first.shape[1]] = ((new == end).cumsum(1) - (new == end).int()) == 0
+            processor.calls.clear()
+            cached = {"past_key_values": kept} if name == "kept" else {}
+            turns[name] = generate(pilot, processor, turn, mask, **cached), processor.calls
+    assert (mask == 0).any() and (mask[1:] == 1).any(0).all()
+    assert torch.equal(turns["kept"][0], turns["none"][0])
+    for (_, f), (_, expected) in zip(turns["kept"][1], turns["none"][1], strict=True):
+        torch.testing.assert_close(f, expected, atol=1e-4, rtol=0)
 
 
 def test_a_cropped_cache_is_followed(pilot):

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import OBJECTIVES, VOCAB_SIZE, tiny_pilot, trained_like
+from tiny import OBJECTIVES, VOCAB_SIZE, assert_same, tiny_pilot, trained_like
 
 from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
 from hf_copilot.batch import FULL, LIKE, CopilotBatch, find_documents, group_by_length
@@ -186,6 +186,19 @@ def test_a_non_finite_step_is_left_out(pilot):
     learner.step()
     assert learner.skipped_steps == 1 and learner.pop_metrics()["copilot_skipped_steps"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, learner.copilot.parameters(), strict=True))
+
+
+def test_a_norm_of_zero_does_not_clip(pilot):
+    def trained(max_grad_norm):
+        learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=2, max_grad_norm=max_grad_norm)
+        observe(learner, pilot, padded_batch())
+        learner.step()
+        return learner.copilot
+
+    assert_same(trained(0.0), trained(1e9))
+    assert trained(0.0).lm_head.weight.abs().sum() > 0
+    with pytest.raises(ValueError, match="at least 0"):
+        trained(-1.0)
 
 
 def test_missing_labels_another_pilot_and_another_vocabulary_raise(pilot):

@@ -162,6 +162,12 @@ def test_from_pretrained_takes_dtype_device_map_and_subfolder(pilot, tmp_path):
     assert loaded.dtype == torch.bfloat16 and not loaded.training
 
 
+def test_the_folder_of_the_pilot_names_that_of_the_copilot(pilot, tmp_path):
+    pilot.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'llama', not a Copilot.*subfolder='copilot'"):
+        CopilotModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["missing", "unexpected"])
 def test_a_damaged_file_raises(pilot, tmp_path, damage):
     trained_like(pilot).save_pretrained(tmp_path)

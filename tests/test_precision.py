@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotLearner, CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer, copilot_for
+from hf_copilot.report import count_parameters
 from hf_copilot.weights import block_state
 
 BY_64 = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}  # what bitsandbytes' blocks divide
@@ -65,6 +66,7 @@ def test_qlora(tmp_path, bits):
     ours, theirs = both(tmp_path, load, LoraConfig(r=4), bf16=True)
     assert_same(ours.model, theirs.model)
     assert_learns(ours)
+    assert count_parameters(ours.model)[0] == ours.model.num_parameters()
     ours.model.eval()
     inputs = tiny_tokenizer()(["1+2="], return_tensors="pt", return_token_type_ids=False)
     with CopilotLogitsProcessor(trained_like(ours.model), ours.model) as processor:

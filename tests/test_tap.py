@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -119,6 +120,18 @@ def test_a_failed_forward_leaves_nothing(pilot):
         assert not records and tap.states is None
         pilot(input_ids=IDS)
     assert len(records) == 1
+
+
+def test_the_hooks_of_a_copied_pilot_are_silent(pilot):
+    tap, records = taps(pilot)
+    with tap:
+        copied = copy.deepcopy(pilot)
+        copied(input_ids=IDS)
+        assert not records
+        pilot(input_ids=IDS)
+    assert len(records) == 1
+    held = [hook.__self__ for module in copied.modules() for hook in module._forward_hooks.values()]
+    assert held and all(copy_of.sink is copy_of.layers is None for copy_of in held)
 
 
 SCALED = {

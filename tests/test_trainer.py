@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import (
+    CopilotArguments,
     CopilotCallback,
     CopilotConfig,
     CopilotLogitsProcessor,
@@ -357,6 +358,8 @@ def test_hooks_are_gone_after_an_exception(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert count_hooks(trainer.model) == 0
+    trainer.evaluate(addition(4))
+    assert count_hooks(trainer.model) == 0
 
 
 def test_an_empty_data_set_and_a_wrong_copilot_raise(tmp_path):
@@ -451,6 +454,30 @@ def test_the_callback_resumes(tmp_path):
         return callback.copilot
 
     assert_same(run(), run(str(tmp_path / "checkpoint-2")))
+
+
+def test_the_callback_takes_the_trainers_own_arguments(tmp_path):
+    def train(copilot_args=None, **changes):
+        callback = CopilotCallback(copilot_args=copilot_args)
+        args = CopilotSFTConfig(**settings(tmp_path, copilot_steps_per_round=2, **changes))
+        data = {"train_dataset": addition(16), "processing_class": tiny_tokenizer()}
+        SFTTrainer(model=tiny_pilot(), args=args, callbacks=[callback], **data).train()
+        return callback.learner
+
+    assert train().steps_per_round == 2
+    assert train(CopilotArguments(copilot_steps_per_round=3)).steps_per_round == 3
+    with pytest.raises(ValueError, match="can't hold rows out"):
+        train(copilot_mistake_source="holdout")
+
+
+def test_the_callback_trains_its_copilot_further(tmp_path):
+    callback = CopilotCallback()
+    args = TrainingArguments(**settings(tmp_path))
+    trainer = Trainer(model=tiny_pilot(), args=args, train_dataset=plain_data(), callbacks=[callback])
+    trainer.train()
+    copilot, first = callback.copilot, callback.copilot.lm_head.weight.clone()
+    trainer.train()
+    assert callback.copilot is copilot and not torch.equal(copilot.lm_head.weight, first)
 
 
 def test_the_callback_without_labels_raises(tmp_path):
