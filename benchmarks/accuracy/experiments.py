@@ -71,11 +71,9 @@ LEARNING = {
     "RMSE, realised feedback": ours(RMSE),
     "random weights": ours({"init": "random"}),
 }
-CONFIRM = {
-    name: LEARNING[name] for name in ("ours", "1 step in a round", "the Pilot's vocabulary", "no hidden states")
-}
 STAGES = {"ours": ours()}
-PORTABLE = {"ours": ours(), "tokens and ℓ alone": ours(change=tokens_alone)}
+PORTABLE = STAGES | {"tokens and ℓ alone": ours(change=tokens_alone)}
+CONFIRM = PORTABLE | {name: LEARNING[name] for name in ("1 step in a round", "the Pilot's vocabulary")}
 FEEDBACK = {
     "RMSE, realised": ours(RMSE),
     "RMSE, predicted": ours(RMSE | {"error_feedback": "predicted"}),
