@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from .assembly import (
     after_first_visit,
@@ -50,7 +50,7 @@ class CopilotCallback(TrainerCallback):
     [`CopilotTrainer`] does: metrics in evaluation, `load_best_model_at_end`, pushing during training, finding torn
     checkpoints, removing its hooks when training ends with an exception (call [`close`]), and putting its training
     metrics before reporters that were added earlier (they are in `trainer.state.log_history`). A resumed run
-    takes the Copilot up from `output_dir/checkpoint-<step>`.
+    takes the Copilot up from `output_dir/checkpoint-<step>`; a second `train()` trains the same Copilot on.
 
     Args:
         copilot, copilot_peft_config: As in [`CopilotTrainer`].
@@ -80,6 +80,11 @@ class CopilotCallback(TrainerCallback):
             raise ValueError("There is no Copilot before training has begun.")
         return self.learner.exported()
 
+    def _arguments(self, args: TrainingArguments) -> CopilotArguments:
+        """Those that were given, or the trainer's own, or the defaults."""
+        own = args if isinstance(args, CopilotArguments) else CopilotArguments()
+        return self.copilot_args if self.copilot_args is not None else own
+
     def close(self) -> None:
         """Remove all hooks from the Pilot; call it yourself if training ended with an exception."""
         for handle in self.handles:
@@ -101,18 +106,17 @@ class CopilotCallback(TrainerCallback):
                 "tuning, p-tuning): use CopilotTrainer."
             )
         self.close()
-        if self.copilot_args is None:
-            self.copilot_args = args if isinstance(args, CopilotArguments) else CopilotArguments()
-            check_arguments(self.copilot_args)
+        copilot_args = self._arguments(args)
+        check_arguments(copilot_args)
         if self.learner is None or self.learner.head.pilot is not unwrap(model):  # else it is trained further
             copilot = make_copilot(self.source, model, processing_class)
-            self.learner = make_learner(copilot, model, args, self.copilot_args, self.copilot_peft_config)
+            self.learner = make_learner(copilot, model, args, copilot_args, self.copilot_peft_config)
         self.learner.warmup_steps = args.get_warmup_steps(state.max_steps)
         self.learner.start(state.max_steps)
         if state.global_step:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            load_checkpoint(self.learner, checkpoint, self.copilot_args.copilot_start_fresh)
-        check_first_visit(self.learner, self.copilot_args, state)
+            load_checkpoint(self.learner, checkpoint, copilot_args.copilot_start_fresh)
+        check_first_visit(self.learner, copilot_args, state)
         base = unwrap(model)
         self.handles = [
             base.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -138,7 +142,7 @@ class CopilotCallback(TrainerCallback):
             watch.__exit__(None, None, None)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.learner.step(is_logging_step(args, state, control), after_first_visit(self.copilot_args, state))
+        self.learner.step(is_logging_step(args, state, control), after_first_visit(self._arguments(args), state))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and "loss" in logs:
@@ -149,7 +153,7 @@ class CopilotCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         save_weights(self.learner, checkpoint)
-        save_state(self.learner, checkpoint / STATE_FOLDER, self.copilot_args.copilot_save_mistake_log)
+        save_state(self.learner, checkpoint / STATE_FOLDER, self._arguments(args).copilot_save_mistake_log)
 
     def on_train_end(self, args, state, control, **kwargs):
         save_weights(self.learner, args.output_dir)

@@ -153,7 +153,8 @@ class CopilotConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> CopilotConfig:
-        """
+        """As in transformers.
+
         Raises:
             ValueError: If these are the settings of another kind of model.
         """

@@ -104,7 +104,7 @@ class Rectifier:
         inputs = self._next_input(ids[:, -1], continues)
         memory = self._memory(pending)  # [R, new entries, d_P]
         before = self.visible[:, :past] if continues else self._visible_before(pending[0])  # [R, past]
-        self.visible = torch.cat([before, *(self._visible(s)[:, -s.length :] for s in pending)], dim=1)  # [R, n]
+        self.visible = torch.cat([before, *(self._visible(s, s.past_length) for s in pending)], dim=1)  # [R, n]
         if not continues:
             self.group = self._groups(ids)
         mask = self._memory_mask(ids.new_full((len(ids), 1), ids.shape[1] - 1))  # [R, 1, entries]
@@ -226,23 +226,24 @@ class Rectifier:
         """Which positions before the first forward of a run are not padding, `[R, past]` bool: as its mask has them
         now (a row that ended early in the last run is padded behind its end), or as they were, where a window hides
         them."""
-        visible, past = self._visible(states), states.past_length
-        return visible[:, :past] if visible.shape[1] == past + states.length else self.visible[:, :past]
+        visible, past = self._visible(states, 0), states.past_length
+        is_hidden = visible.shape[1] < past + states.length
+        return self.visible[:, :past] if past and is_hidden else visible[:, :past]
 
-    def _visible(self, states: PilotStates) -> torch.Tensor:
-        """Which of the n positions up to the end of one forward are not padding, by its mask in whatever form it came:
-        `[R, n]` bool, or the last of them, where a window slides."""
+    def _visible(self, states: PilotStates, start: int) -> torch.Tensor:
+        """Which positions from `start` to the end n of one forward are not padding, by its mask in whatever form it
+        came: `[R, n - start]` bool, or the last of them, where a window slides."""
         mask: Any = states.attention_mask
         if isinstance(mask, dict):
             mask = mask.get("full_attention", next(iter(mask.values())))
         n = states.past_length + states.length
         if mask is None:
-            visible = torch.ones(len(states.last_hidden_state), n, dtype=torch.bool)
+            visible = torch.ones(len(states.last_hidden_state), n - start, dtype=torch.bool)
         elif mask.ndim == 2:
-            visible = mask[:, :n] != 0
+            visible = mask[:, start:n] != 0
         else:  # [R, 1, t, n or more], bool or additive: visible to any query
-            seen = mask if mask.dtype == torch.bool else mask == 0
-            visible = seen[:, 0, :, :n].any(1)
+            columns = mask[:, 0, :, :n][..., -(n - start) :]  # a sliding window has fewer than n
+            visible = (columns if mask.dtype == torch.bool else columns == 0).any(1)
         return visible.to(self.copilot.device)
 
     def _next_input(self, token: torch.Tensor, continues: bool) -> dict[str, torch.Tensor]:

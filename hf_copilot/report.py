@@ -14,7 +14,8 @@ QUANTITIES = (("nll", "NLL per token", ".4f"), ("token_accuracy", "token accurac
 
 
 def size_of(parameter: nn.Parameter) -> int:
-    """Its numbers; bitsandbytes packs two of 4 bits into a byte of its storage."""
+    """Its numbers, counted as by transformers' `num_parameters` (of whole models alone): bitsandbytes packs two of
+    4 bits into a byte of its storage."""
     packed = 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else 1
     return parameter.numel() * packed
 

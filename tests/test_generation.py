@@ -210,9 +210,15 @@ def test_all_caches_give_the_same_text(pilot):
     assert all(torch.equal(texts[0], text) for text in texts[1:])
 
 
-def test_chat_on_a_kept_cache(pilot):
-    """Two turns on one cache: the second turn is a new run over the memory of the whole chat."""
-    copilot, cache = trained_like(pilot), DynamicCache(config=pilot.config)
+@pytest.mark.parametrize("window", [None, 4])
+def test_chat_on_a_kept_cache(pilot, window):
+    """Two turns on one cache: the second turn is a new run over the memory of the whole chat. A static cache with a
+    window shows a mask of the window alone."""
+    cache = DynamicCache(config=pilot.config)
+    if window is not None:
+        pilot = tiny_pilot("mistral", sliding_window=window).eval()
+        cache = StaticCache(config=pilot.config, max_cache_len=64)
+    copilot = trained_like(pilot)
     with Recorder(copilot, pilot) as processor:
         first = generate(pilot, processor, past_key_values=cache)
         turn = torch.cat([first, PROMPT], dim=1)
@@ -230,7 +236,7 @@ def test_a_chat_in_which_a_row_ended_early(pilot, cache):
     for name in ("kept", "none"):
         kept = cache(config=pilot.config, max_cache_len=64) if cache is StaticCache else cache(config=pilot.config)
         with Recorder(copilot, pilot) as processor:
-            end = generate(pilot, processor)[0, PROMPT.shape[1] + 1].item()  # of the first row's second new token
+            end = generate(pilot, processor)[0, PROMPT.shape[1] + 1].item()  # the first row's second new token
             first = generate(pilot, processor, eos_token_id=end, past_key_values=kept)
             turn, new = torch.cat([first, PROMPT], dim=1), first[:, PROMPT.shape[1] :]
             mask = torch.ones_like(turn)

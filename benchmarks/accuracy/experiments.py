@@ -3,10 +3,10 @@
     python benchmarks/accuracy/experiments.py learning arithmetic text --data DIR --seeds 1
     python benchmarks/accuracy/experiments.py paper arithmetic mawps --data DIR --seeds 3
 
-Groups: `learning` (one change to our Copilot of run.py at a time), `confirm` (those of them that matter most, for all
-tasks), `mistakes` (whose errors it learns from), `paper` (the paper's Tables 16 to 20), `stages` (beside a Pilot that
-is trained longer), `portable` (a Copilot that reads none of the Pilot's states, moved to a wider Pilot), `feedback`
-(RMSE that is fed its own predictions).
+Groups: `learning` (one change to our Copilot of run.py at a time), `confirm` (those of them that matter most, and the
+Copilot of `portable`, for all tasks), `mistakes` (whose errors it learns from), `paper` (the paper's Tables 16 to 20),
+`stages` (beside a Pilot that is trained longer), `portable` (a Copilot that reads none of the Pilot's states, moved to
+a wider Pilot), `feedback` (RMSE that is fed its own predictions).
 
 Everything is measured teacher-forced on the validation rows; λ is chosen on their first half and measured on the
 second. Writes benchmarks/results/accuracy/experiments_<group>_<task>.{json,md}.
