@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .configuration_copilot import CopilotConfig
 from .discrepancy import SparseDiscrepancy, discrepancy
 from .mistake_log import MistakeRecord
-from .modeling_copilot import encoder_memory_mask, interleave, memory_mask
+from .modeling_copilot import interleave, memory_mask
 from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, is_encoder_decoder
 
 IGNORE = -100
@@ -96,6 +96,7 @@ def make_records(
         return tensor[:, -length:].flatten(0, 1)[positions.to(tensor.device)]
 
     final = flat(states.last_hidden_state, target_where)  # [M, d_P]
+    nothing = final.new_empty(0, final.shape[-1]), [0] * len(kept)
     mistake = discrepancy(head, final, target_labels.to(final.device), top_k)
     spans = [len(positions) for positions in kept]
     if has_encoder and states.input_ids is None:
@@ -108,13 +109,16 @@ def make_records(
         embeddings, embedding_spans = encoder_outputs(states, [document.row for document in documents])
     else:
         input_ids = inputs["input_ids"].cpu().flatten()[where]  # [N]
-        embeddings, embedding_spans = flat(states.embeddings, where), spans  # [N, d_P]
-        if embedding.gives(embeddings, input_ids):
-            embeddings, embedding_spans = embeddings.new_empty(0, embeddings.shape[-1]), [0] * len(spans)
+        embeddings, embedding_spans = nothing if states.embeddings is None else (flat(states.embeddings, where), spans)
+        if len(embeddings) and embedding.gives(embeddings, input_ids):
+            embeddings, embedding_spans = nothing
+    hidden_states, hidden_spans = nothing
+    if states.hidden_states is not None:
+        hidden_states, hidden_spans = flat(states.hidden_states, where), spans  # [N, d_P]
     columns = {
         "input_ids": (input_ids, spans),
         "embeddings": (embeddings.to(dtype=dtype), embedding_spans),
-        "hidden_states": (flat(states.hidden_states, where).to(dtype=dtype), spans),
+        "hidden_states": (hidden_states.to(dtype=dtype), hidden_spans),
         "final_states": (final.to(dtype=dtype), None),
         "labels": (target_labels, None),
         "indices": (mistake.indices.int(), None),
@@ -194,6 +198,17 @@ class CopilotBatch:
         def mask(tensors: list[torch.Tensor]) -> torch.Tensor:
             return pad([torch.ones(len(tensor), dtype=torch.bool) for tensor in tensors])
 
+        def memory() -> torch.Tensor:
+            if config.memory == "tokens":
+                return pad([record.input_ids for record in records])  # [B, n]
+            known = [r.embeddings if len(r.embeddings) else embedding(r.input_ids) for r in records]
+            embeddings = pad(known).to(dtype)  # [B, n, d_P], or [B, S, d_P]
+            hidden_states = pad([record.hidden_states for record in records]).to(dtype)  # [B, n, d_P]
+            if has_encoder:
+                return torch.cat([embeddings, hidden_states], dim=1)  # [B, S + n, d_P]
+            return interleave(embeddings, hidden_states)  # [B, 2n, d_P]
+
+        has_encoder = config.pilot_is_encoder_decoder
         length = max(len(record.input_ids) for record in records)
         is_start = pad([record.is_start for record in records])  # [B, m]
         run = is_start.cumsum(1)  # [B, m]
@@ -202,22 +217,14 @@ class CopilotBatch:
         visible = mask([record.input_ids for record in records])  # [B, n]
         indices = pad([record.indices for record in records]).long()  # [B, m, k + 1]
         values = pad([record.values for record in records])  # [B, m, k + 1]
-        known = [r.embeddings if len(r.embeddings) else embedding(r.input_ids) for r in records]
-        embeddings = pad(known).to(dtype)  # [B, n, d_P], or [B, S, d_P]
-        hidden_states = pad([record.hidden_states for record in records]).to(dtype)  # [B, n, d_P]
-        if config.pilot_is_encoder_decoder:
-            memory = torch.cat([embeddings, hidden_states], dim=1)  # [B, S + n, d_P]
-            readable = encoder_memory_mask(positions, mask(known), visible, config.hidden_state_lag)
-        else:
-            memory = interleave(embeddings, hidden_states)  # [B, 2n, d_P]
-            readable = memory_mask(positions, visible, config.hidden_state_lag)
+        encoder_visible = mask([record.embeddings for record in records]) if has_encoder else None  # [B, S]
         same_run = run[:, :, None] == run[:, None, :]  # [B, m, m]
         inputs = {
             "input_indices": indices.roll(1, dims=1),  # ℓ of the target before; a start has none
             "input_values": values.roll(1, dims=1),
             "is_start": is_start,
-            "memory": memory,
-            "memory_mask": readable,  # [B, m, entries of the memory]
+            "memory": memory(),
+            "memory_mask": memory_mask(config, positions, visible, encoder_visible),  # [B, m, entries of the memory]
             "self_mask": same_run.tril(),
         }
         sequence = torch.cat([record.is_start for record in records]).cumsum(0) - 1  # [Q]

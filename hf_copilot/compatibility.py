@@ -40,8 +40,8 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
 
     Raises:
         ValueError: Another tokenizer, another number of rows without proof that the tokens are the same, another
-            hidden size, a Pilot whose decoder layers or head can't be found, or one that can't lend its vocabulary to
-            a Copilot that uses it (`vocab_projection="pilot"`).
+            hidden size (unless `memory="tokens"`), a Pilot whose decoder layers or head can't be found, or one that
+            can't lend its vocabulary to a Copilot that uses it (`vocab_projection="pilot"`).
         NotImplementedError: If it can't because it is sharded or offloaded.
 
     Warns:
@@ -70,10 +70,11 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
             f"{kinds[config.pilot_is_encoder_decoder]}: train a Copilot beside this one."
         )
     text_config = base.config.get_text_config()
-    if text_config.hidden_size != config.pilot_hidden_size:
+    if config.memory == "pilot" and text_config.hidden_size != config.pilot_hidden_size:
         raise ValueError(
             f"The Copilot reads hidden states of size {config.pilot_hidden_size} and the Pilot's have "
-            f"{text_config.hidden_size}. A Copilot moves between Pilots of one hidden size; train one beside this one."
+            f"{text_config.hidden_size}. Such a Copilot moves between Pilots of one hidden size: train one beside "
+            "this one, or one with CopilotConfig(memory='tokens'), which fits every size."
         )
     if config.vocab_projection == "pilot":
         lent_vocabulary(base, torch.device("meta"))  # raises where it can't

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 OBJECTIVE_OF_FUSION = {"logit": "cross_entropy", "probability": "rmse"}
 
 _CHOICES = {
+    "memory": ("pilot", "tokens"),
     "pattern": (1, 2),
     "pooled_layers": ("all", "first_half", "second_half"),
     "pooling": ("mean", "max", "sum"),
@@ -22,6 +23,7 @@ _CHOICES = {
     "fusion": ("logit", "probability"),
     "error_feedback": ("realized", "predicted"),
 }
+_OF_STATES = ("pooled_layers", "pooling", "hidden_state_lag")  # which of the Pilot's states are in the memory
 
 
 @strict
@@ -46,8 +48,13 @@ class CopilotConfig(PreTrainedConfig):
             Whether the MLP is W_down (act(W_gate x) * W_up x) or W_down act(W_up x), as in T5.
         dropout (`float`, defaults to `0.1`):
             Dropout on both residual branches of every layer, in training.
+        memory (`str`, defaults to `"pilot"`):
+            What cross-attention reads: the `"pilot"`'s states [X̃ ; h] (the paper), or the `"tokens"` so far by the
+            Copilot's own embedding. Then it reads nothing of the Pilot but its distribution, and fits every
+            decoder-only Pilot of its tokenizer, of whatever size.
         pilot_hidden_size (`int`, *optional*):
-            Width of the Pilot's hidden states. Where it differs from `hidden_size` one linear layer aligns them.
+            Width of the Pilot's states in the memory. Where it differs from `hidden_size` one linear layer aligns
+            them.
         pilot_is_encoder_decoder (`bool`, defaults to `False`):
             Whether the Pilot has an encoder; set when the Copilot is built for one.
         pattern (`int`, defaults to `1`):
@@ -102,6 +109,7 @@ class CopilotConfig(PreTrainedConfig):
     dropout: float = 0.1
     initializer_range: float = 0.02
 
+    memory: str = "pilot"
     pilot_hidden_size: int | None = None
     pilot_is_encoder_decoder: bool = False
     pattern: int = 1
@@ -140,6 +148,7 @@ class CopilotConfig(PreTrainedConfig):
                 "error_feedback='predicted' feeds f back as a discrepancy, which only objective='rmse' makes of it. "
                 "Use error_feedback='realized', or the paper's settings: CopilotConfig.paper()."
             )
+        self.check_memory()
         minimum = 2 if self.pattern == 1 and not self.pilot_is_encoder_decoder else 1
         if self.num_hidden_layers is not None and self.num_hidden_layers < minimum:
             raise ValueError(
@@ -150,6 +159,24 @@ class CopilotConfig(PreTrainedConfig):
         if self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: must be at least 1.")
         check_strength(self.strength)
+
+    def check_memory(self) -> None:
+        """Raise a `ValueError` for settings that do not go with `memory="tokens"`."""
+        if self.memory != "tokens":
+            return
+        if self.pilot_is_encoder_decoder:
+            raise ValueError(
+                "memory='tokens' reads the tokens of one decoder, and the Pilot is an encoder-decoder: use "
+                "memory='pilot'."
+            )
+        if self.vocab_projection == "pilot":
+            raise ValueError(
+                "memory='tokens' reads nothing inside the Pilot, and vocab_projection='pilot' uses its embedding and "
+                "head: use vocab_projection='own', or memory='pilot'."
+            )
+        idle = [name for name in _OF_STATES if getattr(self, name) != getattr(CopilotConfig, name)]
+        if idle:
+            raise ValueError(f"{idle} choose the Pilot's states, which memory='tokens' does not read: leave them out.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> CopilotConfig:

@@ -113,8 +113,7 @@ class CopilotLearner:
         self.optimizer: torch.optim.Optimizer | None = None  # from `start` on
         self.calibration: tuple[Sequence[float], torch.Tensor] | None = None  # λ and sums, inside `calibrate`
         self._listening, self._caught = False, None
-        config = copilot.config
-        self.tap = PilotTap(pilot, config.pooled_layers, config.pooling, self._catch, lambda: self._listening)
+        self.tap = PilotTap(pilot, copilot.config, self._catch, lambda: self._listening)
         if num_training_steps is not None:
             self.start(num_training_steps)
 

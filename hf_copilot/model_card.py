@@ -14,7 +14,7 @@ _TEMPLATE = """---
 
 A [Transformer Copilot](https://huggingface.co/papers/2505.16270): a small decoder that was trained on the mistakes of
 a language model (the *Pilot*, {pilot}) while that was fine-tuned, and that rectifies the Pilot's distribution in
-`generate`. It is an adapter: it needs a Pilot of the same vocabulary and hidden size{lent}.
+`generate`. It is an adapter: it needs a Pilot of {needs}.
 
 ## Use it
 
@@ -41,13 +41,13 @@ Trained with hf_copilot {version}.
 | input, error feedback, vocabulary | `{copilot_input}`, `{error_feedback}`, `{vocab_projection}` |
 | layers, hidden size, pattern | {num_hidden_layers}, {hidden_size}, {pattern} |
 | started from | `init="{init}"` |
-| Pilot states | size {pilot_hidden_size}, `{pooling}` over `{pooled_layers}` layers |
+| memory | {memory} |
 | Pilot tokens | top {top_k} |
 
 ## Limits
 
-A Copilot can't be merged into its Pilot, and it runs where `model.generate` does: engines that give a logits processor
-no hidden states (vLLM, for one) can't use it. It adds its own cost to every generated token.
+A Copilot can't be merged into its Pilot, and it runs where `model.generate` does: other engines (vLLM, for one) can't
+use it. It adds its own cost to every generated token.
 
 ## Citation
 
@@ -65,13 +65,13 @@ def copilot_card(config: CopilotConfig) -> ModelCard:
         pipeline_tag="text2text-generation" if config.pilot_is_encoder_decoder else "text-generation",
         tags=["transformer-copilot", "copilot", "generated_from_trainer", "arxiv:2505.16270"],
     )
-    fields = {name: value for name, value in config.to_dict().items() if name != "results"}
+    fields = {name: value for name, value in config.to_dict().items() if name not in ("results", "memory")}
     return ModelCard(
         _TEMPLATE.format(
             **fields,
             metadata=metadata.to_yaml(),
-            lent=", with the same embedding and head or nearly so: it uses the Pilot's"
-            * (fields["vocab_projection"] == "pilot"),
+            needs=_needs(config),
+            memory=_memory(config),
             pilot=f"`{on_hub}`" if on_hub else f"a `{config.pilot_model_type}` model",
             pilot_id=on_hub or "<the Pilot>",
             auto_class="AutoModelForSeq2SeqLM" if config.pilot_is_encoder_decoder else "AutoModelForCausalLM",
@@ -79,6 +79,25 @@ def copilot_card(config: CopilotConfig) -> ModelCard:
             results=_results(config.results) + _calibration(config.calibration),
         )
     )
+
+
+def _needs(config: CopilotConfig) -> str:
+    """What a Pilot must have."""
+    if config.memory == "tokens":
+        return "the same tokenizer, of whatever size"
+    if config.vocab_projection == "pilot":
+        return (
+            "the same vocabulary and hidden size, with the same embedding and head or nearly so: it uses the Pilot's"
+        )
+    return "the same vocabulary and hidden size"
+
+
+def _memory(config: CopilotConfig) -> str:
+    """What cross-attention reads."""
+    if config.memory == "tokens":
+        return "the tokens, none of the Pilot's states"
+    layers = f"`{config.pooling}` over `{config.pooled_layers}` layers"
+    return f"the Pilot's states of size {config.pilot_hidden_size}, {layers}"
 
 
 def _results(results: dict | None) -> str:

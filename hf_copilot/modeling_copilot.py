@@ -3,7 +3,7 @@
 It knows no Pilot, no hook and no trainer: tensors in, tensors out. Shapes: B rows (documents), m queries (target
 positions), n positions of the Pilot's decoder, S of its encoder, d hidden size, d_P the Pilot's hidden size, V
 vocabulary, k kept entries of a discrepancy, e the width of the matrices E and W of `vocabulary.py`. The memory
-[X̃ ; h] has 2n entries, or S + n beside an encoder-decoder.
+[X̃ ; h] has 2n entries, or S + n beside an encoder-decoder; that of tokens alone has n.
 """
 
 from __future__ import annotations
@@ -37,39 +37,33 @@ def interleave(embeddings: torch.Tensor, hidden_states: torch.Tensor) -> torch.T
     return torch.stack([embeddings, hidden_states], dim=2).flatten(1, 2)
 
 
-def memory_mask(positions: torch.Tensor, visible: torch.Tensor, lag: int) -> torch.Tensor:
-    """What a query may read: X̃ at positions ≤ j and h at positions ≤ j − lag, where not padded.
+def memory_mask(
+    config: CopilotConfig, positions: torch.Tensor, visible: torch.Tensor, encoder_visible: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What a query may read, where not padded: X̃ at positions ≤ j (all of an encoder's), h at positions ≤ j − lag; or
+    tokens at positions ≤ j.
 
     Args:
         positions: `[B, m]`, the position j of every query in its row.
         visible: `[B, n]` bool, False at padding.
-        lag: 0 or 1.
+        encoder_visible: `[B, S]` bool, likewise, of an encoder.
 
     Returns:
-        `[B, m, 2n]` bool, in the order of [`interleave`].
+        Bool, in the order of the memory: `[B, m, 2n]` as in [`interleave`]; `[B, m, S + n]`, X̃ and then h, beside an
+        encoder-decoder; `[B, m, n]` for tokens.
     """
-    position = torch.arange(visible.shape[1], device=visible.device)  # [n]
-    embeddings = position <= positions[:, :, None]  # [B, m, n]
-    hidden_states = position <= positions[:, :, None] - lag  # [B, m, n]
-    return torch.stack([embeddings, hidden_states], dim=-1).flatten(2) & visible.repeat_interleave(2, 1)[:, None]
 
+    def up_to(last: torch.Tensor) -> torch.Tensor:
+        position = torch.arange(visible.shape[1], device=visible.device)  # [n]
+        return (position <= last[:, :, None]) & visible[:, None]  # [B, m, n]
 
-def encoder_memory_mask(
-    positions: torch.Tensor, encoder_visible: torch.Tensor, visible: torch.Tensor, lag: int
-) -> torch.Tensor:
-    """What a query may read beside an encoder-decoder: all X̃, and h at positions ≤ j − lag, where not padded.
-
-    Args:
-        positions, visible, lag: As in [`memory_mask`], of the decoder.
-        encoder_visible: `[B, S]` bool, False at padding of the encoder.
-
-    Returns:
-        `[B, m, S + n]` bool, for a memory of X̃ and then h.
-    """
-    position = torch.arange(visible.shape[1], device=visible.device)  # [n]
-    hidden_states = (position <= positions[:, :, None] - lag) & visible[:, None]  # [B, m, n]
-    encoder = encoder_visible[:, None].expand(-1, positions.shape[1], -1)  # [B, m, S]
-    return torch.cat([encoder, hidden_states], dim=-1)
+    if config.memory == "tokens":
+        return up_to(positions)
+    hidden_states = up_to(positions - config.hidden_state_lag)  # [B, m, n]
+    if config.pilot_is_encoder_decoder:
+        encoder = encoder_visible[:, None].expand(-1, positions.shape[1], -1)  # [B, m, S]
+        return torch.cat([encoder, hidden_states], dim=-1)
+    return torch.stack([up_to(positions), hidden_states], dim=-1).flatten(2)
 
 
 class CopilotRMSNorm(nn.Module):
@@ -221,7 +215,9 @@ class CopilotModel(PreTrainedModel):
 
     def __init__(self, config: CopilotConfig):
         super().__init__(config)
-        if config.hidden_size is None or config.vocab_size is None or config.pilot_hidden_size is None:
+        reads_states = config.memory == "pilot"
+        sizes = [config.hidden_size, config.vocab_size, *[config.pilot_hidden_size] * reads_states]
+        if None in sizes:
             raise ValueError(
                 "This CopilotConfig has no sizes yet: build the Copilot with "
                 "hf_copilot.weights.copilot_for(pilot, config), which takes them from the Pilot."
@@ -231,7 +227,8 @@ class CopilotModel(PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, size) if own else None
         self.input_proj = nn.Identity() if own else nn.Linear(pilot_size, size, bias=False)
         self.start = nn.Embedding(1, size)
-        self.memory_proj = nn.Identity() if pilot_size == size else nn.Linear(pilot_size, size)
+        aligned = not reads_states or pilot_size == size
+        self.memory_proj = nn.Identity() if aligned else nn.Linear(pilot_size, size)
         self.layers = nn.ModuleList(
             CopilotLayer(config, kind, cache_index=types[:i].count(kind)) for i, kind in enumerate(types)
         )
@@ -300,6 +297,15 @@ class CopilotModel(PreTrainedModel):
             inputs = bag.unflatten(0, indices.shape[:2])  # [B, m, e]
         return torch.where(is_start[..., None], self.start.weight, self.project_input(inputs))
 
+    def embed_memory(self, memory: torch.Tensor) -> torch.Tensor:
+        """The Pilot's states `[B, s, d_P]`, or ids of tokens `[B, s]` with `memory="tokens"`, -> `[B, s, d]`. A token
+        that the Copilot has no row for (a padding row of its Pilot) is read as the start vector."""
+        if self.config.memory == "pilot":
+            return self.memory_proj(memory.to(self.norm.weight.dtype))
+        last = self.config.vocab_size - 1
+        embedded = F.embedding(memory.clamp(max=last), self.embed_tokens.weight)  # [B, s, d]
+        return torch.where(memory[..., None] > last, self.start.weight, embedded)
+
     def project_input(self, inputs: torch.Tensor) -> torch.Tensor:
         """`[B, m, e]` -> `[B, m, d]`, in the Copilot's type."""
         return self.input_proj(inputs.to(self.norm.weight.dtype))
@@ -321,8 +327,9 @@ class CopilotModel(PreTrainedModel):
         Args:
             input_indices, input_values: `[B, m, k + 1]`, the discrepancy before each query.
             is_start: `[B, m]` bool, the first query of a run.
-            memory: `[B, s, d_P]`, memory entries that are not in the cache yet: from [`interleave`], or X̃ and then h.
-            memory_mask: `[B, m, cached + s]` bool, from [`memory_mask`] or [`encoder_memory_mask`].
+            memory: `[B, s, d_P]`, memory entries that are not in the cache yet: from [`interleave`], or X̃ and then h;
+                with `memory="tokens"` ids `[B, s]`.
+            memory_mask: `[B, m, cached + s]` bool, from [`memory_mask`].
             self_mask: `[B, m, cached + m]` bool, which of the Copilot's own states a query reads; None for all.
             past_key_values: Cache from [`new_cache`]; updated in place.
             inputs_embeds: `[B, m, d]` instead of what [`embed`] makes of the first three.
@@ -333,7 +340,7 @@ class CopilotModel(PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_indices, input_values, is_start, vocabulary.embedding)
         hidden_states = inputs_embeds.to(dtype)  # [B, m, d]
-        memory = self.memory_proj(memory.to(dtype))  # [B, s, d]
+        memory = self.embed_memory(memory)  # [B, s, d]
         for layer in self.layers:
             hidden_states = layer(hidden_states, memory, memory_mask, self_mask, past_key_values)
         hidden_states = self.output_proj(self.norm(hidden_states))  # [B, m, e]

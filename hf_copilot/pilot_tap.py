@@ -22,6 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from .configuration_copilot import CopilotConfig
+
 # A compiled forward must look whether there are hooks now: a static cache compiles the Pilot, with or without ours.
 torch._dynamo.config.skip_nnmodule_hook_guards = False
 
@@ -33,6 +35,7 @@ class PilotStates:
     input_ids: torch.Tensor | None  # [B, T]; None if the forward was given embeddings
     attention_mask: Any  # as the decoder was given it: 2D, 4D, a mapping of these, or None
     past_length: int  # positions that were in the Pilot's cache before
+    # X̃ and h, None where the tap reads no layers
     embeddings: torch.Tensor | None = None  # X̃, [B, T, d_P], the input of layer 0; or [B, S, d_P], of the encoder
     encoder_length: int | None = None  # S; None without an encoder
     encoder_attention_mask: torch.Tensor | None = None  # [B, S]; None without an encoder, or without padding
@@ -113,8 +116,8 @@ class PilotTap:
 
     Args:
         pilot: Any causal LM of transformers, wrapped or not.
-        pooled_layers: `"all"`, `"first_half"` or `"second_half"` of the layers form h.
-        pooling: `"mean"`, `"max"` or `"sum"`.
+        config: Of the Copilot: with `memory="pilot"` its `pooled_layers` form h by its `pooling`; with `"tokens"` no
+            layer is read.
         sink: Called with the [`PilotStates`] at the end of each forward.
         listen: Asked at the start of each forward.
     """
@@ -122,18 +125,16 @@ class PilotTap:
     def __init__(
         self,
         pilot: nn.Module,
-        pooled_layers: str,
-        pooling: str,
+        config: CopilotConfig,
         sink: Callable[[PilotStates], None],
         listen: Callable[[], bool],
     ):
         self.model = unwrap(pilot)
         self.decoder, self.layers = find_layers(pilot)
         half = (len(self.layers) + 1) // 2
-        self.pooled = {"all": self.layers, "first_half": self.layers[:half], "second_half": self.layers[-half:]}[
-            pooled_layers
-        ]
-        self.pooling, self.sink, self.listen = pooling, sink, listen
+        parts = {"all": self.layers, "first_half": self.layers[:half], "second_half": self.layers[-half:]}
+        self.pooled = parts[config.pooled_layers] if config.memory == "pilot" else []
+        self.pooling, self.sink, self.listen = config.pooling, sink, listen
         self.handles: list[RemovableHandle] = []
         self.states: PilotStates | None = None  # not None only while a forward that we listen to runs
         self.latest: PilotStates | None = None  # of the forward whose logits are still to come
@@ -142,9 +143,10 @@ class PilotTap:
         """Register the hooks, unless they are there."""
         if self.handles:
             return
+        first = self.layers[:1] if self.pooled else []
         self.handles = [
             self.decoder.register_forward_pre_hook(self._open, with_kwargs=True),
-            self.layers[0].register_forward_pre_hook(self._read_embeddings, with_kwargs=True),
+            *(layer.register_forward_pre_hook(self._read_embeddings, with_kwargs=True) for layer in first),
             *(layer.register_forward_hook(self._pool) for layer in self.pooled),
             self.decoder.register_forward_hook(self._close, always_call=True),
             self.model.register_forward_hook(self._read_logits),
@@ -207,9 +209,9 @@ class PilotTap:
 
     def _close(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         states, self.states = self.states, None
-        if states is None or output is None or states.hidden_states is None:
+        if states is None or output is None or (self.pooled and states.hidden_states is None):
             return  # not listening, or the forward failed
-        if self.pooling == "mean":
+        if self.pooled and self.pooling == "mean":
             states.hidden_states /= len(self.pooled)
         states.last_hidden_state = output[0].detach()
         self.latest = states

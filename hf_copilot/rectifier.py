@@ -17,7 +17,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from .discrepancy import sparse_discrepancy
-from .modeling_copilot import CopilotModel, encoder_memory_mask, interleave, memory_mask
+from .modeling_copilot import CopilotModel, interleave, memory_mask
 from .pilot_tap import PilotStates, PilotTap
 from .vocabulary import Vocabulary, lent_vocabulary
 
@@ -48,9 +48,7 @@ class Rectifier:
                 "p-tuning) yet: fine-tune the Pilot with LoRA or in full."
             )
         self.copilot, self.config = copilot, copilot.config
-        self.tap = PilotTap(
-            pilot, self.config.pooled_layers, self.config.pooling, self._take, lambda: not torch.is_grad_enabled()
-        )
+        self.tap = PilotTap(pilot, self.config, self._take, lambda: not torch.is_grad_enabled())
         self.tap.open()
         self.reset()
 
@@ -102,12 +100,13 @@ class Rectifier:
             self.encoder_output, self.encoder_visible = pending[-1].embeddings, self._encoder_visible(pending[-1])
         self._cut_memory(past)
         inputs = self._next_input(ids[:, -1], continues)
-        memory = self._memory(pending)  # [R, new entries, d_P]
+        memory = self._memory(pending, ids)  # [R, new entries, d_P], or [R, new entries]
         before = self.visible[:, :past] if continues else self._visible_before(pending[0])  # [R, past]
         self.visible = torch.cat([before, *(self._visible(s, s.past_length) for s in pending)], dim=1)  # [R, n]
         if not continues:
             self.group = self._groups(ids)
-        mask = self._memory_mask(ids.new_full((len(ids), 1), ids.shape[1] - 1))  # [R, 1, entries]
+        last = ids.new_full((len(ids), 1), ids.shape[1] - 1)  # [R, 1]
+        mask = memory_mask(self.config, last, self.visible, self.encoder_visible)  # [R, 1, entries]
         correction = self._run(inputs, memory, mask)  # [R, V]
         self.ids, self.last_correction = ids, correction
         self.last_logits = pending[-1].next_logits.to(ids.device)  # [R, V]
@@ -189,8 +188,9 @@ class Rectifier:
     def _cut_memory(self, past: int) -> None:
         """Keep the memory of the first `past` positions: all of it in most calls."""
         memory = self.cache.cross_attention_cache
-        encoder = self.config.pilot_is_encoder_decoder
-        kept = self.encoder_visible.shape[1] + past if encoder else 2 * past
+        kept = past if self.config.memory == "tokens" else 2 * past
+        if self.config.pilot_is_encoder_decoder:
+            kept = self.encoder_visible.shape[1] + past
         if past == 0:
             self.cache.cross_attention_cache = DynamicCache()
         elif memory.get_seq_length() > kept:
@@ -198,9 +198,12 @@ class Rectifier:
 
     # ---- the Copilot's step ----------------------------------------------------------------------------------------
 
-    def _memory(self, pending: list[PilotStates]) -> torch.Tensor:
+    def _memory(self, pending: list[PilotStates], ids: torch.Tensor) -> torch.Tensor:
         """What these forwards add to the memory [X̃ ; h], on the Copilot's device and in its type: `[R, 2t, d_P]`, or
-        `[R, t, d_P]` beside an encoder-decoder, with X̃ before it `[R, S, d_P]` where the memory is empty."""
+        `[R, t, d_P]` beside an encoder-decoder, with X̃ before it `[R, S, d_P]` where the memory is empty; or to the
+        memory of tokens alone, `[R, t]`."""
+        if self.config.memory == "tokens":
+            return ids[:, pending[0].past_length :]
         to = {"device": self.copilot.device, "dtype": self.copilot.dtype}
         if not self.config.pilot_is_encoder_decoder:
             parts = [interleave(states.embeddings.to(**to), states.hidden_states.to(**to)) for states in pending]
@@ -208,13 +211,6 @@ class Rectifier:
         empty = pending[0].past_length == 0
         parts = [self.encoder_output] * empty + [states.hidden_states for states in pending]
         return torch.cat([part.to(**to) for part in parts], dim=1)
-
-    def _memory_mask(self, positions: torch.Tensor) -> torch.Tensor:
-        """What the queries at `positions` `[R, 1]` may read."""
-        lag = self.config.hidden_state_lag
-        if self.config.pilot_is_encoder_decoder:
-            return encoder_memory_mask(positions, self.encoder_visible, self.visible, lag)  # [R, 1, S + n]
-        return memory_mask(positions, self.visible, lag)  # [R, 1, 2n]
 
     def _encoder_visible(self, states: PilotStates) -> torch.Tensor:
         mask = states.encoder_attention_mask

@@ -56,9 +56,10 @@ def copilot_for(pilot: nn.Module, config: CopilotConfig | None = None) -> Copilo
     config = copy.deepcopy(config) if config is not None else CopilotConfig()
     base = unwrap(pilot)
     config.vocab_size = PilotHead(pilot).vocab_size
-    config.pilot_hidden_size = base.config.get_text_config().hidden_size
+    config.pilot_hidden_size = base.config.get_text_config().hidden_size if config.memory == "pilot" else None
     config.pilot_model_type = base.config.get_text_config().model_type
     config.pilot_is_encoder_decoder = is_encoder_decoder(base)
+    config.check_memory()
     if config.vocab_projection == "pilot":
         lent_vocabulary(base, torch.device("meta"))  # raises where it can't
     if config.init == "random":

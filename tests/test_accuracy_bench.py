@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "accuracy")
 import experiments  # noqa: E402
 import picture  # noqa: E402
 import run  # noqa: E402
-from inputs import moved, prompts_too, scheduled_feeding  # noqa: E402
+from inputs import prompts_too, scheduled_feeding  # noqa: E402
 from mistakes import ReservoirLog, WeightedLog  # noqa: E402
 from multiple_choice import MULTIPLE_CHOICE, SETS, convert  # noqa: E402
 from recommendation import RECOMMENDATION, check_with_beams  # noqa: E402
@@ -92,6 +92,7 @@ READS = [
     {"hidden_state_lag": 0},
     {"copilot_input": "discrepancy"},
     {"pooled_layers": "second_half"},
+    {"memory": "tokens"},
 ]
 
 
@@ -243,23 +244,6 @@ def test_the_pictures_of_the_results_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["picture.py", "--pictures", str(tmp_path)])
     picture.main()
     assert {file.name for file in tmp_path.iterdir()} == {"results.png", "learning.png"}
-
-
-def test_a_copilot_of_tokens_alone_moves_to_a_pilot_of_another_size():
-    """It reads nothing of the Pilot but ℓ: beside the same head and final states it gives the same f."""
-    pilot = tiny_pilot(num_hidden_layers=1).eval()
-    copilot = trained_like(pilot)
-    deeper = tiny_pilot(num_hidden_layers=3).eval()
-    wide = tiny_pilot(hidden_size=48, num_attention_heads=6, num_key_value_heads=3).eval()
-    with torch.no_grad():  # the same logits everywhere, whatever the states
-        for other in (pilot, deeper, wide):
-            other.lm_head.weight.zero_()
-    model = Rectified(pilot, tiny_tokenizer(), moved(copilot, pilot), 1.0)
-    examples = [encode(model.tokenizer, row, 64) for row in ROWS]
-    found = model.log_likelihoods(examples)
-    for other in (deeper, wide):
-        assert torch.equal(replace(model, pilot=other, learner=moved(copilot, other)).log_likelihoods(examples), found)
-    assert not torch.equal(alone(model).log_likelihoods(examples), found)
 
 
 def test_prompts_are_read_and_not_measured():

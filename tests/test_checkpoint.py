@@ -29,6 +29,7 @@ VARIANTS = {
     "paper": {"copilot": CopilotConfig.paper(num_hidden_layers=2, dropout=0.1)},
     "small_log": {"copilot_log_rounds": 2},
     "pilot_vocabulary": {"copilot": CopilotConfig(dropout=0.1, vocab_projection="pilot")},
+    "tokens": {"copilot": CopilotConfig(dropout=0.1, memory="tokens")},
     "three_steps": {"copilot_steps_per_round": 3},
 }
 

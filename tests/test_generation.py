@@ -26,6 +26,12 @@ NEW_TOKENS = 8
 PROMPT = torch.tensor([[5, 15, 6, 17], [8, 15, 9, 17], [7, 15, 11, 17]])
 
 
+@pytest.fixture(params=["pilot", "tokens"])
+def config(request):
+    """Of a Copilot that reads the Pilot's states, and of one that reads tokens alone."""
+    return CopilotConfig(memory=request.param)
+
+
 class Recorder(CopilotLogitsProcessor):
     """Keeps the tokens and f of every call."""
 
@@ -83,8 +89,8 @@ DECODINGS = {
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_incremental_equals_teacher_forced(pilot, decoding, padded):
-    copilot = trained_like(pilot)
+def test_incremental_equals_teacher_forced(pilot, decoding, padded, config):
+    copilot = trained_like(pilot, config)
     ids, mask = left_padded() if padded else (PROMPT, None)
     torch.manual_seed(0)
     with Recorder(copilot, pilot) as processor:
@@ -99,6 +105,8 @@ CONFIGS = {
     "pattern2_lag0": CopilotConfig(pattern=2, num_hidden_layers=1, hidden_state_lag=0),
     "token_max_half": CopilotConfig(copilot_input="token", pooling="max", pooled_layers="second_half"),
     "pilot_vocabulary": CopilotConfig(vocab_projection="pilot"),
+    "tokens_pattern2": CopilotConfig(memory="tokens", pattern=2, num_hidden_layers=1),
+    "tokens_paper": CopilotConfig.paper(memory="tokens", num_hidden_layers=2, error_feedback="realized"),
     "narrow_pilot_vocabulary": CopilotConfig(
         init="random", hidden_size=16, num_attention_heads=2, vocab_projection="pilot"
     ),
@@ -159,8 +167,8 @@ def test_the_copilot_changes_the_text(pilot):
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "beams"])
-def test_batch_equals_single(pilot, decoding):
-    copilot = trained_like(pilot)
+def test_batch_equals_single(pilot, decoding, config):
+    copilot = trained_like(pilot, config)
     ids, mask = left_padded()
     with CopilotLogitsProcessor(copilot, pilot) as processor:
         together = generate(pilot, processor, ids, mask, **DECODINGS[decoding])
@@ -170,9 +178,9 @@ def test_batch_equals_single(pilot, decoding):
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "beams"])
-def test_rows_of_equal_ids_and_other_padding_are_not_confused(pilot, decoding):
+def test_rows_of_equal_ids_and_other_padding_are_not_confused(pilot, decoding, config):
     """Pad tokens are ordinary tokens in one row and padding in the other."""
-    copilot = trained_like(pilot)
+    copilot = trained_like(pilot, config)
     ids = torch.tensor([[0, 0, 5, 15, 6, 17]] * 2)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     with CopilotLogitsProcessor(copilot, pilot) as processor:
@@ -183,10 +191,10 @@ def test_rows_of_equal_ids_and_other_padding_are_not_confused(pilot, decoding):
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "beams", "static_cache"])
-def test_a_sliding_window(decoding):
+def test_a_sliding_window(decoding, config):
     """Masks and caches that are narrower than the text."""
     pilot = tiny_pilot("mistral", sliding_window=4).eval()
-    copilot = trained_like(pilot)
+    copilot = trained_like(pilot, config)
     ids, mask = left_padded()
     with Recorder(copilot, pilot) as processor:
         generate(pilot, processor, ids, mask, **DECODINGS[decoding])
@@ -211,14 +219,14 @@ def test_all_caches_give_the_same_text(pilot):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_chat_on_a_kept_cache(pilot, window):
+def test_chat_on_a_kept_cache(pilot, window, config):
     """Two turns on one cache: the second turn is a new run over the memory of the whole chat. A static cache with a
     window shows a mask of the window alone."""
     cache = DynamicCache(config=pilot.config)
     if window is not None:
         pilot = tiny_pilot("mistral", sliding_window=window).eval()
         cache = StaticCache(config=pilot.config, max_cache_len=64)
-    copilot = trained_like(pilot)
+    copilot = trained_like(pilot, config)
     with Recorder(copilot, pilot) as processor:
         first = generate(pilot, processor, past_key_values=cache)
         turn = torch.cat([first, PROMPT], dim=1)
@@ -230,9 +238,9 @@ def test_chat_on_a_kept_cache(pilot, window):
 
 
 @pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
-def test_a_chat_in_which_a_row_ended_early(pilot, cache):
+def test_a_chat_in_which_a_row_ended_early(pilot, cache, config):
     """The second turn masks what stands behind that row's end; kept cache equals none."""
-    copilot, turns = trained_like(pilot), {}
+    copilot, turns = trained_like(pilot, config), {}
     for name in ("kept", "none"):
         kept = cache(config=pilot.config, max_cache_len=64) if cache is StaticCache else cache(config=pilot.config)
         with Recorder(copilot, pilot) as processor:
@@ -250,8 +258,8 @@ def test_a_chat_in_which_a_row_ended_early(pilot, cache):
         torch.testing.assert_close(f, expected, atol=1e-4, rtol=0)
 
 
-def test_a_cropped_cache_is_followed(pilot):
-    copilot, cache = trained_like(pilot), DynamicCache(config=pilot.config)
+def test_a_cropped_cache_is_followed(pilot, config):
+    copilot, cache = trained_like(pilot, config), DynamicCache(config=pilot.config)
     with Recorder(copilot, pilot) as processor:
         first = generate(pilot, processor, past_key_values=cache)
         cache.crop(-4)
@@ -261,9 +269,9 @@ def test_a_cropped_cache_is_followed(pilot):
     check_against_training_path(copilot, pilot, processor.calls, turn.shape[1], lambda row: 0)
 
 
-def test_other_forwards_between_the_turns_of_a_chat(pilot):
+def test_other_forwards_between_the_turns_of_a_chat(pilot, config):
     """A bare forward, a bare text and another processor's, on a kept cache: none of them disturbs it."""
-    copilot, cache = trained_like(pilot), DynamicCache(config=pilot.config)
+    copilot, cache = trained_like(pilot, config), DynamicCache(config=pilot.config)
     with Recorder(copilot, pilot) as processor, CopilotLogitsProcessor(copilot, pilot) as another:
         first = generate(pilot, processor, past_key_values=cache)
         with torch.no_grad():
@@ -277,9 +285,9 @@ def test_other_forwards_between_the_turns_of_a_chat(pilot):
     check_against_training_path(copilot, pilot, processor.calls, turn.shape[1], lambda row: 0)
 
 
-def test_going_on_with_beams(pilot):
+def test_going_on_with_beams(pilot, config):
     """The number of rows changes in a text that goes on."""
-    copilot = trained_like(pilot)
+    copilot = trained_like(pilot, config)
     with Recorder(copilot, pilot) as processor:
         part = generate(pilot, processor, max_new_tokens=3)
         processor.calls.clear()
@@ -287,12 +295,12 @@ def test_going_on_with_beams(pilot):
     check_against_training_path(copilot, pilot, processor.calls, PROMPT.shape[1], lambda row: 0)
 
 
-def test_a_compiled_static_cache(pilot):
+def test_a_compiled_static_cache(pilot, config):
     """As on a GPU, where transformers compiles the forward: before there is a processor, and with several of them."""
-    config = CompileConfig(mode="default", backend="eager")
-    config._compile_all_devices = True
-    settings = {"cache_implementation": "static", "compile_config": config}
-    copilot = trained_like(pilot)
+    compiling = CompileConfig(mode="default", backend="eager")
+    compiling._compile_all_devices = True
+    settings = {"cache_implementation": "static", "compile_config": compiling}
+    copilot = trained_like(pilot, config)
     generate(pilot, None, **settings)
     for _ in range(2):
         with CopilotLogitsProcessor(copilot, pilot) as processor:
@@ -478,11 +486,11 @@ def test_predicted_feedback_feeds_the_last_correction(pilot):
         assert torch.allclose(fed[step][:, 0], expected, atol=1e-5)
 
 
-def test_padding_rows_of_the_pilot_are_left_alone(pilot, tokenizer):
+def test_padding_rows_of_the_pilot_are_left_alone(pilot, tokenizer, config):
     from hf_copilot.compatibility import tokenizer_fingerprint
 
     wide = tiny_pilot(vocab_size=VOCAB_SIZE + 8).eval()
-    copilot = trained_like(pilot)
+    copilot = trained_like(pilot, config)
     with pytest.raises(ValueError, match="vocabulary rows"):
         CopilotLogitsProcessor(copilot, wide)
     copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from hf_copilot import CopilotConfig
 from hf_copilot.pilot_tap import PilotHead, PilotTap, find_layers
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
@@ -37,7 +38,8 @@ def prompt_tuning(pilot):
 
 def taps(pilot, pooling="mean", pooled="all"):
     records = []
-    return PilotTap(pilot, pooled, pooling, records.append, lambda: True), records
+    config = CopilotConfig(pooled_layers=pooled, pooling=pooling)
+    return PilotTap(pilot, config, records.append, lambda: True), records
 
 
 def reference(pilot):

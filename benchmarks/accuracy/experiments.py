@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import LONGER, PAPER
-from inputs import SHARE, moved, no_hidden_states, prompts_too, scheduled_feeding, tokens_alone
+from inputs import SHARE, no_hidden_states, prompts_too, scheduled_feeding
 from mistakes import ALL_BYTES, ALL_ROUNDS, cross_fit, log_rows, reservoir, teach, weighted
 from report import mean_of
 from run import RESULTS, TASKS, settings_of, table
@@ -72,7 +72,7 @@ LEARNING = {
     "random weights": ours({"init": "random"}),
 }
 STAGES = {"ours": ours()}
-PORTABLE = STAGES | {"tokens and ℓ alone": ours(change=tokens_alone)}
+PORTABLE = STAGES | {"tokens and ℓ alone": ours({"memory": "tokens"})}
 CONFIRM = PORTABLE | {name: LEARNING[name] for name in ("1 step in a round", "the Pilot's vocabulary")}
 FEEDBACK = {
     "RMSE, realised": ours(RMSE),
@@ -231,7 +231,7 @@ def other_size(setting: Setting, tokenizer, rows: list[Row], seed: int, trained:
     return {
         name: alone,
         f"ours beside the {name}": beside(alone, learners["ours"]),
-        f"moved to the {name}": beside(alone, moved(trained.learners["tokens and ℓ alone"].copilot, pilot)),
+        f"moved to the {name}": beside(alone, CopilotLearner(trained.learners["tokens and ℓ alone"].copilot, pilot)),
     }
 
 

@@ -8,57 +8,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from hf_copilot import CopilotLearner, CopilotModel
 from hf_copilot.batch import IGNORE, CopilotBatch
 from hf_copilot.discrepancy import SparseDiscrepancy
 from hf_copilot.mistake_log import MistakeRecord
 from hf_copilot.modeling_copilot import CopilotOutput
-from hf_copilot.pilot_tap import PilotStates
 
 NEVER = 10**6  # positions; a lag that hides every h
 PROMPT = -1.0
 SHARE = 0.5  # of the inputs that scheduled feeding predicts
 
 
-class OwnEmbedding:
-    """X̃ of a Copilot that reads no Pilot: its own embedding of the tokens."""
-
-    def __init__(self, copilot: CopilotModel):
-        self.copilot = copilot
-
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`[...]` int64 -> `[..., d]`"""
-        return self.copilot.embed_tokens(input_ids.to(self.copilot.device))
-
-    def gives(self, embeddings: torch.Tensor, input_ids: torch.Tensor) -> bool:
-        return True
-
-
 def no_hidden_states(learner: CopilotLearner) -> None:
     """X̃ and ℓ are read, h is not."""
     learner.copilot.config.hidden_state_lag = NEVER
-
-
-def tokens_alone(learner: CopilotLearner) -> None:
-    """Nothing of the Pilot is read but ℓ: such a Copilot fits every Pilot of its tokenizer, whatever its size."""
-    no_hidden_states(learner)
-    learner.embedding = OwnEmbedding(learner.copilot)
-
-
-def moved(copilot: CopilotModel, pilot: nn.Module) -> CopilotLearner:
-    """A Copilot that was trained on [`tokens_alone`] beside another Pilot, which may be of another size."""
-    learner = CopilotLearner(copilot, pilot)
-    tokens_alone(learner)
-    take, width = learner.tap.sink, copilot.config.hidden_size
-
-    def without_states(states: PilotStates) -> None:
-        states.hidden_states = states.hidden_states.new_zeros(*states.hidden_states.shape[:2], width)  # [B, T, d]
-        take(states)
-
-    learner.tap.sink = without_states
-    return learner
 
 
 def prompts_too(learner: CopilotLearner) -> None:

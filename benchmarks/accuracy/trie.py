@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from scoring import Rectified
 
+from hf_copilot import CopilotConfig
 from hf_copilot.discrepancy import fuse, sparse_discrepancy
 from hf_copilot.modeling_copilot import interleave
 from hf_copilot.pilot_tap import PilotStates, PilotTap
@@ -66,8 +67,7 @@ def item_scores(model: Rectified, trie: Trie, prompt: list[int]) -> torch.Tensor
     mask = torch.zeros(sees.shape, dtype=model.pilot.dtype, device=device).masked_fill(~sees, -torch.inf)
     caught: list[PilotStates] = []
     config = model.learner.copilot.config if model.learner else None
-    layers, pooling = (config.pooled_layers, config.pooling) if config else ("all", "mean")
-    with PilotTap(model.pilot, layers, pooling, caught.append, lambda: True):
+    with PilotTap(model.pilot, config or CopilotConfig(), caught.append, lambda: True):
         out = model.pilot(input_ids=ids[None], attention_mask=mask[None, None], position_ids=positions[None])
     logits = out.logits[0, start:].float()  # [Q, V]
     scores = logits.log_softmax(-1)  # [Q, V]
@@ -88,21 +88,26 @@ def _sees(trie: Trie, prompt: int) -> torch.Tensor:
 def _correction(
     model: Rectified, trie: Trie, states: PilotStates, logits: torch.Tensor, sees: torch.Tensor, start: int
 ) -> torch.Tensor:
-    """f at every query, `[Q, V]`: X̃ of what it sees, h of what it sees at its lag, ℓ of its parent."""
+    """f at every query, `[Q, V]`: X̃ of what it sees, h of what it sees at its lag (or its tokens), ℓ of its parent."""
     copilot, device = model.learner.copilot.eval(), logits.device
     parents, tokens = trie.parents.to(device), trie.tokens.to(device)  # [Q], [Q]
     mistake = sparse_discrepancy(logits[parents], tokens, copilot.config.top_k)  # of the root it is not read
     reads = sees[start:]  # [Q, n + N]
     itself = torch.eye(len(sees), dtype=torch.bool, device=device)[start:]  # [Q, n + N]
     hidden_reads = reads & ~itself if copilot.config.hidden_state_lag else reads
+    if copilot.config.memory == "tokens":
+        memory, readable = states.input_ids, reads  # [1, n + N], [Q, n + N]
+    else:
+        memory = interleave(states.embeddings, states.hidden_states)  # [1, 2(n + N), d_P]
+        readable = torch.stack([reads, hidden_reads], dim=-1).flatten(1)  # [Q, 2(n + N)]
     is_start = torch.zeros(1, len(tokens), dtype=torch.bool, device=device)
     is_start[:, 0] = True
     output = copilot(
         mistake.indices[None],
         mistake.values[None],
         is_start,
-        interleave(states.embeddings, states.hidden_states),  # [1, 2(n + N), d_P]
-        torch.stack([reads, hidden_reads], dim=-1).flatten(1)[None],  # [1, Q, 2(n + N)]
+        memory,
+        readable[None],
         trie.sees.to(device)[None],
         return_logits=True,
         lent=model.learner.lent,
