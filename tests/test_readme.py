@@ -11,10 +11,17 @@ from test_learner import padded_batch
 from tiny import addition, tiny_pilot, tiny_tokenizer, trained_like
 from transformers import Trainer, TrainingArguments
 
+from hf_copilot import CopilotConfig
+
 ROOT = Path(__file__).parent.parent
 README, USING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/using.md"))
 CPU = 'output_dir="out", use_cpu=True, bf16=False, max_steps=2, report_to=[]'
-CHANGES = {'"Qwen/Qwen2.5-0.5B"': '"base"', 'output_dir="out"': CPU}
+CHANGES = {
+    '"Qwen/Qwen2.5-0.5B"': '"base"',
+    '"Qwen/Qwen2.5-1.5B"': '"larger"',
+    '"me/qwen2.5-0.5b-copilot"': '"portable"',
+    'output_dir="out"': CPU,
+}
 
 
 @pytest.fixture
@@ -22,7 +29,10 @@ def offline(tmp_path, monkeypatch):
     """A folder with a Pilot called "base", and no hub."""
     monkeypatch.chdir(tmp_path)
     tiny_pilot().save_pretrained("base")
-    tiny_tokenizer().save_pretrained("base")
+    tiny_pilot(hidden_size=48, num_attention_heads=6, num_key_value_heads=3).save_pretrained("larger")
+    trained_like(tiny_pilot(), CopilotConfig(memory="tokens")).save_pretrained("portable")
+    for pilot in ("base", "larger"):
+        tiny_tokenizer().save_pretrained(pilot)
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: addition(16, form="chat"))
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": name}))
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: "url")
@@ -52,7 +62,7 @@ def test_the_snippets_of_the_first_questions_run(offline):
     namespace |= {"loader": [padded_batch()] * 2, "tokenizer": tiny_tokenizer(), "copilot": trained_like(pilot)}
     sft, *others = re.split(r"(?=\n\*\*My Pilot is trained already)", USING)
     assert run(sft, dict(namespace)) == 1
-    assert run("".join(others), namespace) == 3
+    assert run("".join(others), namespace) == 4
     assert (offline / "copilot" / "model.safetensors").is_file()
 
 
