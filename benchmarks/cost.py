@@ -51,7 +51,9 @@ SHAPES = {
     "llama-3.1-8b": LLAMA_3
     | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
-STEPS = (1, CopilotArguments.copilot_steps_per_round)  # of the Copilot in a round: the paper's, the default
+MEMORIES = ("pilot", "tokens")  # the default, and a Copilot that reads tokens alone
+STEPS = CopilotArguments.copilot_steps_per_round
+COPILOTS = ((1, "pilot"), *((STEPS, memory) for memory in MEMORIES))  # steps in a round (1: the paper's), memory
 PAPER = {  # Figure 5: whole fine-tuning and inference time with a 1B Copilot, A100
     "llama-3.2-1b": {"training": 1.065, "generation": 1.079},
     "llama-3.2-3b": {"training": 1.033, "generation": 1.047},
@@ -99,7 +101,7 @@ class Stopwatch:
                 arm()
 
 
-def make_pair(shape: str, device: str):
+def make_pair(shape: str, device: str, memory: str):
     """The Pilot, its Copilot's config and LoRA: a small CPU pair in full, or the paper's LoRA r 32 in bf16."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
@@ -107,11 +109,11 @@ def make_pair(shape: str, device: str):
         pilot = LlamaForCausalLM(config)
     add_fused_lm_head(pilot, outputs=("log_probs", "entropy", "is_top1"))  # the Pilot's loss as SFTTrainer has it
     if shape == "cpu":
-        return pilot, CopilotConfig(num_hidden_layers=2), None
+        return pilot, CopilotConfig(num_hidden_layers=2, memory=memory), None
     pilot = pilot.to(torch.bfloat16)
     lora = LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64)
     head_dim = {"head_dim": 64, "hidden_act": "silu"}
-    decoder = CopilotConfig(init="random", num_hidden_layers=16, **SMALL_DECODER, **head_dim)
+    decoder = CopilotConfig(init="random", memory=memory, num_hidden_layers=16, **SMALL_DECODER, **head_dim)
     return get_peft_model(pilot, lora), decoder, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear")
 
 
@@ -124,12 +126,13 @@ def make_batch(vocab_size: int, rows: int, length: int, labelled: int, device: s
 
 
 def measure_training(
-    shape: str, device: str, labelled: int, rows: int, accumulate: int, reps: int, steps_per_round: int
+    shape: str, device: str, labelled: int, rows: int, accumulate: int, reps: int, steps_per_round: int, memory: str
 ) -> dict:
     """Seconds of one optimizer step: the Pilot alone, and with a Copilot, by part. `accumulate` micro-batches of
-    `rows` x 256 tokens, of which the last `labelled` of every row carry labels; `steps_per_round` of the Copilot."""
+    `rows` x 256 tokens, of which the last `labelled` of every row carry labels; `steps_per_round` of a Copilot with
+    this `memory`."""
     length = 256
-    pilot, config, lora = make_pair(shape, device)
+    pilot, config, lora = make_pair(shape, device, memory)
     pilot.train()
     learner = CopilotLearner(
         copilot_for(pilot, config),
@@ -184,6 +187,7 @@ def measure_training(
     log = accumulate * watch.median("log_part")
     pilot_seconds = watch.median("pilot")
     return {
+        "memory": memory,
         "labelled_share": labelled / length,
         "steps_per_round": steps_per_round,
         "pilot_s": pilot_seconds,
@@ -197,9 +201,9 @@ def measure_training(
 
 
 @torch.no_grad()
-def measure_generation(shape: str, device: str, rows: int, prompt: int, tokens: int, reps: int) -> dict:
+def measure_generation(shape: str, device: str, rows: int, prompt: int, tokens: int, reps: int, memory: str) -> dict:
     """Seconds of `generate`: greedy, the Pilot alone and rectified; both make the same number of tokens."""
-    pilot, config, _ = make_pair(shape, device)
+    pilot, config, _ = make_pair(shape, device, memory)
     pilot = pilot.eval()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     copilot = copilot_for(pilot, config).to(device, dtype).eval()
@@ -223,6 +227,7 @@ def measure_generation(shape: str, device: str, rows: int, prompt: int, tokens: 
     share = multiplied_parameters(copilot) / multiplied_parameters(unwrap(pilot))
     overhead = watch.ratio("rectified", "pilot") - 1
     return {
+        "memory": memory,
         "batch": rows,
         "pilot_ms_per_token": 1e3 * watch.median("pilot") / tokens,
         "rectified_ms_per_token": 1e3 * watch.median("rectified") / tokens,
@@ -255,8 +260,9 @@ def main() -> None:
         shapes = [(labelled, 8, 1) for labelled in (26, 128, 255)]
     else:
         shapes = [(10, 4, 4)]
-    training = [measure_training(shape, device, *sizes, reps, steps) for steps in STEPS for sizes in shapes]
-    generation = [measure_generation(shape, device, rows, 64, arguments.tokens, reps) for rows in (1, 8)]
+    training = [measure_training(shape, device, *sizes, reps, *copilot) for copilot in COPILOTS for sizes in shapes]
+    sizes = [(rows, 64, arguments.tokens, reps, memory) for memory in MEMORIES for rows in (1, 8)]
+    generation = [measure_generation(shape, device, *size) for size in sizes]
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     result = {
         "shape": shape,

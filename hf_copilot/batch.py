@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .configuration_copilot import CopilotConfig
 from .discrepancy import SparseDiscrepancy, discrepancy
 from .mistake_log import MistakeRecord
-from .modeling_copilot import interleave, memory_mask
+from .modeling_copilot import interleave, memory_mask, rotary_positions
 from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, is_encoder_decoder
 
 IGNORE = -100
@@ -96,9 +96,14 @@ def make_records(
         return tensor[:, -length:].flatten(0, 1)[positions.to(tensor.device)]
 
     final = flat(states.last_hidden_state, target_where)  # [M, d_P]
-    nothing = final.new_empty(0, final.shape[-1]), [0] * len(kept)
     mistake = discrepancy(head, final, target_labels.to(final.device), top_k)
     spans = [len(positions) for positions in kept]
+
+    def column(tensor: torch.Tensor | None) -> tuple[torch.Tensor, list[int]]:
+        if tensor is None:
+            return final.new_empty(0, final.shape[-1]), [0] * len(kept)
+        return flat(tensor, where), spans  # [N, d_P]
+
     if has_encoder and states.input_ids is None:
         raise ValueError(
             "The Pilot's decoder was given embeddings, not token ids (decoder_inputs_embeds, prompt tuning of its "
@@ -109,12 +114,10 @@ def make_records(
         embeddings, embedding_spans = encoder_outputs(states, [document.row for document in documents])
     else:
         input_ids = inputs["input_ids"].cpu().flatten()[where]  # [N]
-        embeddings, embedding_spans = nothing if states.embeddings is None else (flat(states.embeddings, where), spans)
+        embeddings, embedding_spans = column(states.embeddings)
         if len(embeddings) and embedding.gives(embeddings, input_ids):
-            embeddings, embedding_spans = nothing
-    hidden_states, hidden_spans = nothing
-    if states.hidden_states is not None:
-        hidden_states, hidden_spans = flat(states.hidden_states, where), spans  # [N, d_P]
+            embeddings, embedding_spans = column(None)
+    hidden_states, hidden_spans = column(states.hidden_states)
     columns = {
         "input_ids": (input_ids, spans),
         "embeddings": (embeddings.to(dtype=dtype), embedding_spans),
@@ -226,6 +229,7 @@ class CopilotBatch:
             "memory": memory(),
             "memory_mask": memory_mask(config, positions, visible, encoder_visible),  # [B, m, entries of the memory]
             "self_mask": same_run.tril(),
+            **rotary_positions(config, positions, visible.cumsum(1) - 1),
         }
         sequence = torch.cat([record.is_start for record in records]).cumsum(0) - 1  # [Q]
         target = SparseDiscrepancy(cat("indices").long(), cat("values"), cat("dropped"))

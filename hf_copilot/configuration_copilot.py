@@ -13,6 +13,7 @@ OBJECTIVE_OF_FUSION = {"logit": "cross_entropy", "probability": "rmse"}
 
 _CHOICES = {
     "memory": ("pilot", "tokens"),
+    "position_embedding": (None, "rotary", "none"),
     "pattern": (1, 2),
     "pooled_layers": ("all", "first_half", "second_half"),
     "pooling": ("mean", "max", "sum"),
@@ -52,6 +53,11 @@ class CopilotConfig(PreTrainedConfig):
             What cross-attention reads: the `"pilot"`'s states [X̃ ; h] (the paper), or the `"tokens"` so far by the
             Copilot's own embedding. Then it reads nothing of the Pilot but its distribution, and fits every
             decoder-only Pilot of its tokenizer, of whatever size.
+        position_embedding (`str`, *optional*):
+            `"rotary"` turns queries and keys by the positions of their tokens; `"none"` (the paper) leaves positions
+            to the Pilot's states. `None` is rotary beside a decoder, none beside an encoder-decoder.
+        rope_theta (`float`, defaults to `10000`):
+            Base of the rotary angles; where weights are taken over, their source's.
         pilot_hidden_size (`int`, *optional*):
             Width of the Pilot's states in the memory. Where it differs from `hidden_size` one linear layer aligns
             them.
@@ -110,6 +116,8 @@ class CopilotConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     memory: str = "pilot"
+    position_embedding: str | None = None
+    rope_theta: float = 10_000.0
     pilot_hidden_size: int | None = None
     pilot_is_encoder_decoder: bool = False
     pattern: int = 1
@@ -135,6 +143,12 @@ class CopilotConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raise a `ValueError` for a value that is not among a field's choices, or two that do not go together.
+
+        Called again when a Copilot is built: `from_pretrained(..., name=value)` changes a config after its making."""
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"CopilotConfig.{name}={getattr(self, name)!r}: choose one of {choices}.")
@@ -148,7 +162,12 @@ class CopilotConfig(PreTrainedConfig):
                 "error_feedback='predicted' feeds f back as a discrepancy, which only objective='rmse' makes of it. "
                 "Use error_feedback='realized', or the paper's settings: CopilotConfig.paper()."
             )
-        self.check_memory()
+        if self.position_embedding == "rotary" and self.pilot_is_encoder_decoder:
+            raise ValueError(
+                "position_embedding='rotary' has no positions for an encoder's output: use position_embedding='none'."
+            )
+        if self.memory == "tokens":
+            self._check_tokens()
         minimum = 2 if self.pattern == 1 and not self.pilot_is_encoder_decoder else 1
         if self.num_hidden_layers is not None and self.num_hidden_layers < minimum:
             raise ValueError(
@@ -160,10 +179,7 @@ class CopilotConfig(PreTrainedConfig):
             raise ValueError(f"top_k={self.top_k}: must be at least 1.")
         check_strength(self.strength)
 
-    def check_memory(self) -> None:
-        """Raise a `ValueError` for settings that do not go with `memory="tokens"`."""
-        if self.memory != "tokens":
-            return
+    def _check_tokens(self) -> None:
         if self.pilot_is_encoder_decoder:
             raise ValueError(
                 "memory='tokens' reads the tokens of one decoder, and the Pilot is an encoder-decoder: use "
@@ -203,6 +219,7 @@ class CopilotConfig(PreTrainedConfig):
         default is the Pilot's own decoder, with all of its layers)."""
         settings: dict[str, Any] = {
             "num_hidden_layers": None,
+            "position_embedding": "none",
             "copilot_input": "discrepancy",
             "objective": "rmse",
             "fusion": "probability",

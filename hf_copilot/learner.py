@@ -91,8 +91,10 @@ class CopilotLearner:
             )
         if copilot.config.vocab_size != self.head.vocab_size:
             raise ValueError(
-                f"The Copilot has {copilot.config.vocab_size} output rows and the Pilot {self.head.vocab_size}: train "
-                "a Copilot beside a Pilot of its own vocabulary, or build one with copilot_for(pilot)."
+                f"The Copilot has {copilot.config.vocab_size} output rows and the Pilot {self.head.vocab_size}: to "
+                "learn or be measured it needs as many. Take a Pilot that has, or build a Copilot with "
+                "copilot_for(pilot); only generation, CopilotLogitsProcessor(..., tokenizer=...), takes other padding "
+                "rows of the same tokenizer."
             )
         if steps_per_round < 1:
             raise ValueError(f"steps_per_round={steps_per_round}: must be at least one step (the paper takes 1).")

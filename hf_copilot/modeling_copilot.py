@@ -1,4 +1,4 @@
-"""The Copilot: a small decoder that reads the Pilot's states and predicts its discrepancies.
+"""The Copilot: a small decoder that reads the Pilot's states, or tokens alone, and predicts its discrepancies.
 
 It knows no Pilot, no hook and no trainer: tensors in, tensors out. Shapes: B rows (documents), m queries (target
 positions), n positions of the Pilot's decoder, S of its encoder, d hidden size, d_P the Pilot's hidden size, V
@@ -22,6 +22,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import rotate_half
 from transformers.utils import ModelOutput
 
 from .configuration_copilot import CopilotConfig
@@ -79,8 +80,32 @@ class CopilotRMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+def rotary_positions(config: CopilotConfig, queries: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The arguments of [`CopilotModel.forward`] that say where queries `[B, m]` and the memory's tokens `[B, s]` stand
+    (X̃_i and h_i both at i); none for a Copilot without positions."""
+    if config.position_embedding != "rotary":
+        return {}
+    memory = tokens if config.memory == "tokens" else tokens.repeat_interleave(2, dim=1)  # [B, entries]
+    return {"positions": queries, "memory_positions": memory}
+
+
+def rotation(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+    """cos and sin of the angles p θ^(−2i / head_dim) of rotary positions (RoFormer), in the Llama family's order of
+    dimensions: `[B, s]` -> `[2, B, 1, s, head_dim]` float32."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device) / head_dim  # [head_dim / 2]
+    angles = positions[:, None, :, None] * theta**-exponents  # [B, 1, s, head_dim / 2]
+    angles = torch.cat([angles, angles], dim=-1)  # [B, 1, s, head_dim]
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Queries or keys `[B, heads, s, head_dim]`, turned by what [`rotation`] gave for their positions."""
+    cos, sin = rotation.to(x.dtype)
+    return x * cos + rotate_half(x) * sin
+
+
 class CopilotAttention(nn.Module):
-    """Attention without positional embedding; the keys and values are the queries' own states or the memory."""
+    """Attention whose keys and values are the queries' own states or the memory."""
 
     def __init__(self, config: CopilotConfig, cache_index: int):
         super().__init__()
@@ -109,6 +134,7 @@ class CopilotAttention(nn.Module):
         source: torch.Tensor,
         mask: torch.Tensor | None,
         cache: DynamicCache | None,
+        rotations: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         """Q = H W_Q; K, V = source W_K, source W_V (Eq. 6 where source = [X̃ ; h]).
 
@@ -117,9 +143,12 @@ class CopilotAttention(nn.Module):
             source: `[B, s, d]`, states that are not in the cache yet.
             mask: `[B, m, cached + s]` bool, True where a query may read; None for all.
             cache: Keys and values of earlier calls; these are appended to it.
+            rotations: Of queries and source, from [`rotation`]; None without positions.
         """
         q = self.q_norm(self.split_heads(self.q_proj(queries))).transpose(1, 2)  # [B, heads, m, head_dim]
         k = self.k_norm(self.split_heads(self.k_proj(source))).transpose(1, 2)  # [B, kv_heads, s, head_dim]
+        if rotations is not None:
+            q, k = rotated(q, rotations[0]), rotated(k, rotations[1])
         v = self.split_heads(self.v_proj(source)).transpose(1, 2)  # [B, kv_heads, s, head_dim]
         if cache is not None:
             k, v = cache.update(k, v, self.cache_index)  # [B, kv_heads, cached + s, head_dim]
@@ -176,18 +205,22 @@ class CopilotLayer(GradientCheckpointingLayer):
         memory_mask: torch.Tensor,
         self_mask: torch.Tensor | None,
         cache: EncoderDecoderCache | None,
+        rotations: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         """`[B, m, d]` -> `[B, m, d]`; see [`CopilotModel.forward`] for the other arguments."""
         own, shared = (None, None) if cache is None else (cache.self_attention_cache, cache.cross_attention_cache)
+        own_rotations = None if rotations is None else (rotations[0], rotations[0])
         normed = self.input_layernorm(hidden_states)  # [B, m, d]
         if self.layer_type == "cross":
-            attended = self.attention(normed, self.memory_layernorm(memory), memory_mask, shared)
+            attended = self.attention(normed, self.memory_layernorm(memory), memory_mask, shared, rotations)
         else:
-            attended = self.attention(normed, normed, self_mask, own)
+            attended = self.attention(normed, normed, self_mask, own, own_rotations)
         hidden_states = hidden_states + self.dropout(attended)
         if self.layer_type == "both":
             normed, memory = self.cross_layernorm(hidden_states), self.memory_layernorm(memory)
-            hidden_states = hidden_states + self.dropout(self.cross_attention(normed, memory, memory_mask, shared))
+            hidden_states = hidden_states + self.dropout(
+                self.cross_attention(normed, memory, memory_mask, shared, rotations)
+            )
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
@@ -200,7 +233,7 @@ class CopilotOutput(ModelOutput):
 
 
 class CopilotModel(PreTrainedModel):
-    """Predicts the Pilot's discrepancy f at every query from [X̃ ; h] and the discrepancies before it.
+    """Predicts the Pilot's discrepancy f at every query from the memory and the discrepancies before it.
 
     `CopilotModel(config)` has random weights; `hf_copilot.weights.copilot_for(pilot, config)` starts from a decoder.
     The last map starts at zero (W, or the one before it where the Pilot lends W), so a fresh Copilot changes nothing.
@@ -215,8 +248,9 @@ class CopilotModel(PreTrainedModel):
 
     def __init__(self, config: CopilotConfig):
         super().__init__(config)
+        config.check()
         reads_states = config.memory == "pilot"
-        sizes = [config.hidden_size, config.vocab_size, *[config.pilot_hidden_size] * reads_states]
+        sizes = [config.hidden_size, config.vocab_size] + [config.pilot_hidden_size] * reads_states
         if None in sizes:
             raise ValueError(
                 "This CopilotConfig has no sizes yet: build the Copilot with "
@@ -227,8 +261,7 @@ class CopilotModel(PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, size) if own else None
         self.input_proj = nn.Identity() if own else nn.Linear(pilot_size, size, bias=False)
         self.start = nn.Embedding(1, size)
-        aligned = not reads_states or pilot_size == size
-        self.memory_proj = nn.Identity() if aligned else nn.Linear(pilot_size, size)
+        self.memory_proj = nn.Linear(pilot_size, size) if reads_states and pilot_size != size else nn.Identity()
         self.layers = nn.ModuleList(
             CopilotLayer(config, kind, cache_index=types[:i].count(kind)) for i, kind in enumerate(types)
         )
@@ -300,11 +333,11 @@ class CopilotModel(PreTrainedModel):
     def embed_memory(self, memory: torch.Tensor) -> torch.Tensor:
         """The Pilot's states `[B, s, d_P]`, or ids of tokens `[B, s]` with `memory="tokens"`, -> `[B, s, d]`. A token
         that the Copilot has no row for (a padding row of its Pilot) is read as the start vector."""
+        dtype, last = self.norm.weight.dtype, self.config.vocab_size - 1
         if self.config.memory == "pilot":
-            return self.memory_proj(memory.to(self.norm.weight.dtype))
-        last = self.config.vocab_size - 1
+            return self.memory_proj(memory.to(dtype))
         embedded = F.embedding(memory.clamp(max=last), self.embed_tokens.weight)  # [B, s, d]
-        return torch.where(memory[..., None] > last, self.start.weight, embedded)
+        return torch.where(memory[..., None] > last, self.start.weight, embedded).to(dtype)
 
     def project_input(self, inputs: torch.Tensor) -> torch.Tensor:
         """`[B, m, e]` -> `[B, m, d]`, in the Copilot's type."""
@@ -318,6 +351,8 @@ class CopilotModel(PreTrainedModel):
         memory: torch.Tensor,
         memory_mask: torch.Tensor,
         self_mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        memory_positions: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         return_logits: bool = False,
@@ -331,6 +366,7 @@ class CopilotModel(PreTrainedModel):
                 with `memory="tokens"` ids `[B, s]`.
             memory_mask: `[B, m, cached + s]` bool, from [`memory_mask`].
             self_mask: `[B, m, cached + m]` bool, which of the Copilot's own states a query reads; None for all.
+            positions, memory_positions: `[B, m]` and `[B, s]`, from [`rotary_positions`].
             past_key_values: Cache from [`new_cache`]; updated in place.
             inputs_embeds: `[B, m, d]` instead of what [`embed`] makes of the first three.
             return_logits: Also give f = W h, `[B, m, V]`.
@@ -341,11 +377,17 @@ class CopilotModel(PreTrainedModel):
             inputs_embeds = self.embed(input_indices, input_values, is_start, vocabulary.embedding)
         hidden_states = inputs_embeds.to(dtype)  # [B, m, d]
         memory = self.embed_memory(memory)  # [B, s, d]
+        rotations = self._rotations(positions, memory_positions)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, memory, memory_mask, self_mask, past_key_values)
+            hidden_states = layer(hidden_states, memory, memory_mask, self_mask, past_key_values, rotations)
         hidden_states = self.output_proj(self.norm(hidden_states))  # [B, m, e]
         head = vocabulary.head
         return CopilotOutput(hidden_states, F.linear(hidden_states.to(head.dtype), head) if return_logits else None)
+
+    def _rotations(self, *positions: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        if self.config.position_embedding != "rotary":
+            return None
+        return tuple(rotation(tensor, self.config.head_dim, self.config.rope_theta) for tensor in positions)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from .discrepancy import sparse_discrepancy
-from .modeling_copilot import CopilotModel, interleave, memory_mask
+from .modeling_copilot import CopilotModel, interleave, memory_mask, rotary_positions
 from .pilot_tap import PilotStates, PilotTap
 from .vocabulary import Vocabulary, lent_vocabulary
 
@@ -107,6 +107,8 @@ class Rectifier:
             self.group = self._groups(ids)
         last = ids.new_full((len(ids), 1), ids.shape[1] - 1)  # [R, 1]
         mask = memory_mask(self.config, last, self.visible, self.encoder_visible)  # [R, 1, entries]
+        positions = self.visible.cumsum(1) - 1  # [R, n], as in a row without padding
+        inputs |= rotary_positions(self.config, positions[:, -1:], positions[:, past:])
         correction = self._run(inputs, memory, mask)  # [R, V]
         self.ids, self.last_correction = ids, correction
         self.last_logits = pending[-1].next_logits.to(ids.device)  # [R, V]
@@ -188,8 +190,10 @@ class Rectifier:
     def _cut_memory(self, past: int) -> None:
         """Keep the memory of the first `past` positions: all of it in most calls."""
         memory = self.cache.cross_attention_cache
-        kept = past if self.config.memory == "tokens" else 2 * past
-        if self.config.pilot_is_encoder_decoder:
+        kept = 2 * past
+        if self.config.memory == "tokens":
+            kept = past
+        elif self.config.pilot_is_encoder_decoder:
             kept = self.encoder_visible.shape[1] + past
         if past == 0:
             self.cache.cross_attention_cache = DynamicCache()

@@ -59,7 +59,9 @@ def copilot_for(pilot: nn.Module, config: CopilotConfig | None = None) -> Copilo
     config.pilot_hidden_size = base.config.get_text_config().hidden_size if config.memory == "pilot" else None
     config.pilot_model_type = base.config.get_text_config().model_type
     config.pilot_is_encoder_decoder = is_encoder_decoder(base)
-    config.check_memory()
+    if config.position_embedding is None:
+        config.position_embedding = "none" if config.pilot_is_encoder_decoder else "rotary"
+    config.check()
     if config.vocab_projection == "pilot":
         lent_vocabulary(base, torch.device("meta"))  # raises where it can't
     if config.init == "random":
@@ -118,6 +120,7 @@ def _block_settings(source: PreTrainedConfig, state: dict[str, torch.Tensor]) ->
         "mlp_bias": "mlp.up_proj.bias" in state,
         "mlp_gated": "mlp.gate_proj.weight" in state,
         "qk_norm": "attention.q_norm.weight" in state,
+        "rope_theta": CopilotConfig.rope_theta if is_t5 else source.rope_parameters["rope_theta"],
         "hidden_act": source.dense_act_fn if is_t5 else source.hidden_act,
         "rms_norm_eps": source.layer_norm_epsilon if is_t5 else source.rms_norm_eps,
     }

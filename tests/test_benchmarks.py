@@ -28,13 +28,15 @@ def tiny_shape(monkeypatch):
 
 
 def test_cost_of_training():
-    row = cost.measure_training("cpu", "cpu", labelled=26, rows=2, accumulate=2, reps=2, steps_per_round=2)
+    row = cost.measure_training(
+        "cpu", "cpu", labelled=26, rows=2, accumulate=2, reps=2, steps_per_round=2, memory="tokens"
+    )
     assert row["pilot_and_copilot_s"] > row["share_optimizer"] > 0
     assert row["share_forward_backward"] > 0 and row["share_log"] > 0 and row["log_mb"] > 0
 
 
 def test_cost_of_generation():
-    row = cost.measure_generation("cpu", "cpu", rows=2, prompt=6, tokens=4, reps=2)
+    row = cost.measure_generation("cpu", "cpu", rows=2, prompt=6, tokens=4, reps=2, memory="tokens")
     assert row["rectified_ms_per_token"] > 0 and 0 < row["share_of_weights"] < 1
     assert cost.table([row]).count("|") == 3 * (len(row) + 1)
 

@@ -26,10 +26,10 @@ NEW_TOKENS = 8
 PROMPT = torch.tensor([[5, 15, 6, 17], [8, 15, 9, 17], [7, 15, 11, 17]])
 
 
-@pytest.fixture(params=["pilot", "tokens"])
+@pytest.fixture(params=[{}, {"memory": "tokens"}, {"position_embedding": "none"}], ids=["ours", "tokens", "unplaced"])
 def config(request):
-    """Of a Copilot that reads the Pilot's states, and of one that reads tokens alone."""
-    return CopilotConfig(memory=request.param)
+    """Of a Copilot that reads the Pilot's states, of one that reads tokens alone, and of one without positions."""
+    return CopilotConfig(**request.param)
 
 
 class Recorder(CopilotLogitsProcessor):
@@ -106,6 +106,7 @@ CONFIGS = {
     "token_max_half": CopilotConfig(copilot_input="token", pooling="max", pooled_layers="second_half"),
     "pilot_vocabulary": CopilotConfig(vocab_projection="pilot"),
     "tokens_pattern2": CopilotConfig(memory="tokens", pattern=2, num_hidden_layers=1),
+    "tokens_unplaced": CopilotConfig(memory="tokens", position_embedding="none"),
     "tokens_paper": CopilotConfig.paper(memory="tokens", num_hidden_layers=2, error_feedback="realized"),
     "narrow_pilot_vocabulary": CopilotConfig(
         init="random", hidden_size=16, num_attention_heads=2, vocab_projection="pilot"

@@ -26,6 +26,14 @@ IDS = torch.tensor([[5, 9, 12, 7, 20, 31]])
 WIDER = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
 
 
+STATES = ("input_ids", "embeddings", "hidden_states")
+
+
+def swap(rows):
+    """The first two, where there are any, in each other's place."""
+    return rows[[1, 0, *range(2, len(rows))]] if len(rows) else rows
+
+
 @pytest.fixture
 def pilot():
     return tiny_pilot().eval()
@@ -76,6 +84,27 @@ def test_what_a_query_may_read(pilot):
         found = corrections(learner, [dataclasses.replace(record, input_ids=ids)])
         differs = ((found - base).abs().amax(-1) > 1e-6).tolist()
         assert differs == [changed <= position for position in record.positions.tolist()]
+
+
+@pytest.mark.parametrize("memory", ["pilot", "tokens"])
+def test_the_order_of_the_tokens_is_read(pilot, memory):
+    """With the Pilot's states and its logits out of the way, two tokens of the prompt that change places change f
+    where there are positions, and the place of the whole text does not."""
+    found = {}
+    for embedding in ("rotary", "none"):
+        config = CopilotConfig(memory=memory, position_embedding=embedding, copilot_input="token")
+        copilot = trained_like(pilot, config)
+        learner = learner_of(copilot, pilot)
+        (record,) = learner.round
+        swapped = dataclasses.replace(record, **{name: swap(getattr(record, name)) for name in STATES})
+        change = corrections(learner, [swapped]) - corrections(learner, [record])
+        found[embedding] = change[1:].abs().max()  # the first query does not read h of the second token yet
+        (batch,) = learner.batches([record])
+        moved = {name: batch.inputs[name] + 7 for name in ("positions", "memory_positions") if name in batch.inputs}
+        with torch.no_grad():
+            here, there = (copilot(**(batch.inputs | changed)).last_hidden_state for changed in ({}, moved))
+        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
+    assert found["rotary"] > 0.01 and found["none"] < 1e-4
 
 
 def test_its_own_embedding_learns_as_memory_too(pilot):

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotModel, check_pilot, copilot_for
 from hf_copilot.compatibility import tokenizer_fingerprint
+from hf_copilot.modeling_copilot import rotation
 from hf_copilot.weights import LLAMA_FAMILIES
 
 
@@ -28,7 +29,8 @@ def no_rotary(hidden):
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_layer_taken_over_computes_what_the_pilots_layer_computes(family, biased):
     changes = {"attention_bias": biased, "mlp_bias": biased} if family in ("llama", "smollm3") else {}
-    pilot = tiny_pilot(family, sliding_window=None, **changes).eval()
+    rope = {"rope_theta": 500.0, "rope_type": "default"}
+    pilot = tiny_pilot(family, sliding_window=None, rope_parameters=rope, **changes).eval()
     with torch.no_grad():  # biases and norms start as 0 and 1, which would prove nothing
         for parameter in pilot.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -36,12 +38,17 @@ def test_a_layer_taken_over_computes_what_the_pilots_layer_computes(family, bias
     hidden = torch.randn(2, 6, 32)
     causal = torch.ones(2, 6, 6).tril().bool()
     additive = torch.zeros(2, 1, 6, 6).masked_fill(~causal[:, None], -torch.inf)
+    positions = torch.arange(6).expand(2, 6)
+    rotary = pilot.model.rotary_emb(hidden, positions)
+    turned = [rotation(positions, copilot.config.head_dim, copilot.config.rope_theta)] * 2
     for own, theirs in zip(copilot.layers, pilot.model.layers, strict=True):
-        expected = theirs(hidden, attention_mask=additive, position_embeddings=no_rotary(hidden), use_cache=False)
-        expected = expected[0] if isinstance(expected, tuple) else expected
-        # a cross layer over a memory that is the queries' own states is self-attention
-        found = own(hidden, hidden, causal, causal, None)
-        assert torch.allclose(found, expected, atol=1e-5), own.layer_type
+        for embeddings, rotations in ((no_rotary(hidden), None), (rotary, turned)):
+            expected = theirs(hidden, attention_mask=additive, position_embeddings=embeddings, use_cache=False)
+            expected = expected[0] if isinstance(expected, tuple) else expected
+            # a cross layer over a memory that is the queries' own states is self-attention
+            uses_them = getattr(theirs.self_attn, "use_rope", True)  # not in every layer of SmolLM3
+            found = own(hidden, hidden, causal, causal, None, rotations if uses_them else None)
+            assert torch.allclose(found, expected, atol=1e-5), own.layer_type
     assert torch.equal(copilot.embed_tokens.weight, pilot.get_input_embeddings().weight)
     assert torch.equal(copilot.norm.weight, pilot.model.norm.weight)
     assert not copilot.lm_head.weight.any()

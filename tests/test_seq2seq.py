@@ -181,7 +181,7 @@ def test_a_layer_taken_over_computes_what_the_pilots_layer_computes(kind):
     additive = torch.zeros(2, 1, 5, 5).masked_fill(~causal[:, None], -1e9)
     with torch.no_grad():
         expected = block(hidden, additive, encoder_hidden_states=encoded)[0]
-        found = copilot.layers[0](hidden, encoded, torch.ones(2, 5, 4, dtype=torch.bool), causal, None)
+        found = copilot.layers[0](hidden, encoded, torch.ones(2, 5, 4, dtype=torch.bool), causal, None, None)
     assert torch.allclose(found, expected, atol=1e-4)
 
 

@@ -1,10 +1,11 @@
 """What makes a Copilot learn more: one thing changed at a time, all Copilots of a group beside one and the same Pilot.
 
+    python benchmarks/accuracy/experiments.py positions arithmetic text mawps --data DIR --seeds 3
     python benchmarks/accuracy/experiments.py learning arithmetic text --data DIR --seeds 1
     python benchmarks/accuracy/experiments.py paper arithmetic mawps --data DIR --seeds 3
 
-Groups: `learning` (one change to our Copilot of run.py at a time), `confirm` (ours and the Copilot of `portable`, for
-all tasks), `mistakes` (whose errors it learns from), `paper` (the paper's Tables 16 to 20),
+Groups: `positions` (with rotary positions and without, and the memory that is read), `learning` (one change to a
+Copilot without positions at a time), `mistakes` (whose errors it learns from), `paper` (the paper's Tables 16 to 20),
 `stages` (beside a Pilot that is trained longer), `portable` (a Copilot that reads none of the Pilot's states, moved to
 a wider Pilot), `feedback` (RMSE that is fed its own predictions).
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import LONGER, PAPER
-from inputs import SHARE, no_hidden_states, prompts_too, scheduled_feeding
+from inputs import SHARE, no_hidden_states, own_embedding, prompts_too, scheduled_feeding
 from mistakes import ALL_BYTES, ALL_ROUNDS, cross_fit, log_rows, reservoir, teach, weighted
 from report import mean_of
 from run import RESULTS, TASKS, settings_of, table
@@ -41,8 +42,9 @@ def arguments(**changes: Any) -> dict[str, Any]:
 
 
 def ours(config: dict[str, Any] | None = None, change: Callable | None = None, **changes: Any) -> Variant:
-    """Our Copilot of run.py, with these changes."""
-    return Variant(config or {}, arguments(**changes), change=change)
+    """Our Copilot of run.py before it had positions, which all groups but `positions` were measured with, and these
+    changes."""
+    return Variant({"position_embedding": "none"} | (config or {}), arguments(**changes), change=change)
 
 
 def papers(config: dict[str, Any] | None = None) -> Variant:
@@ -62,6 +64,7 @@ LEARNING = {
     "the Pilot's vocabulary": ours({"vocab_projection": "pilot"}),
     "lag 0": ours({"hidden_state_lag": 0}),
     "no hidden states": ours(change=no_hidden_states),
+    "its own embedding for X̃": ours(change=own_embedding),
     "log of 32 rounds": ours(log_rounds=32),
     "log of 512 rounds": ours(log_rounds=512),
     "input ℓ": ours({"copilot_input": "discrepancy"}),
@@ -70,6 +73,13 @@ LEARNING = {
     "prompts' discrepancies read": ours(change=prompts_too),
     "RMSE, realised feedback": ours(RMSE),
     "random weights": ours({"init": "random"}),
+}
+ROTARY = {"position_embedding": "rotary"}
+POSITIONS = {
+    "no positions": ours(),
+    "tokens alone, no positions": ours({"memory": "tokens"}),
+    "rotary positions": ours(ROTARY),
+    "tokens alone, rotary positions": ours({"memory": "tokens"} | ROTARY),
 }
 STAGES = {"ours": ours()}
 PORTABLE = STAGES | {"tokens and ℓ alone": ours({"memory": "tokens"})}
@@ -116,14 +126,13 @@ MISTAKES = {
 HOLDOUTS = {share: ours(mistake_source="holdout", holdout=share, log_max_bytes=ALL_BYTES) for share in (0.1, 0.25)}
 GROUPS = {
     "learning": LEARNING,
-    "confirm": PORTABLE,
+    "positions": POSITIONS,
     "mistakes": MISTAKES,
     "paper": ABLATIONS,
     "stages": STAGES,
     "portable": PORTABLE,
     "feedback": FEEDBACK,
 }
-KEPT_AS = {"confirm": "learning"}  # groups that share their runs
 AT_ONCE = 4  # Copilots beside one Pilot
 OTHER_WIDTH = 192  # of a Pilot that a Copilot without the Pilot's states is moved to
 METRICS = ("token accuracy", "answers right", "generated right")
@@ -155,7 +164,7 @@ def figures_of(model: Rectified, rows: list[dict[str, list[int]]]) -> dict[str, 
 def run_group(setting: Setting, seed: int, group: str) -> dict[str, Any]:
     """A group for one seed. What is done is kept: a group with `EXTRAS`, which need all of it, as a whole, else every
     Copilot on its own. Those that are missing are trained a few at a time, each time beside the same Pilot again."""
-    folder, variants = setting.work / setting.task.name / f"{KEPT_AS.get(group, group)}-{seed}", GROUPS[group]
+    folder, variants = setting.work / setting.task.name / f"{group}-{seed}", GROUPS[group]
     settings = settings_of(setting)
     if group in EXTRAS:
         settings["variants"] = {name: variant.settings() for name, variant in variants.items()}

@@ -14,7 +14,7 @@ from scoring import Rectified
 
 from hf_copilot import CopilotConfig
 from hf_copilot.discrepancy import fuse, sparse_discrepancy
-from hf_copilot.modeling_copilot import interleave
+from hf_copilot.modeling_copilot import interleave, rotary_positions
 from hf_copilot.pilot_tap import PilotStates, PilotTap
 
 
@@ -72,7 +72,7 @@ def item_scores(model: Rectified, trie: Trie, prompt: list[int]) -> torch.Tensor
     logits = out.logits[0, start:].float()  # [Q, V]
     scores = logits.log_softmax(-1)  # [Q, V]
     if model.learner is not None:
-        correction = _correction(model, trie, caught[0], logits, sees, start)  # [Q, V]
+        correction = _correction(model, trie, caught[0], logits, sees, positions, start)  # [Q, V]
         scores = fuse(scores, correction, model.strength, config.fusion)
     return scores.cpu()[trie.items, trie.item_tokens].sum(1)
 
@@ -86,18 +86,24 @@ def _sees(trie: Trie, prompt: int) -> torch.Tensor:
 
 
 def _correction(
-    model: Rectified, trie: Trie, states: PilotStates, logits: torch.Tensor, sees: torch.Tensor, start: int
+    model: Rectified,
+    trie: Trie,
+    states: PilotStates,
+    logits: torch.Tensor,
+    sees: torch.Tensor,
+    positions: torch.Tensor,
+    start: int,
 ) -> torch.Tensor:
     """f at every query, `[Q, V]`: X̃ of what it sees, h of what it sees at its lag (or its tokens), ℓ of its parent."""
     copilot, device = model.learner.copilot.eval(), logits.device
     parents, tokens = trie.parents.to(device), trie.tokens.to(device)  # [Q], [Q]
     mistake = sparse_discrepancy(logits[parents], tokens, copilot.config.top_k)  # of the root it is not read
     reads = sees[start:]  # [Q, n + N]
-    itself = torch.eye(len(sees), dtype=torch.bool, device=device)[start:]  # [Q, n + N]
-    hidden_reads = reads & ~itself if copilot.config.hidden_state_lag else reads
     if copilot.config.memory == "tokens":
         memory, readable = states.input_ids, reads  # [1, n + N], [Q, n + N]
     else:
+        itself = torch.eye(len(sees), dtype=torch.bool, device=device)[start:]  # [Q, n + N]
+        hidden_reads = reads & ~itself if copilot.config.hidden_state_lag else reads
         memory = interleave(states.embeddings, states.hidden_states)  # [1, 2(n + N), d_P]
         readable = torch.stack([reads, hidden_reads], dim=-1).flatten(1)  # [Q, 2(n + N)]
     is_start = torch.zeros(1, len(tokens), dtype=torch.bool, device=device)
@@ -109,6 +115,7 @@ def _correction(
         memory,
         readable[None],
         trie.sees.to(device)[None],
+        **rotary_positions(copilot.config, positions[None, start:], positions[None]),
         return_logits=True,
         lent=model.learner.lent,
     )
