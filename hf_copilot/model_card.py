@@ -39,7 +39,7 @@ Trained with hf_copilot {version}.
 |---|---|
 | objective, fusion, strength λ | `{objective}`, `{fusion}`, {strength} |
 | input, error feedback, vocabulary | `{copilot_input}`, `{error_feedback}`, `{vocab_projection}` |
-| layers, hidden size, pattern | {num_hidden_layers}, {hidden_size}, {pattern} |
+| layers, hidden size, pattern, positions | {num_hidden_layers}, {hidden_size}, {pattern}, `{position_embedding}` |
 | started from | `init="{init}"` |
 | memory | {memory} |
 | Pilot tokens | top {top_k} |

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import LONGER, PAPER
-from inputs import SHARE, no_hidden_states, own_embedding, prompts_too, scheduled_feeding
+from inputs import SHARE, no_hidden_states, prompts_too, scheduled_feeding
 from mistakes import ALL_BYTES, ALL_ROUNDS, cross_fit, log_rows, reservoir, teach, weighted
 from report import mean_of
 from run import RESULTS, TASKS, settings_of, table
@@ -42,8 +42,8 @@ def arguments(**changes: Any) -> dict[str, Any]:
 
 
 def ours(config: dict[str, Any] | None = None, change: Callable | None = None, **changes: Any) -> Variant:
-    """Our Copilot of run.py before it had positions, which all groups but `positions` were measured with, and these
-    changes."""
+    """Our Copilot of run.py before it had positions, which all groups but `positions` and `portable` are measured
+    with, and these changes."""
     return Variant({"position_embedding": "none"} | (config or {}), arguments(**changes), change=change)
 
 
@@ -64,7 +64,6 @@ LEARNING = {
     "the Pilot's vocabulary": ours({"vocab_projection": "pilot"}),
     "lag 0": ours({"hidden_state_lag": 0}),
     "no hidden states": ours(change=no_hidden_states),
-    "its own embedding for X̃": ours(change=own_embedding),
     "log of 32 rounds": ours(log_rounds=32),
     "log of 512 rounds": ours(log_rounds=512),
     "input ℓ": ours({"copilot_input": "discrepancy"}),
@@ -82,7 +81,7 @@ POSITIONS = {
     "tokens alone, rotary positions": ours({"memory": "tokens"} | ROTARY),
 }
 STAGES = {"ours": ours()}
-PORTABLE = STAGES | {"tokens and ℓ alone": ours({"memory": "tokens"})}
+PORTABLE = {"ours": ours(ROTARY), "tokens and ℓ alone": ours({"memory": "tokens"} | ROTARY)}
 FEEDBACK = {
     "RMSE, realised": ours(RMSE),
     "RMSE, predicted": ours(RMSE | {"error_feedback": "predicted"}),
@@ -233,7 +232,7 @@ def other_size(setting: Setting, tokenizer, rows: list[Row], seed: int, trained:
     """A Pilot of another width: alone, with a Copilot of its own, and with the one that was trained beside the first
     Pilot and reads none of its states."""
     wider = replace(setting, task=replace(setting.task, pilot=setting.task.pilot | {"hidden_size": OTHER_WIDTH}))
-    pilot, learners, _ = wider.train(wider.base(tokenizer), tokenizer, rows, seed, STAGES)
+    pilot, learners, _ = wider.train(wider.base(tokenizer), tokenizer, rows, seed, {"ours": PORTABLE["ours"]})
     alone = Rectified(pilot, tokenizer)
     name = f"Pilot of width {OTHER_WIDTH}"
     return {

@@ -20,25 +20,6 @@ PROMPT = -1.0
 SHARE = 0.5  # of the inputs that scheduled feeding predicts
 
 
-class OwnEmbedding:
-    """X̃ by the Copilot's own embedding of the tokens."""
-
-    def __init__(self, copilot: CopilotModel):
-        self.copilot = copilot
-
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`[...]` int64 -> `[..., d]`"""
-        return self.copilot.embed_tokens(input_ids.to(self.copilot.device))
-
-    def gives(self, embeddings: torch.Tensor, input_ids: torch.Tensor) -> bool:
-        return True
-
-
-def own_embedding(learner: CopilotLearner) -> None:
-    """The memory is [E ; h]: the Copilot's own embedding stands for X̃, h is read."""
-    learner.embedding = OwnEmbedding(learner.copilot)
-
-
 def no_hidden_states(learner: CopilotLearner) -> None:
     """X̃ and ℓ are read, h is not."""
     learner.copilot.config.hidden_state_lag = NEVER
