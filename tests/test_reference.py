@@ -21,6 +21,7 @@ NAMES = ("loss", "copilot_loss", "pilot_nll", "rectified_nll")
 RUNS = {
     "default": {},
     "paper": {"copilot": CopilotConfig.paper(num_hidden_layers=3)},
+    "tokens": {"copilot": CopilotConfig(memory="tokens")},
     "lora": {"peft_config": LoraConfig(r=4), "copilot_peft_config": LoraConfig(r=4)},
 }
 
