@@ -24,8 +24,6 @@ from hf_copilot.model_card import copilot_card
 TOKENS = {"memory": "tokens"}
 IDS = torch.tensor([[5, 9, 12, 7, 20, 31]])
 WIDER = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
-
-
 STATES = ("input_ids", "embeddings", "hidden_states")
 
 
