@@ -55,9 +55,10 @@ class CopilotConfig(PreTrainedConfig):
             decoder-only Pilot of its tokenizer, of whatever size.
         position_embedding (`str`, *optional*):
             `"rotary"` turns queries and keys by the positions of their tokens; `"none"` (the paper) leaves positions
-            to the Pilot's states. `None` is rotary beside a decoder, none beside an encoder-decoder.
+            to the Pilot's states. Of `None` [`copilot_for`] makes rotary beside a decoder, none beside an
+            encoder-decoder.
         rope_theta (`float`, defaults to `10000`):
-            Base of the rotary angles; where weights are taken over, their source's.
+            Base of the rotary angles; where weights are taken over, their source's, without its scaling.
         pilot_hidden_size (`int`, *optional*):
             Width of the Pilot's states in the memory. Where it differs from `hidden_size` one linear layer aligns
             them.
@@ -235,7 +236,7 @@ class CopilotConfig(PreTrainedConfig):
 
     def differences(self, other: CopilotConfig) -> list[str]:
         """The fields in which two Copilots differ in shape, in what they read or in how they are trained and fused."""
-        shape = ("num_hidden_layers", "hidden_size", "intermediate_size", "top_k")
+        shape = ("num_hidden_layers", "hidden_size", "intermediate_size", "rope_theta", "top_k")
         return [name for name in (*shape, *_CHOICES) if getattr(self, name) != getattr(other, name)]
 
     @property

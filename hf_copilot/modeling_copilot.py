@@ -98,9 +98,9 @@ def rotation(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tens
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def rotated(x: torch.Tensor, cos_and_sin: torch.Tensor) -> torch.Tensor:
     """Queries or keys `[B, heads, s, head_dim]`, turned by what [`rotation`] gave for their positions."""
-    cos, sin = rotation.to(x.dtype)
+    cos, sin = cos_and_sin.to(x.dtype)
     return x * cos + rotate_half(x) * sin
 
 
@@ -366,11 +366,14 @@ class CopilotModel(PreTrainedModel):
                 with `memory="tokens"` ids `[B, s]`.
             memory_mask: `[B, m, cached + s]` bool, from [`memory_mask`].
             self_mask: `[B, m, cached + m]` bool, which of the Copilot's own states a query reads; None for all.
-            positions, memory_positions: `[B, m]` and `[B, s]`, from [`rotary_positions`].
+            positions, memory_positions: `[B, m]` and `[B, s]`, from [`rotary_positions`]; not read without positions.
             past_key_values: Cache from [`new_cache`]; updated in place.
             inputs_embeds: `[B, m, d]` instead of what [`embed`] makes of the first three.
             return_logits: Also give f = W h, `[B, m, V]`.
             lent: The Pilot's E and W, for `vocab_projection="pilot"`.
+
+        Raises:
+            ValueError: If what this Copilot's config asks for is missing: positions, or the Pilot's matrices.
         """
         dtype, vocabulary = self.norm.weight.dtype, self.vocabulary(lent)
         if inputs_embeds is None:
@@ -384,9 +387,11 @@ class CopilotModel(PreTrainedModel):
         head = vocabulary.head
         return CopilotOutput(hidden_states, F.linear(hidden_states.to(head.dtype), head) if return_logits else None)
 
-    def _rotations(self, *positions: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    def _rotations(self, *positions: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
         if self.config.position_embedding != "rotary":
             return None
+        if any(tensor is None for tensor in positions):
+            raise ValueError("This Copilot has rotary positions: pass **rotary_positions(config, queries, tokens).")
         return tuple(rotation(tensor, self.config.head_dim, self.config.rope_theta) for tensor in positions)
 
     @classmethod

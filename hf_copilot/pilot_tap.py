@@ -209,7 +209,7 @@ class PilotTap:
 
     def _close(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         states, self.states = self.states, None
-        if states is None or output is None:
+        if states is None or output is None or (self.pooled and states.hidden_states is None):
             return  # not listening, or the forward failed
         if self.pooled and self.pooling == "mean":
             states.hidden_states /= len(self.pooled)

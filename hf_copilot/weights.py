@@ -15,7 +15,7 @@ from .modeling_copilot import CopilotModel
 from .pilot_tap import PilotHead, find_layers, is_encoder_decoder, isolated_rng, unwrap
 from .vocabulary import lent_vocabulary
 
-# Families whose block is the Copilot's own: pre-norm RMSNorm, MLP, attention (rotary and relative positions left out).
+# Families whose block is the Copilot's own: pre-norm RMSNorm, MLP, attention (T5's relative positions left out).
 LLAMA_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 T5_FAMILIES = ("t5", "mt5")
 FAMILIES = LLAMA_FAMILIES + T5_FAMILIES

@@ -275,10 +275,12 @@ def test_kills_lose_nothing(tmp_path):
     assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name, saved, now", [("hidden_state_lag", 1, 0), ("strength", 1.0, 0.5)])
+@pytest.mark.parametrize(
+    "name, saved, now", [("hidden_state_lag", 1, 0), ("strength", 1.0, 0.5), ("position_embedding", "rotary", "none")]
+)
 def test_resuming_with_other_settings_raises(tmp_path, straight, name, saved, now):
     other = CopilotConfig(dropout=0.1, **{name: now})
-    with pytest.raises(ValueError, match=rf"{name}.*\({saved}, {now}\)"):
+    with pytest.raises(ValueError, match=rf"{name}.*\({saved!r}, {now!r}\)"):
         make_trainer(tmp_path, copilot=other).train(
             resume_from_checkpoint=str(Path(straight.args.output_dir) / "checkpoint-2")
         )

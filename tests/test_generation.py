@@ -240,7 +240,7 @@ def test_chat_on_a_kept_cache(pilot, window, config):
 
 @pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
 def test_a_chat_in_which_a_row_ended_early(pilot, cache, config):
-    """The second turn masks what stands behind that row's end; kept cache equals none."""
+    """The second turn masks what stands behind that row's end; kept cache equals none and no hole."""
     copilot, turns = trained_like(pilot, config), {}
     for name in ("kept", "none"):
         kept = cache(config=pilot.config, max_cache_len=64) if cache is StaticCache else cache(config=pilot.config)
@@ -255,8 +255,12 @@ def test_a_chat_in_which_a_row_ended_early(pilot, cache, config):
             turns[name] = generate(pilot, processor, turn, mask, **cached), processor.calls
     assert (mask == 0).any() and (mask[1:] == 1).any(0).all()
     assert torch.equal(turns["kept"][0], turns["none"][0])
-    for (_, f), (_, expected) in zip(turns["kept"][1], turns["none"][1], strict=True):
+    for (ids, f), (_, expected) in zip(turns["kept"][1], turns["none"][1], strict=True):
         torch.testing.assert_close(f, expected, atol=1e-4, rtol=0)
+        for row, row_f, row_mask in zip(ids, f, mask, strict=True):
+            whole = torch.cat([row[: len(row_mask)][row_mask.bool()], row[len(row_mask) :]])
+            alone = teacher_forced(copilot, pilot, whole, int(row_mask.sum()))[-1]
+            torch.testing.assert_close(row_f, alone, atol=1e-4, rtol=0)
 
 
 def test_a_cropped_cache_is_followed(pilot, config):

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from peft import LoraConfig
+from test_generation import count_hooks
 from test_trainer import losses, train, train_beside_a_pilot_that_hardly_learns
 from tiny import VOCAB_SIZE, assert_same, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
 from trl import SFTTrainer
@@ -32,14 +33,9 @@ def swap(rows):
     return rows[[1, 0, *range(2, len(rows))]] if len(rows) else rows
 
 
-@pytest.fixture
-def pilot():
-    return tiny_pilot().eval()
-
-
-def learner_of(copilot, pilot):
-    """With one document in its log, whose last four tokens are labelled."""
-    learner = CopilotLearner(copilot, pilot, 1, log_dtype=torch.float32)
+def learner_of(copilot, pilot, **settings):
+    """With one document in its round, whose last four tokens are labelled."""
+    learner = CopilotLearner(copilot, pilot, 1, log_dtype=torch.float32, **settings)
     labels = IDS.clone()
     labels[:, :2] = -100
     with learner.observe({"input_ids": IDS, "labels": labels}), torch.no_grad():
@@ -53,20 +49,16 @@ def corrections(learner, records):
         return learner.copilot(**batch.inputs, return_logits=True).logits[batch.valid]  # [Q, V]
 
 
-def hooks_of(pilot):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pilot.model.layers.modules())
-
-
 def test_no_state_of_the_pilot_is_read_or_logged(pilot):
     """Neither hooks on its layers nor states in the log, but those that its head makes logits of."""
     learner = learner_of(copilot_for(pilot, CopilotConfig(**TOKENS)), pilot)
     (record,) = learner.round
     assert len(record.embeddings) == len(record.hidden_states) == 0
     assert len(record.final_states) == len(record.labels) == 4
-    assert hooks_of(pilot) == 0
+    assert count_hooks(pilot.model.layers) == 0
     learner.close()
     with CopilotLogitsProcessor(learner.copilot, pilot):
-        assert hooks_of(pilot) == 0
+        assert count_hooks(pilot.model.layers) == 0
     assert not any("memory_proj" in name for name in learner.copilot.state_dict())
 
 
@@ -106,12 +98,12 @@ def test_the_order_of_the_tokens_is_read(pilot, memory):
 
 
 def test_its_own_embedding_learns_as_memory_too(pilot):
-    """A token of the prompt is neither input nor label: its row moves by what attention reads of it alone."""
+    """Tokens of the prompt are neither inputs nor labels: their rows' gradient is of what attention reads alone."""
     learner = learner_of(trained_like(pilot, CopilotConfig(**TOKENS, copilot_input="token")), pilot)
     (batch,) = learner.batches(learner.round)
     learner.batch_loss(batch).backward()
-    moved = learner.copilot.embed_tokens.weight.grad.abs().amax(-1) > 0
-    assert moved.nonzero()[:, 0].tolist() == sorted(IDS[0, :-1].tolist())
+    has_gradient = learner.copilot.embed_tokens.weight.grad.abs().amax(-1) > 0
+    assert has_gradient.nonzero()[:, 0].tolist() == sorted(IDS[0, :-1].tolist())
 
 
 @pytest.mark.parametrize("objective", ["ours", "paper"])
@@ -162,18 +154,37 @@ def test_it_learns_what_the_pilot_gets_wrong_and_is_saved(tmp_path):
     assert "same tokenizer, of whatever size" in card and "hidden size," in card and "None" not in card
 
 
-def test_with_an_adapter(pilot):
-    """Trained with LoRA and merged it gives the same f."""
-    copilot = trained_like(pilot, CopilotConfig(**TOKENS, dropout=0.0))
-    learner = CopilotLearner(copilot, pilot, 2, peft_config=LoraConfig(r=2), log_dtype=torch.float32)
-    with learner.observe({"input_ids": IDS, "labels": IDS}), torch.no_grad():
-        pilot(input_ids=IDS)
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.bfloat16, 0.2)], ids=["float32", "bfloat16"])
+def test_with_an_adapter(pilot, dtype, atol):
+    """Trained with LoRA and merged it gives the same f, whatever the type of its frozen weights."""
+    copilot = trained_like(pilot, CopilotConfig(**TOKENS, dropout=0.0)).to(dtype)
+    learner = learner_of(copilot, pilot, peft_config=LoraConfig(r=2))
     records = learner.round
     learner.step()
     copilot.eval()
     expected = corrections(learner, records)
     merged = CopilotLearner(learner.exported().eval(), pilot, log_dtype=torch.float32)
-    torch.testing.assert_close(corrections(merged, records), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(corrections(merged, records), expected, rtol=1e-4, atol=atol)
+
+
+def test_a_config_that_is_changed_on_loading_is_checked(pilot, tmp_path):
+    copilot_for(pilot, CopilotConfig(vocab_projection="pilot")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="vocab_projection='own'"):
+        CopilotModel.from_pretrained(tmp_path, memory="tokens")
+
+
+def test_positions_that_are_missing_are_named(pilot):
+    copilot = trained_like(pilot, CopilotConfig(**TOKENS))
+    (batch,) = (learner := learner_of(copilot, pilot)).batches(learner.round)
+    inputs = {name: tensor for name, tensor in batch.inputs.items() if "positions" not in name}
+    with pytest.raises(ValueError, match="rotary_positions"):
+        copilot(**inputs)
+
+
+def test_rotary_positions_beside_an_encoder_decoder_raise():
+    with pytest.raises(ValueError, match="position_embedding='none'"):
+        copilot_for(tiny_seq2seq(), CopilotConfig(position_embedding="rotary"))
+    assert copilot_for(tiny_seq2seq()).config.position_embedding == "none"
 
 
 def test_a_token_that_it_has_no_row_for_is_read_as_the_start(pilot):

@@ -28,11 +28,6 @@ LENT = {"vocab_projection": "pilot"}
 IDS = torch.tensor([[5, 9, 12, 7, 20, 31]])
 
 
-@pytest.fixture
-def pilot():
-    return tiny_pilot().eval()
-
-
 def learner_of(copilot, pilot):
     """With one round in its log."""
     learner = CopilotLearner(copilot, pilot, 1, log_dtype=torch.float32)
