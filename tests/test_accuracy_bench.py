@@ -217,12 +217,7 @@ def test_every_experiment_runs(group, data, tmp_path, monkeypatch):
     experiments.main()
     text = (tmp_path / f"experiments_{group}_mawps.md").read_text()
     assert all(name in text for name in experiments.GROUPS[group])
-    extras = {
-        "mistakes": "cross-fitting",
-        "portable": "moved to",
-        "stages": "2.5 times",
-        "feedback": "generated right",
-    }
+    extras = {"mistakes": "cross-fitting", "pilots": "moved to the Pilot, 2.5 times", "feedback": "generated right"}
     assert all((name in text) == (group == its) for its, name in extras.items())
 
 

@@ -100,27 +100,25 @@ def alone(setting: Setting, model: Rectified, test: list[Row]) -> Arm:
     return {"parameters": count_parameters(model.pilot)[0], "figures": measure(setting, model, test)}
 
 
-def run_costs(setting: Setting, variant: Variant) -> dict[str, dict[str, float]]:
-    """Time of training and of generation for the Pilot with its Copilot and the Pilot of the joint size, as ratios to
-    the Pilot alone: medians over repetitions that take the arms in turn, on the same rows."""
+def run_costs(setting: Setting, ours: dict[str, Variant]) -> dict[str, dict[str, float]]:
+    """Time of training and of generation for the Pilot with each of these Copilots and the Pilot of the joint size, as
+    ratios to the Pilot alone: medians over repetitions that take the arms in turn, on the same rows."""
     tokenizer, watch = setting.tokenizer(), Stopwatch(setting.device)
     rows = setting.task.splits(setting.data, 0).train[: 32 * COST_STEPS]
-    joint = setting.joint_layers(tokenizer, variant)
-    kinds = {"pilot": ({}, None), "copilot": ({"copilot": variant}, None), "joint": ({}, joint)}
+    arms, joint = ["pilot", *ours, "joint"], setting.joint_layers(tokenizer, ours["copilot"])
 
     def run(arm: str) -> None:
-        variants, layers = kinds[arm]
-        pilot, learners, seconds = setting.train(
-            setting.base(tokenizer, layers), tokenizer, rows, 0, variants, max_steps=COST_STEPS
-        )
+        variants = {arm: ours[arm]} if arm in ours else {}
+        base = setting.base(tokenizer, joint if arm == "joint" else None)
+        pilot, learners, seconds = setting.train(base, tokenizer, rows, 0, variants, max_steps=COST_STEPS)
         watch.seconds.setdefault(f"training {arm}", []).append(seconds)
-        learner = learners.get("copilot")
+        learner = learners.get(arm)
         model = Rectified(pilot, tokenizer, learner, learner.copilot.config.strength if learner else 0.0)
         with watch.time(f"generation {arm}"):
             model.answers([row["prompt"] for row in rows[:64]], "cost", max_new_tokens=16, min_new_tokens=16)
 
-    watch.repeat(COST_REPETITIONS, 1, lambda: [partial(run, arm) for arm in kinds])
+    watch.repeat(COST_REPETITIONS, 1, lambda: [partial(run, arm) for arm in arms])
     return {
         arm: {work: watch.ratio(f"{work} {arm}", f"{work} pilot") for work in ("training", "generation")}
-        for arm in kinds
+        for arm in arms
     }

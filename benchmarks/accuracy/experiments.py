@@ -6,8 +6,8 @@
 
 Groups: `positions` (with rotary positions and without, and the memory that is read), `learning` (one change to a
 Copilot without positions at a time), `mistakes` (whose errors it learns from), `paper` (the paper's Tables 16 to 20),
-`stages` (beside a Pilot that is trained longer), `portable` (a Copilot that reads none of the Pilot's states, moved to
-a wider Pilot), `feedback` (RMSE that is fed its own predictions).
+`pilots` (beside a Pilot that is trained longer and beside a wider one, and a Copilot of tokens alone moved to them),
+`width` (a Copilot of a quarter of its Pilot's width), `feedback` (RMSE that is fed its own predictions).
 
 Everything is measured teacher-forced on the validation rows; λ is chosen on their first half and measured on the
 second. Writes benchmarks/results/accuracy/experiments_<group>_<task>.{json,md}.
@@ -42,8 +42,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
 
 
 def ours(config: dict[str, Any] | None = None, change: Callable | None = None, **changes: Any) -> Variant:
-    """Our Copilot of run.py before it had positions, which all groups but `positions` and `portable` are measured
-    with, and these changes."""
+    """Our Copilot of run.py before it had positions, which most groups are measured with, and these changes."""
     return Variant({"position_embedding": "none"} | (config or {}), arguments(**changes), change=change)
 
 
@@ -80,8 +79,12 @@ POSITIONS = {
     "rotary positions": ours(ROTARY),
     "tokens alone, rotary positions": ours({"memory": "tokens"} | ROTARY),
 }
-STAGES = {"ours": ours()}
-PORTABLE = {"ours": ours(ROTARY), "tokens and ℓ alone": ours({"memory": "tokens"} | ROTARY)}
+PILOTS = {"the Pilot's states": ours(ROTARY), "tokens alone": ours({"memory": "tokens"} | ROTARY)}
+NARROW = ROTARY | {"init": "random", "hidden_size": 32, "num_attention_heads": 2}
+WIDTH = {
+    "narrow, the Pilot's states": ours(NARROW),
+    "narrow, tokens alone": ours(NARROW | {"memory": "tokens"}),
+}
 FEEDBACK = {
     "RMSE, realised": ours(RMSE),
     "RMSE, predicted": ours(RMSE | {"error_feedback": "predicted"}),
@@ -128,12 +131,12 @@ GROUPS = {
     "positions": POSITIONS,
     "mistakes": MISTAKES,
     "paper": ABLATIONS,
-    "stages": STAGES,
-    "portable": PORTABLE,
+    "pilots": PILOTS,
+    "width": WIDTH,
     "feedback": FEEDBACK,
 }
 AT_ONCE = 4  # Copilots beside one Pilot
-OTHER_WIDTH = 192  # of a Pilot that a Copilot without the Pilot's states is moved to
+OTHER_WIDTH = 192  # of the wider Pilot of `pilots`
 METRICS = ("token accuracy", "answers right", "generated right")
 Measured = dict[str, float]
 
@@ -219,27 +222,23 @@ def other_pilots(setting: Setting, tokenizer, rows: list[Row], seed: int, traine
     return models
 
 
-def later(setting: Setting, tokenizer, rows: list[Row], seed: int, trained: Trained) -> dict[str, Rectified]:
-    """What a Copilot adds to a Pilot that has been trained longer."""
-    steps = round(LONGER * setting.task.training["max_steps"])
-    pilot, learners, _ = setting.train(setting.base(tokenizer), tokenizer, rows, seed, STAGES, max_steps=steps)
-    alone = Rectified(pilot, tokenizer)
-    name = f"Pilot, {LONGER:g} times the steps"
-    return {name: alone, f"ours beside the {name}": beside(alone, learners["ours"])}
-
-
-def other_size(setting: Setting, tokenizer, rows: list[Row], seed: int, trained: Trained) -> dict[str, Rectified]:
-    """A Pilot of another width: alone, with a Copilot of its own, and with the one that was trained beside the first
-    Pilot and reads none of its states."""
+def better_pilots(setting: Setting, tokenizer, rows: list[Row], seed: int, trained: Trained) -> dict[str, Rectified]:
+    """A Pilot that is trained longer and a wider one: alone, each with Copilots of its own, and with the Copilot of
+    tokens alone that was trained beside the first Pilot."""
     wider = replace(setting, task=replace(setting.task, pilot=setting.task.pilot | {"hidden_size": OTHER_WIDTH}))
-    pilot, learners, _ = wider.train(wider.base(tokenizer), tokenizer, rows, seed, {"ours": PORTABLE["ours"]})
-    alone = Rectified(pilot, tokenizer)
-    name = f"Pilot of width {OTHER_WIDTH}"
-    return {
-        name: alone,
-        f"ours beside the {name}": beside(alone, learners["ours"]),
-        f"moved to the {name}": beside(alone, CopilotLearner(trained.learners["tokens and ℓ alone"].copilot, pilot)),
+    steps = round(LONGER * setting.task.training["max_steps"])
+    others = {
+        f"Pilot, {LONGER:g} times the steps": (setting, {"max_steps": steps}),
+        f"Pilot of width {OTHER_WIDTH}": (wider, {}),
     }
+    models = {}
+    for name, (where, changes) in others.items():
+        pilot, learners, _ = where.train(where.base(tokenizer), tokenizer, rows, seed, PILOTS, **changes)
+        models[name] = alone = Rectified(pilot, tokenizer)
+        models |= {f"{copilot}, beside the {name}": beside(alone, learner) for copilot, learner in learners.items()}
+        moved = CopilotLearner(trained.learners["tokens alone"].copilot, pilot)
+        models[f"tokens alone, moved to the {name}"] = beside(alone, moved)
+    return models
 
 
 def latest_checkpoint(
@@ -252,7 +251,7 @@ def latest_checkpoint(
     return {"log of the latest checkpoint": model}
 
 
-EXTRAS = {"mistakes": other_pilots, "paper": latest_checkpoint, "stages": later, "portable": other_size}
+EXTRAS = {"mistakes": other_pilots, "paper": latest_checkpoint, "pilots": better_pilots}
 
 
 def rows_of(runs: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -68,7 +68,9 @@ def run_task(setting: Setting, seeds: int) -> tuple[list[dict], dict]:
         runs.append(run)
     if setting.pilot is not None:
         return runs, {}
-    return runs, kept(folder / "costs.json", with_ours, partial(run_costs, setting, ours))
+    timed = {name: COPILOTS[name] for name in ("copilot", "tokens")}
+    as_timed = settings | {"variants": {name: variant.settings() for name, variant in timed.items()}}
+    return runs, kept(folder / "costs.json", as_timed, partial(run_costs, setting, timed))
 
 
 def main() -> None:
