@@ -51,7 +51,7 @@ SHAPES = {
     "llama-3.1-8b": LLAMA_3
     | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
-MEMORIES = ("pilot", "tokens")  # the default, and a Copilot that reads tokens alone
+MEMORIES = ("tokens", "pilot")  # the default, and a Copilot that reads the Pilot's states
 STEPS = CopilotArguments.copilot_steps_per_round
 COPILOTS = ((1, "pilot"), *((STEPS, memory) for memory in MEMORIES))  # steps in a round (1: the paper's), memory
 PAPER = {  # Figure 5: whole fine-tuning and inference time with a 1B Copilot, A100

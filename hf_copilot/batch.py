@@ -202,7 +202,7 @@ class CopilotBatch:
             return pad([torch.ones(len(tensor), dtype=torch.bool) for tensor in tensors])
 
         def memory() -> torch.Tensor:
-            if config.memory == "tokens":
+            if not config.reads_states:
                 return pad([record.input_ids for record in records])  # [B, n]
             known = [r.embeddings if len(r.embeddings) else embedding(r.input_ids) for r in records]
             embeddings = pad(known).to(dtype)  # [B, n, d_P], or [B, S, d_P]

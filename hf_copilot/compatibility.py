@@ -70,7 +70,7 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
             f"{kinds[config.pilot_is_encoder_decoder]}: train a Copilot beside this one."
         )
     text_config = base.config.get_text_config()
-    if config.memory == "pilot" and text_config.hidden_size != config.pilot_hidden_size:
+    if config.reads_states and text_config.hidden_size != config.pilot_hidden_size:
         raise ValueError(
             f"The Copilot reads hidden states of size {config.pilot_hidden_size} and the Pilot's have "
             f"{text_config.hidden_size}. Such a Copilot moves between Pilots of one hidden size: train one beside "

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 OBJECTIVE_OF_FUSION = {"logit": "cross_entropy", "probability": "rmse"}
 
 _CHOICES = {
-    "memory": ("pilot", "tokens"),
+    "memory": (None, "pilot", "tokens"),
     "position_embedding": (None, "rotary", "none"),
     "pattern": (1, 2),
     "pooled_layers": ("all", "first_half", "second_half"),
@@ -49,10 +49,11 @@ class CopilotConfig(PreTrainedConfig):
             Whether the MLP is W_down (act(W_gate x) * W_up x) or W_down act(W_up x), as in T5.
         dropout (`float`, defaults to `0.1`):
             Dropout on both residual branches of every layer, in training.
-        memory (`str`, defaults to `"pilot"`):
+        memory (`str`, *optional*):
             What cross-attention reads: the `"pilot"`'s states [X̃ ; h] (the paper), or the `"tokens"` so far by the
             Copilot's own embedding. Then it reads nothing of the Pilot but its distribution, and fits every
-            decoder-only Pilot of its tokenizer, of whatever size.
+            decoder-only Pilot of its tokenizer, of whatever size. Of `None` [`copilot_for`] makes tokens where they
+            can be, the Pilot's states beside an encoder-decoder and with the Pilot's vocabulary.
         position_embedding (`str`, *optional*):
             `"rotary"` turns queries and keys by the positions of their tokens; `"none"` (the paper) leaves positions
             to the Pilot's states. Of `None` [`copilot_for`] makes rotary beside a decoder, none beside an
@@ -116,7 +117,7 @@ class CopilotConfig(PreTrainedConfig):
     dropout: float = 0.1
     initializer_range: float = 0.02
 
-    memory: str = "pilot"
+    memory: str | None = None
     position_embedding: str | None = None
     rope_theta: float = 10_000.0
     pilot_hidden_size: int | None = None
@@ -193,7 +194,10 @@ class CopilotConfig(PreTrainedConfig):
             )
         idle = [name for name in _OF_STATES if getattr(self, name) != getattr(CopilotConfig, name)]
         if idle:
-            raise ValueError(f"{idle} choose the Pilot's states, which memory='tokens' does not read: leave them out.")
+            raise ValueError(
+                f"{idle} choose the Pilot's states, which memory='tokens', the default, does not read: leave them "
+                "out, or use memory='pilot'."
+            )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> CopilotConfig:
@@ -220,6 +224,7 @@ class CopilotConfig(PreTrainedConfig):
         default is the Pilot's own decoder, with all of its layers)."""
         settings: dict[str, Any] = {
             "num_hidden_layers": None,
+            "memory": "pilot",
             "position_embedding": "none",
             "copilot_input": "discrepancy",
             "objective": "rmse",
@@ -238,6 +243,11 @@ class CopilotConfig(PreTrainedConfig):
         """The fields in which two Copilots differ in shape, in what they read or in how they are trained and fused."""
         shape = ("num_hidden_layers", "hidden_size", "intermediate_size", "rope_theta", "top_k")
         return [name for name in (*shape, *_CHOICES) if getattr(self, name) != getattr(other, name)]
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether the memory is the Pilot's states."""
+        return self.memory != "tokens"
 
     @property
     def attention_types(self) -> list[str]:

@@ -83,7 +83,7 @@ def copilot_card(config: CopilotConfig) -> ModelCard:
 
 def _needs(config: CopilotConfig) -> str:
     """What a Pilot must have."""
-    if config.memory == "tokens":
+    if not config.reads_states:
         return "the same tokenizer, of whatever size"
     if config.vocab_projection == "pilot":
         return (
@@ -94,7 +94,7 @@ def _needs(config: CopilotConfig) -> str:
 
 def _memory(config: CopilotConfig) -> str:
     """What cross-attention reads."""
-    if config.memory == "tokens":
+    if not config.reads_states:
         return "the tokens, none of the Pilot's states"
     layers = f"`{config.pooling}` over `{config.pooled_layers}` layers"
     return f"the Pilot's states of size {config.pilot_hidden_size}, {layers}"

@@ -1,4 +1,4 @@
-"""The Copilot: a small decoder that reads the Pilot's states, or tokens alone, and predicts its discrepancies.
+"""The Copilot: a small decoder that reads tokens, or the Pilot's states, and predicts its discrepancies.
 
 It knows no Pilot, no hook and no trainer: tensors in, tensors out. Shapes: B rows (documents), m queries (target
 positions), n positions of the Pilot's decoder, S of its encoder, d hidden size, d_P the Pilot's hidden size, V
@@ -58,7 +58,7 @@ def memory_mask(
         position = torch.arange(visible.shape[1], device=visible.device)  # [n]
         return (position <= last[:, :, None]) & visible[:, None]  # [B, m, n]
 
-    if config.memory == "tokens":
+    if not config.reads_states:
         return up_to(positions)
     hidden_states = up_to(positions - config.hidden_state_lag)  # [B, m, n]
     if config.pilot_is_encoder_decoder:
@@ -85,7 +85,7 @@ def rotary_positions(config: CopilotConfig, queries: torch.Tensor, tokens: torch
     (X̃_i and h_i both at i); none for a Copilot without positions."""
     if config.position_embedding != "rotary":
         return {}
-    memory = tokens if config.memory == "tokens" else tokens.repeat_interleave(2, dim=1)  # [B, entries]
+    memory = tokens.repeat_interleave(2, dim=1) if config.reads_states else tokens  # [B, entries]
     return {"positions": queries, "memory_positions": memory}
 
 
@@ -249,8 +249,7 @@ class CopilotModel(PreTrainedModel):
     def __init__(self, config: CopilotConfig):
         super().__init__(config)
         config.check()
-        reads_states = config.memory == "pilot"
-        sizes = [config.hidden_size, config.vocab_size] + [config.pilot_hidden_size] * reads_states
+        sizes = [config.hidden_size, config.vocab_size] + [config.pilot_hidden_size] * config.reads_states
         if None in sizes:
             raise ValueError(
                 "This CopilotConfig has no sizes yet: build the Copilot with "
@@ -261,7 +260,8 @@ class CopilotModel(PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, size) if own else None
         self.input_proj = nn.Identity() if own else nn.Linear(pilot_size, size, bias=False)
         self.start = nn.Embedding(1, size)
-        self.memory_proj = nn.Linear(pilot_size, size) if reads_states and pilot_size != size else nn.Identity()
+        aligns = config.reads_states and pilot_size != size
+        self.memory_proj = nn.Linear(pilot_size, size) if aligns else nn.Identity()
         self.layers = nn.ModuleList(
             CopilotLayer(config, kind, cache_index=types[:i].count(kind)) for i, kind in enumerate(types)
         )
@@ -334,7 +334,7 @@ class CopilotModel(PreTrainedModel):
         """The Pilot's states `[B, s, d_P]`, or ids of tokens `[B, s]` with `memory="tokens"`, -> `[B, s, d]`. A token
         that the Copilot has no row for (a padding row of its Pilot) is read as the start vector."""
         dtype, last = self.norm.weight.dtype, self.config.vocab_size - 1
-        if self.config.memory == "pilot":
+        if self.config.reads_states:
             return self.memory_proj(memory.to(dtype))
         embedded = F.embedding(memory.clamp(max=last), self.embed_tokens.weight)  # [B, s, d]
         return torch.where(memory[..., None] > last, self.start.weight, embedded).to(dtype)

@@ -117,7 +117,7 @@ class PilotTap:
     Args:
         pilot: Any causal LM of transformers, wrapped or not.
         config: Of the Copilot: with `memory="pilot"` its `pooled_layers` form h by its `pooling`; with `"tokens"` no
-            layer is read.
+            layer is read, and no hook is on one.
         sink: Called with the [`PilotStates`] at the end of each forward.
         listen: Asked at the start of each forward.
     """
@@ -133,7 +133,7 @@ class PilotTap:
         self.decoder, self.layers = find_layers(pilot)
         half = (len(self.layers) + 1) // 2
         parts = {"all": self.layers, "first_half": self.layers[:half], "second_half": self.layers[-half:]}
-        self.pooled = parts[config.pooled_layers] if config.memory == "pilot" else []
+        self.pooled = parts[config.pooled_layers] if config.reads_states else []
         self.pooling, self.sink, self.listen = config.pooling, sink, listen
         self.handles: list[RemovableHandle] = []
         self.states: PilotStates | None = None  # not None only while a forward that we listen to runs

@@ -191,7 +191,7 @@ class Rectifier:
         """Keep the memory of the first `past` positions: all of it in most calls."""
         memory = self.cache.cross_attention_cache
         kept = 2 * past
-        if self.config.memory == "tokens":
+        if not self.config.reads_states:
             kept = past
         elif self.config.pilot_is_encoder_decoder:
             kept = self.encoder_visible.shape[1] + past
@@ -206,7 +206,7 @@ class Rectifier:
         """What these forwards add to the memory [X̃ ; h], on the Copilot's device and in its type: `[R, 2t, d_P]`, or
         `[R, t, d_P]` beside an encoder-decoder, with X̃ before it `[R, S, d_P]` where the memory is empty; or to the
         memory of tokens alone, `[R, t]`."""
-        if self.config.memory == "tokens":
+        if not self.config.reads_states:
             return ids[:, pending[0].past_length :]
         to = {"device": self.copilot.device, "dtype": self.copilot.dtype}
         if not self.config.pilot_is_encoder_decoder:

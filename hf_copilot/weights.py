@@ -56,9 +56,12 @@ def copilot_for(pilot: nn.Module, config: CopilotConfig | None = None) -> Copilo
     config = copy.deepcopy(config) if config is not None else CopilotConfig()
     base = unwrap(pilot)
     config.vocab_size = PilotHead(pilot).vocab_size
-    config.pilot_hidden_size = base.config.get_text_config().hidden_size if config.memory == "pilot" else None
     config.pilot_model_type = base.config.get_text_config().model_type
     config.pilot_is_encoder_decoder = is_encoder_decoder(base)
+    if config.memory is None:
+        states = config.pilot_is_encoder_decoder or config.vocab_projection == "pilot"
+        config.memory = "pilot" if states else "tokens"
+    config.pilot_hidden_size = base.config.get_text_config().hidden_size if config.reads_states else None
     if config.position_embedding is None:
         config.position_embedding = "none" if config.pilot_is_encoder_decoder else "rotary"
     config.check()

@@ -53,12 +53,8 @@ class RecipeArguments:
     copilot_layers: int | None = field(
         default=None, metadata={"help": "Layers of the Copilot, 0 for all of its source; default: the preset's."}
     )
-    copilot_memory: str = field(
-        default=CopilotConfig.memory,
-        metadata={
-            "help": "What it reads: the Pilot's states, or tokens alone, to fit Pilots of every size.",
-            "choices": ["pilot", "tokens"],
-        },
+    copilot_memory: str | None = field(
+        default=None, metadata={"help": "What it reads: 'tokens', or the 'pilot''s states; default: the preset's."}
     )
     copilot_dropout: float = field(default=CopilotConfig.dropout, metadata={"help": "Dropout of the Copilot."})
     validation_rows: int = field(default=200, metadata={"help": "Rows of the training split kept for evaluation."})
@@ -168,8 +164,9 @@ def compare(
 def copilot_config(recipe: RecipeArguments) -> CopilotConfig:
     make_config = CopilotConfig.paper if recipe.copilot_preset == "paper" else CopilotConfig
     layers = {} if recipe.copilot_layers is None else {"num_hidden_layers": recipe.copilot_layers or None}
-    settings = {"init": recipe.copilot_init, "memory": recipe.copilot_memory, "dropout": recipe.copilot_dropout}
-    return make_config(**settings, **layers)
+    settings = {"init": recipe.copilot_init, "dropout": recipe.copilot_dropout}
+    memory = {"memory": recipe.copilot_memory} if recipe.copilot_memory else {}
+    return make_config(**settings, **layers, **memory)
 
 
 def main(

@@ -88,11 +88,11 @@ def test_long_prompts_lose_their_beginning():
 ITEMS = [f"i{number:03d}" for number in (0, 1, 7, 12, 19, 105, 110, 250, 251, 252, 999)]
 READS = [
     {},
-    {"vocab_projection": "pilot"},
-    {"hidden_state_lag": 0},
     {"copilot_input": "discrepancy"},
-    {"pooled_layers": "second_half"},
-    {"memory": "tokens"},
+    {"memory": "pilot"},
+    {"memory": "pilot", "hidden_state_lag": 0},
+    {"memory": "pilot", "pooled_layers": "second_half"},
+    {"vocab_projection": "pilot"},
 ]
 
 

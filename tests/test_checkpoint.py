@@ -29,7 +29,7 @@ VARIANTS = {
     "paper": {"copilot": CopilotConfig.paper(num_hidden_layers=2, dropout=0.1)},
     "small_log": {"copilot_log_rounds": 2},
     "pilot_vocabulary": {"copilot": CopilotConfig(dropout=0.1, vocab_projection="pilot")},
-    "tokens": {"copilot": CopilotConfig(dropout=0.1, memory="tokens")},
+    "states": {"copilot": CopilotConfig(dropout=0.1, memory="pilot")},
     "three_steps": {"copilot_steps_per_round": 3},
 }
 
@@ -279,7 +279,8 @@ def test_kills_lose_nothing(tmp_path):
     "name, saved, now", [("hidden_state_lag", 1, 0), ("strength", 1.0, 0.5), ("position_embedding", "rotary", "none")]
 )
 def test_resuming_with_other_settings_raises(tmp_path, straight, name, saved, now):
-    other = CopilotConfig(dropout=0.1, **{name: now})
+    settings = {"memory": "pilot", name: now} if name == "hidden_state_lag" else {name: now}
+    other = CopilotConfig(dropout=0.1, **settings)
     with pytest.raises(ValueError, match=rf"{name}.*\({saved!r}, {now!r}\)"):
         make_trainer(tmp_path, copilot=other).train(
             resume_from_checkpoint=str(Path(straight.args.output_dir) / "checkpoint-2")

@@ -9,7 +9,7 @@ from test_learner import forward
 from tiny import OBJECTIVES, QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer, trained_like
 from trl import SFTConfig, SFTTrainer
 
-from hf_copilot import CopilotLearner, CopilotSFTConfig, CopilotTrainer, copilot_for
+from hf_copilot import CopilotLearner, CopilotSFTConfig, CopilotTrainer
 
 CHAT = {
     "messages": [
@@ -172,10 +172,7 @@ def test_a_batch_accumulated_or_packed_is_the_same_step(objective):
     config, weights = OBJECTIVES[objective], []
     for batches in ([padded()], rows_of(padded()), [packed()], [dict(reversed(padded().items()))]):
         pilot = tiny_pilot().eval()
-        copilot = copilot_for(pilot, config)
-        with torch.no_grad():
-            copilot.lm_head.weight.copy_(trained_like(pilot, config).lm_head.weight)
-        learner = CopilotLearner(copilot, pilot, num_training_steps=2, log_dtype=torch.float32)
+        learner = CopilotLearner(trained_like(pilot, config), pilot, num_training_steps=2, log_dtype=torch.float32)
         for batch in batches:
             with learner.observe(batch):
                 pilot(**{name: tensor for name, tensor in batch.items() if name != "labels"}, use_cache=False)

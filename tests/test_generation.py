@@ -26,9 +26,12 @@ NEW_TOKENS = 8
 PROMPT = torch.tensor([[5, 15, 6, 17], [8, 15, 9, 17], [7, 15, 11, 17]])
 
 
-@pytest.fixture(params=[{}, {"memory": "tokens"}, {"position_embedding": "none"}], ids=["ours", "tokens", "unplaced"])
+STATES = {"memory": "pilot"}
+
+
+@pytest.fixture(params=[{}, STATES, STATES | {"position_embedding": "none"}], ids=["ours", "states", "unplaced"])
 def config(request):
-    """Of a Copilot that reads the Pilot's states, of one that reads tokens alone, and of one without positions."""
+    """Of a Copilot that reads tokens alone, of one that reads the Pilot's states, and of one without positions."""
     return CopilotConfig(**request.param)
 
 
@@ -102,11 +105,11 @@ def test_incremental_equals_teacher_forced(pilot, decoding, padded, config):
 
 CONFIGS = {
     "paper": CopilotConfig.paper(num_hidden_layers=2, error_feedback="realized", top_k=VOCAB_SIZE),
-    "pattern2_lag0": CopilotConfig(pattern=2, num_hidden_layers=1, hidden_state_lag=0),
-    "token_max_half": CopilotConfig(copilot_input="token", pooling="max", pooled_layers="second_half"),
+    "states_pattern2_lag0": CopilotConfig(**STATES, pattern=2, num_hidden_layers=1, hidden_state_lag=0),
+    "token_max_half": CopilotConfig(**STATES, copilot_input="token", pooling="max", pooled_layers="second_half"),
     "pilot_vocabulary": CopilotConfig(vocab_projection="pilot"),
-    "tokens_pattern2": CopilotConfig(memory="tokens", pattern=2, num_hidden_layers=1),
-    "tokens_unplaced": CopilotConfig(memory="tokens", position_embedding="none"),
+    "pattern2": CopilotConfig(pattern=2, num_hidden_layers=1),
+    "tokens_unplaced": CopilotConfig(position_embedding="none"),
     "tokens_paper": CopilotConfig.paper(memory="tokens", num_hidden_layers=2, error_feedback="realized"),
     "narrow_pilot_vocabulary": CopilotConfig(
         init="random", hidden_size=16, num_attention_heads=2, vocab_projection="pilot"

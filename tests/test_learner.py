@@ -56,7 +56,7 @@ def forward(learner, records):
         return learner.copilot(**batch.inputs, return_logits=True, lent=learner.lent).logits[batch.valid]
 
 
-@pytest.mark.parametrize("config", [CopilotConfig(), CopilotConfig(pattern=2, hidden_state_lag=0)])
+@pytest.mark.parametrize("config", [CopilotConfig(), CopilotConfig(memory="pilot", pattern=2, hidden_state_lag=0)])
 def test_a_batch_of_documents_equals_each_alone(pilot, config):
     learner = CopilotLearner(trained_like(pilot, config), pilot, **FLOAT)
     records = observe(learner, pilot, padded_batch())
@@ -69,7 +69,7 @@ def test_a_batch_of_documents_equals_each_alone(pilot, config):
 def test_the_log_holds_embeddings_only_where_ids_do_not_give_them(family, frozen):
     """Same f either way. Gemma scales its embeddings and GPT-2 adds positions, so there X̃ is always held."""
     pilot = tiny_pilot(family).eval()
-    learner = CopilotLearner(trained_like(pilot, CopilotConfig(init="random")), pilot, **FLOAT)
+    learner = CopilotLearner(trained_like(pilot, CopilotConfig(init="random", memory="pilot")), pilot, **FLOAT)
     expected = forward(learner, observe(learner, pilot, padded_batch()))
     learner.round = []
     pilot.get_input_embeddings().requires_grad_(not frozen)
@@ -80,7 +80,7 @@ def test_the_log_holds_embeddings_only_where_ids_do_not_give_them(family, frozen
 
 def test_what_a_query_may_read(pilot):
     """Changing X̃ after j, h after j − 1, or another run changes nothing at j; changing what is before does."""
-    learner = CopilotLearner(trained_like(pilot), pilot, **FLOAT)
+    learner = CopilotLearner(trained_like(pilot, CopilotConfig(memory="pilot")), pilot, **FLOAT)
     record = observe(learner, pilot, padded_batch())[1]  # runs at 1, 2 and 5, 6, 7
     base = forward(learner, [record])
 
@@ -181,7 +181,7 @@ def test_a_non_finite_document_is_not_logged(pilot):
 def test_a_non_finite_step_is_left_out(pilot):
     learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=2, steps_per_round=1)
     records = observe(learner, pilot, padded_batch())
-    records[0].embeddings[:] = torch.inf
+    records[0].values[:] = torch.inf
     before = [p.clone() for p in learner.copilot.parameters()]
     learner.step()
     assert learner.skipped_steps == 1 and learner.pop_metrics()["copilot_skipped_steps"] == 1

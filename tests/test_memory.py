@@ -1,4 +1,5 @@
-"""`memory="tokens"`: a Copilot that reads nothing of its Pilot but the distribution, and so fits every size."""
+"""`memory="tokens"`, the default: a Copilot that reads nothing of its Pilot but the distribution, and so fits every
+size."""
 
 from __future__ import annotations
 
@@ -122,7 +123,7 @@ def test_it_moves_to_a_pilot_of_another_size(pilot, objective):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     assert found[0].std() > 0.01
     with pytest.raises(ValueError, match="memory='tokens'"):
-        CopilotLogitsProcessor(trained_like(pilot), pilots[2])
+        CopilotLogitsProcessor(trained_like(pilot, CopilotConfig(memory="pilot")), pilots[2])
 
 
 def test_it_goes_on_learning_beside_a_pilot_of_another_size(pilot, tmp_path):
@@ -171,6 +172,16 @@ def test_a_config_that_is_changed_on_loading_is_checked(pilot, tmp_path):
     copilot_for(pilot, CopilotConfig(vocab_projection="pilot")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vocab_projection='own'"):
         CopilotModel.from_pretrained(tmp_path, memory="tokens")
+
+
+def test_what_is_read_by_default(pilot):
+    """Tokens where they can be."""
+    assert copilot_for(pilot).config.memory == "tokens"
+    assert copilot_for(pilot, CopilotConfig.paper()).config.memory == "pilot"
+    assert copilot_for(pilot, CopilotConfig(vocab_projection="pilot")).config.memory == "pilot"
+    assert copilot_for(tiny_seq2seq()).config.memory == "pilot"
+    with pytest.raises(ValueError, match="pooling.*or use memory='pilot'"):
+        copilot_for(pilot, CopilotConfig(pooling="max"))
 
 
 def test_positions_that_are_missing_are_named(pilot):

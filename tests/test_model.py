@@ -74,7 +74,7 @@ def test_starts_from_another_checkpoint(tmp_path):
     """A small decoder for a wide Pilot: one linear layer aligns the sizes."""
     small = tiny_pilot(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, vocab_size=VOCAB_SIZE)
     small.save_pretrained(tmp_path)
-    copilot = copilot_for(tiny_pilot(), CopilotConfig(init=str(tmp_path)))
+    copilot = copilot_for(tiny_pilot(), CopilotConfig(init=str(tmp_path), memory="pilot"))
     assert torch.equal(copilot.layers[0].mlp.up_proj.weight, small.model.layers[0].mlp.up_proj.weight)
     assert copilot.memory_proj.weight.shape == (16, 32)
     tiny_pilot(vocab_size=2 * VOCAB_SIZE).save_pretrained(tmp_path)
@@ -223,7 +223,7 @@ def test_push_to_hub_is_one_commit_with_the_card(pilot, monkeypatch):
 
 
 def test_check_pilot(pilot, tokenizer):
-    copilot = trained_like(pilot)
+    copilot = trained_like(pilot, CopilotConfig(memory="pilot"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_pilot(copilot, pilot, tokenizer)

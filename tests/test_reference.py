@@ -21,7 +21,7 @@ NAMES = ("loss", "copilot_loss", "pilot_nll", "rectified_nll")
 RUNS = {
     "default": {},
     "paper": {"copilot": CopilotConfig.paper(num_hidden_layers=3)},
-    "tokens": {"copilot": CopilotConfig(memory="tokens")},
+    "states": {"copilot": CopilotConfig(memory="pilot")},
     "lora": {"peft_config": LoraConfig(r=4), "copilot_peft_config": LoraConfig(r=4)},
 }
 

@@ -58,7 +58,7 @@ def test_it_is_a_copilot_whose_matrices_are_products(pilot, objective, copilot_i
     make = CopilotConfig if objective == "ours" else CopilotConfig.paper
     config = {"num_hidden_layers": 2, "copilot_input": copilot_input}
     lent = trained_like(pilot, make(**config, **LENT))
-    own = copilot_for(pilot, make(**config)).eval()
+    own = copilot_for(pilot, make(memory="pilot", **config)).eval()
     embedding, head = lent_vocabulary(pilot, lent.device)
     with torch.no_grad():
         lent.input_proj.weight.normal_(std=0.2)

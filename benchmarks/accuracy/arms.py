@@ -20,7 +20,7 @@ from hf_copilot.measures import best_strength
 from hf_copilot.report import count_parameters
 
 PAPER = Variant(arguments={"copilot_steps_per_round": 1, "copilot_weight_decay": 0.0}, paper=True)  # Algorithm 1
-COPILOTS = {"paper": PAPER, "copilot": Variant(), "tokens": Variant({"memory": "tokens"})}  # "copilot": the defaults
+COPILOTS = {"paper": PAPER, "copilot": Variant(), "states": Variant({"memory": "pilot"})}  # "copilot": the defaults
 JOINT_RATES = (1.0, 0.5)  # of the task's learning rate
 CHOSEN_BY = {"λ chosen": "nll", "λ by accuracy": "token_accuracy"}  # on the validation rows
 LONGER = 2.5  # times the task's steps
@@ -32,9 +32,9 @@ TITLES = {
     "copilot": "+ Copilot, ours, λ = 1",
     "copilot, λ chosen": "+ Copilot, ours, λ chosen on valid",
     "copilot, λ by accuracy": "+ Copilot, ours, λ chosen by token accuracy",
-    "tokens": "+ Copilot of tokens alone, λ = 1",
-    "tokens, λ chosen": "+ Copilot of tokens alone, λ chosen on valid",
-    "tokens, λ by accuracy": "+ Copilot of tokens alone, λ chosen by token accuracy",
+    "states": "+ Copilot that reads the Pilot's states, λ = 1",
+    "states, λ chosen": "+ Copilot that reads the Pilot's states, λ chosen on valid",
+    "states, λ by accuracy": "+ Copilot that reads the Pilot's states, λ chosen by token accuracy",
     "joint": "Pilot of the joint size",
     "longer": f"Pilot, {LONGER:g} times the steps",
 }

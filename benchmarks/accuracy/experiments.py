@@ -42,8 +42,11 @@ def arguments(**changes: Any) -> dict[str, Any]:
 
 
 def ours(config: dict[str, Any] | None = None, change: Callable | None = None, **changes: Any) -> Variant:
-    """Our Copilot of run.py before it had positions, which most groups are measured with, and these changes."""
-    return Variant({"position_embedding": "none"} | (config or {}), arguments(**changes), change=change)
+    """The Copilot that most groups are measured with, and these changes: run.py's as it was before it had positions
+    and read tokens."""
+    return Variant(
+        {"memory": "pilot", "position_embedding": "none"} | (config or {}), arguments(**changes), change=change
+    )
 
 
 def papers(config: dict[str, Any] | None = None) -> Variant:

@@ -25,6 +25,7 @@ SHOWN = {
     "paper, λ chosen": "tab:blue",
     "copilot": "tab:orange",
     "copilot, λ chosen": "tab:red",
+    "states": "tab:purple",
     "joint": "tab:gray",
     "longer": "tab:olive",
 }

@@ -68,7 +68,7 @@ def run_task(setting: Setting, seeds: int) -> tuple[list[dict], dict]:
         runs.append(run)
     if setting.pilot is not None:
         return runs, {}
-    timed = {name: COPILOTS[name] for name in ("copilot", "tokens")}
+    timed = {name: COPILOTS[name] for name in ("copilot", "states")}
     as_timed = settings | {"variants": {name: variant.settings() for name, variant in timed.items()}}
     return runs, kept(folder / "costs.json", as_timed, partial(run_costs, setting, timed))
 
