@@ -40,7 +40,7 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
 
     Raises:
         ValueError: Another tokenizer, another number of rows without proof that the tokens are the same, another
-            hidden size (unless `memory="tokens"`), a Pilot whose decoder layers or head can't be found, or one that
+            hidden size (with `memory="pilot"`), a Pilot whose decoder layers or head can't be found, or one that
             can't lend its vocabulary to a Copilot that uses it (`vocab_projection="pilot"`).
         NotImplementedError: If it can't because it is sharded or offloaded.
 

@@ -56,8 +56,8 @@ class CopilotConfig(PreTrainedConfig):
             can be, the Pilot's states beside an encoder-decoder and with the Pilot's vocabulary.
         position_embedding (`str`, *optional*):
             `"rotary"` turns queries and keys by the positions of their tokens; `"none"` (the paper) leaves positions
-            to the Pilot's states. Of `None` [`copilot_for`] makes rotary beside a decoder, none beside an
-            encoder-decoder.
+            to the Pilot's states, where they are read. Of `None` [`copilot_for`] makes rotary beside a decoder, none
+            beside an encoder-decoder.
         rope_theta (`float`, defaults to `10000`):
             Base of the rotary angles; where weights are taken over, their source's, without its scaling.
         pilot_hidden_size (`int`, *optional*):

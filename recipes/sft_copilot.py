@@ -54,7 +54,7 @@ class RecipeArguments:
         default=None, metadata={"help": "Layers of the Copilot, 0 for all of its source; default: the preset's."}
     )
     copilot_memory: str | None = field(
-        default=None, metadata={"help": "What it reads: 'tokens', or the 'pilot''s states; default: the preset's."}
+        default=None, metadata={"help": "What it reads: 'tokens', or 'pilot', its states; default: the preset's."}
     )
     copilot_dropout: float = field(default=CopilotConfig.dropout, metadata={"help": "Dropout of the Copilot."})
     validation_rows: int = field(default=200, metadata={"help": "Rows of the training split kept for evaluation."})

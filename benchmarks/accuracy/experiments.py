@@ -4,8 +4,9 @@
     python benchmarks/accuracy/experiments.py learning arithmetic text --data DIR --seeds 1
     python benchmarks/accuracy/experiments.py paper arithmetic mawps --data DIR --seeds 3
 
-Groups: `positions` (with rotary positions and without, and the memory that is read), `learning` (one change to a
-Copilot without positions at a time), `mistakes` (whose errors it learns from), `paper` (the paper's Tables 16 to 20),
+Groups: `positions` (with rotary positions and without, and the memory that is read), `learning` (one change at
+a time to a Copilot that reads the Pilot's states, without positions), `mistakes` (whose errors it learns from),
+`paper` (the paper's Tables 16 to 20),
 `pilots` (beside a Pilot that is trained longer and beside a wider one, and a Copilot of tokens alone moved to them),
 `width` (a Copilot of a quarter of its Pilot's width), `feedback` (RMSE that is fed its own predictions).
 

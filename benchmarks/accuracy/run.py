@@ -23,7 +23,7 @@ from multiple_choice import MULTIPLE_CHOICE
 from recommendation import RECOMMENDATION
 from report import rows_of, summarise
 from tasks import ARITHMETIC, MAWPS, TEXT, Task
-from training import Setting
+from training import Setting, Variant
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -43,9 +43,9 @@ def settings_of(setting: Setting) -> dict:
     return settings | {"base": setting.pilot, "lora": setting.lora, "device": setting.device, "data": data}
 
 
-def variants() -> dict:
+def variants(copilots: dict[str, Variant] = COPILOTS) -> dict:
     """What makes the Copilots, beside a task's own settings of theirs."""
-    return {name: variant.settings() for name, variant in COPILOTS.items()}
+    return {name: variant.settings() for name, variant in copilots.items()}
 
 
 def run_task(setting: Setting, seeds: int) -> tuple[list[dict], dict]:
@@ -69,8 +69,9 @@ def run_task(setting: Setting, seeds: int) -> tuple[list[dict], dict]:
     if setting.pilot is not None:
         return runs, {}
     timed = {name: COPILOTS[name] for name in ("copilot", "states")}
-    as_timed = settings | {"variants": {name: variant.settings() for name, variant in timed.items()}}
-    return runs, kept(folder / "costs.json", as_timed, partial(run_costs, setting, timed))
+    return runs, kept(
+        folder / "costs.json", settings | {"variants": variants(timed)}, partial(run_costs, setting, timed)
+    )
 
 
 def main() -> None:
