@@ -170,6 +170,7 @@ class CopilotConfig(PreTrainedConfig):
             )
         if self.memory == "tokens":
             self._check_tokens()
+        self._check_heads()
         minimum = 2 if self.pattern == 1 and not self.pilot_is_encoder_decoder else 1
         if self.num_hidden_layers is not None and self.num_hidden_layers < minimum:
             raise ValueError(
@@ -180,6 +181,19 @@ class CopilotConfig(PreTrainedConfig):
         if self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: must be at least 1.")
         check_strength(self.strength)
+
+    def _check_heads(self) -> None:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads is not None and kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+            raise ValueError(
+                f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}: every key head "
+                "serves as many query heads."
+            )
+        if self.position_embedding == "rotary" and self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(
+                f"position_embedding='rotary' turns pairs of dimensions, and head_dim={self.head_dim} is odd: choose "
+                "an even one, or position_embedding='none'."
+            )
 
     def _check_tokens(self) -> None:
         if self.pilot_is_encoder_decoder:

@@ -36,7 +36,6 @@ COPILOT_NAMES = {  # of a layer's parameters, by the source's; applied one after
     "mlp.wi.": "mlp.up_proj.",
     "mlp.wo.": "mlp.down_proj.",
 }
-_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def copilot_for(pilot: nn.Module, config: CopilotConfig | None = None) -> CopilotModel:
@@ -189,12 +188,16 @@ def dequantized(linear: nn.Linear) -> torch.Tensor:
 
 
 def _fill_sizes(config: CopilotConfig, source: PreTrainedConfig, num_source_layers: int) -> None:
-    """Set the sizes that the user left open to the source's."""
+    """Set the sizes that the user left open to the source's, where its width or its heads are the Copilot's too."""
     if config.num_hidden_layers is None:
         config.num_hidden_layers = num_source_layers
     shares_width = config.hidden_size in (None, source.hidden_size)
-    for name in _SIZES:
-        if getattr(config, name) is None and (shares_width or name == "num_attention_heads"):
+    shares_heads = shares_width and config.num_attention_heads in (None, getattr(source, "num_attention_heads", None))
+    shared = ["num_attention_heads"]
+    shared += ["hidden_size", "intermediate_size"] * shares_width
+    shared += ["num_key_value_heads", "head_dim"] * shares_heads
+    for name in shared:
+        if getattr(config, name) is None:
             setattr(config, name, getattr(source, name, None))
     config.intermediate_size = config.intermediate_size or 4 * config.hidden_size
     config.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads

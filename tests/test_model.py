@@ -113,6 +113,14 @@ def test_a_width_that_does_not_fit_names_the_way_out():
         copilot_for(tiny_pilot(), CopilotConfig(hidden_size=16, num_attention_heads=2))
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(None, 2, 8), (4, 2, 8), (8, 8, 4), (1, 1, 32)])
+def test_heads_of_its_own_have_a_size_that_fits(heads, kv_heads, head_dim):
+    """Key heads and their size are the Pilot's only with as many heads."""
+    pilot = tiny_pilot(num_key_value_heads=2)
+    config = copilot_for(pilot, CopilotConfig(init="random", num_attention_heads=heads)).config
+    assert (config.num_key_value_heads, config.head_dim) == (kv_heads, head_dim)
+
+
 def test_building_a_copilot_leaves_the_random_state_alone(pilot):
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -130,6 +138,8 @@ def test_building_a_copilot_leaves_the_random_state_alone(pilot):
         ({"fusion": "probability"}, "does not go with"),
         ({"error_feedback": "predicted"}, "paper"),
         ({"num_hidden_layers": 1}, "at least 2"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 4}, "must be a multiple"),
+        ({"position_embedding": "rotary", "head_dim": 5}, "is odd"),
         ({"top_k": 0}, "at least 1"),
         ({"strength": -1.0}, "finite"),
         ({"strength": float("inf")}, "finite"),
