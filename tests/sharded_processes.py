@@ -18,6 +18,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from two_processes import digest, plain_trainer
 
+from hf_copilot import CopilotConfig
 from hf_copilot.pilot_tap import is_sharded
 
 DistributedType = accelerate.state.DistributedType
@@ -26,6 +27,7 @@ VARIANTS = {
     "full": {},
     "lora": {"peft_config": LoraConfig(r=2, lora_dropout=0.1)},
     "tied": {"model": {"tie_word_embeddings": True}},
+    "pilot_states": {"copilot": CopilotConfig(dropout=0.1, memory="pilot")},
     "sharded_states": {"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}},
 }
 
@@ -47,9 +49,10 @@ def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def run(folder: Path, variant: str) -> dict:
     changes = dict(VARIANTS[variant])
     sharded = {"fsdp": True, "fsdp_config": WRAP | changes.pop("fsdp", {})}
-    model = changes.pop("model", {})
+    model, copilot = changes.pop("model", {}), changes.pop("copilot", None)
     plain = plain_trainer(folder / "plain", tiny_pilot(attention_dropout=0.1, **model), **sharded, **changes)
-    trainers = [make_trainer(folder / name, pilot=model, **sharded, **changes) for name in ("straight", "resumed")]
+    changes |= sharded | {"pilot": model, "copilot": copilot}
+    trainers = [make_trainer(folder / name, **changes) for name in ("straight", "resumed")]
     trainers[0].train()
     trainers[1].train(resume_from_checkpoint=str(folder / "straight" / "checkpoint-4"))
     evaluated = trainers[1].evaluate(trainers[1].train_dataset.select(range(7)))

@@ -106,7 +106,7 @@ def sharded(tmp_path_factory):
     return launch("torchrun", "sharded_processes.py", tmp_path_factory.mktemp("sharded"))
 
 
-@pytest.mark.parametrize("variant", ["full", "lora", "tied", "sharded_states"])
+@pytest.mark.parametrize("variant", ["full", "lora", "tied", "pilot_states", "sharded_states"])
 def test_a_sharded_pilot_is_the_parents_and_resumes(sharded, variant):
     """FSDP2: the Pilot is SFTTrainer's, both processes have one Copilot, resumed equals uninterrupted."""
     first, second = (rank[variant] for rank in sharded)

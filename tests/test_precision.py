@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig
 from test_checkpoint import make_trainer
 from test_data import train
 from test_learner import observe, padded_batch
-from tiny import QUIET, addition, assert_same, tiny_pilot, tiny_tokenizer, trained_like
+from tiny import MEMORIES, QUIET, addition, assert_same, tiny_pilot, tiny_tokenizer, trained_like
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from hf_copilot import CopilotLearner, CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer, copilot_for
+from hf_copilot import (
+    CopilotConfig,
+    CopilotLearner,
+    CopilotLogitsProcessor,
+    CopilotSFTConfig,
+    CopilotTrainer,
+    copilot_for,
+)
 from hf_copilot.report import count_parameters
 from hf_copilot.weights import block_state
 
@@ -24,11 +33,12 @@ QUANTIZED = {
 }
 
 
-def both(folder, make_pilot, peft_config=None, **changes):
+def both(folder, make_pilot, peft_config=None, memory=None, **changes):
     """A CopilotTrainer and an SFTTrainer that have trained the same Pilot."""
     args = QUIET | {"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
+    ours = partial(CopilotTrainer, copilot=CopilotConfig(memory=memory))
     trainers = []
-    for trainer_class, config_class in ((CopilotTrainer, CopilotSFTConfig), (SFTTrainer, SFTConfig)):
+    for trainer_class, config_class in ((ours, CopilotSFTConfig), (SFTTrainer, SFTConfig)):
         trainer = trainer_class(
             model=make_pilot(),
             args=config_class(output_dir=str(folder), **(args | changes)),
@@ -47,15 +57,16 @@ def assert_learns(trainer):
     assert trainer.copilot.lm_head.weight.dtype == torch.float32 and trainer.copilot.lm_head.weight.abs().sum() > 0
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)], ids=["full", "lora"])
-def test_bf16_weights(tmp_path, peft_config):
-    ours, theirs = both(tmp_path, lambda: tiny_pilot().to(torch.bfloat16), peft_config)
+def test_bf16_weights(tmp_path, peft_config, memory):
+    ours, theirs = both(tmp_path, lambda: tiny_pilot().to(torch.bfloat16), peft_config, memory)
     assert_same(ours.model, theirs.model)
     assert_learns(ours)
 
 
-@pytest.mark.parametrize("bits", QUANTIZED)
-def test_qlora(tmp_path, bits):
+@pytest.mark.parametrize(("bits", "memory"), zip(QUANTIZED, MEMORIES, strict=True))
+def test_qlora(tmp_path, bits, memory):
     tiny_pilot(**BY_64).save_pretrained(tmp_path / "pilot")
 
     def load():
@@ -63,7 +74,7 @@ def test_qlora(tmp_path, bits):
             tmp_path / "pilot", quantization_config=QUANTIZED[bits], device_map="cpu"
         )
 
-    ours, theirs = both(tmp_path, load, LoraConfig(r=4), bf16=True)
+    ours, theirs = both(tmp_path, load, LoraConfig(r=4), memory, bf16=True)
     assert_same(ours.model, theirs.model)
     assert_learns(ours)
     assert count_parameters(ours.model)[0] == ours.model.num_parameters()
@@ -120,11 +131,13 @@ def test_fp16_with_the_gradient_scaler():
     assert learner.skipped_steps == 0 and learner.pop_metrics()["copilot_loss"] > 0
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "lora"])
-def test_gradient_checkpointing_in_the_copilot(tmp_path, adapter):
+def test_gradient_checkpointing_in_the_copilot(tmp_path, adapter, memory):
+    settings = {"copilot_peft_config": adapter, "copilot": CopilotConfig(dropout=0.1, memory=memory)}
     trainers = []
     for on in (False, True):
-        trainers.append(make_trainer(tmp_path, copilot_gradient_checkpointing=on, copilot_peft_config=adapter))
+        trainers.append(make_trainer(tmp_path, copilot_gradient_checkpointing=on, **settings))
         trainers[-1].train()
     plain, checkpointed = trainers
     assert all(layer.gradient_checkpointing is False for layer in plain.learner.copilot.layers)
@@ -142,12 +155,14 @@ def varied_batch(step: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-def test_a_compiled_copilot_is_the_same_and_stops_compiling():
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_compiled_copilot_is_the_same_and_stops_compiling(memory):
     torch._dynamo.reset()
     graphs, weights = [], []
     for backend in (None, "eager"):
         pilot = tiny_pilot()
-        learner = CopilotLearner(trained_like(pilot), pilot, num_training_steps=12, compile_backend=backend)
+        copilot = trained_like(pilot, CopilotConfig(memory=memory))
+        learner = CopilotLearner(copilot, pilot, num_training_steps=12, compile_backend=backend)
         counters.clear()
         for step in range(12):
             observe(learner, pilot, varied_batch(step))
@@ -168,7 +183,8 @@ def test_the_trainer_compiles_the_copilot_on_request(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_compiled_pilot_stops_compiling(tmp_path):
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_compiled_pilot_stops_compiling(tmp_path, memory):
     """Hooks add no recompilation from step to step, with evaluations between."""
     torch._dynamo.reset()
     counters.clear()
@@ -190,6 +206,7 @@ def test_a_compiled_pilot_stops_compiling(tmp_path):
         train_dataset=addition(1).select([0] * 64),  # one shape
         eval_dataset=addition(1).select([0] * 4),
         processing_class=tiny_tokenizer(),
+        copilot=CopilotConfig(memory=memory),
         callbacks=[Count()],
     )
     trainer.train()

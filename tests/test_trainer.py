@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from tiny import QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer
+from tiny import MEMORIES, QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -112,7 +112,7 @@ def test_forms_of_data(tmp_path, data):
 
 @pytest.mark.parametrize("kwargs", [{"gradient_checkpointing": False}, {"gradient_checkpointing": True}])
 def test_gradient_checkpointing_logs_one_record_per_document(tmp_path, kwargs):
-    trainer = train(CopilotTrainer, tmp_path, **kwargs)
+    trainer = train(CopilotTrainer, tmp_path, config=CopilotConfig(memory="pilot"), **kwargs)
     assert len(trainer.learner.log) == 4 * 4
 
 
@@ -142,13 +142,14 @@ def test_the_copilot_learns_what_the_pilot_gets_wrong(tmp_path):
     assert results["rectified_nll"] == metrics["eval_rectified_nll"]
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped", None])
-def test_packed_and_padding_free_documents(tmp_path, strategy):
+def test_packed_and_padding_free_documents(tmp_path, strategy, memory):
     """Several documents in a row: no attention mask, positions that begin anew."""
     packing = {"packing": True, "packing_strategy": strategy, "max_length": 16}
     packing = packing if strategy else {"padding_free": True, "max_length": None}
     data = "text" if strategy == "wrapped" else "prompt-completion"
-    trainer = train(CopilotTrainer, tmp_path, data=data, **packing)
+    trainer = train(CopilotTrainer, tmp_path, data=data, config=CopilotConfig(memory=memory), **packing)
     assert len(trainer.learner.log) >= 16 and trainer.state.log_history[0]["copilot_loss"] > 0
 
 

@@ -56,6 +56,7 @@ OBJECTIVES = {
     "ours": CopilotConfig(dropout=0.0),
     "paper": CopilotConfig.paper(num_hidden_layers=2, dropout=0.0),
 }
+MEMORIES = ("tokens", "pilot")
 QUIET = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
