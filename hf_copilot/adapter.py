@@ -13,12 +13,23 @@ from .modeling_copilot import CopilotModel
 
 
 def add_adapter(copilot: CopilotModel, peft_config: PeftConfig) -> PeftModel:
-    """Put an adapter into the Copilot, in place; what has no pretrained weights is trained in full."""
+    """Put an adapter into the Copilot, in place. Its new maps are trained in full, and so is the embedding of one that
+    started from random weights; the random matrices of its layers are changed by the adapter alone.
+
+    Raises:
+        ValueError: If it is no adapter of weights, or lies on the embedding.
+    """
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"copilot_peft_config={type(peft_config).__name__} adds virtual tokens, and a Copilot has no prompt: use "
+            "an adapter of its weights, such as LoraConfig()."
+        )
     peft_config = copy.deepcopy(peft_config)  # PEFT writes into it, and the Pilot may have been given the same
     peft_config.task_type = None
     peft_config.target_modules = peft_config.target_modules or "all-linear"
     maps = [name for name in ("memory_proj", "input_proj") if isinstance(copilot.get_submodule(name), nn.Linear)]
-    new = [copilot.last_map, "start", *maps]
+    own = ["embed_tokens"] if copilot.config.init == "random" and copilot.embed_tokens is not None else []
+    new = [copilot.last_map, "start", *maps, *own]
     peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *new})
     model = get_peft_model(copilot, peft_config)
     if isinstance(copilot.embed_tokens, BaseTunerLayer):

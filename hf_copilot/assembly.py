@@ -7,22 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from transformers import IntervalStrategy, SchedulerType, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from .checkpoint import STATE_FOLDER, WEIGHTS_FOLDER
-from .compatibility import check_pilot, tokenizer_fingerprint
+from .compatibility import check_pilot, describe_pilot
 from .configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
 from .learner_state import load_state, written_beside
 from .mistake_log import MistakeLog, MistakeRecord
 from .modeling_copilot import CopilotModel
-from .pilot_tap import unwrap
 from .training_args import CopilotArguments
-from .version import __version__
 from .weights import copilot_for
 
 logger = logging.get_logger(__name__)
@@ -32,35 +28,16 @@ def make_copilot(
     copilot: CopilotModel | CopilotConfig | str | os.PathLike | None, pilot: torch.nn.Module, tokenizer: Any = None
 ) -> CopilotModel:
     """The Copilot to train beside a Pilot: the one that is given (a model, a path or Hub id), or a new one by its
-    config; with what [`check_pilot`] compares written into its config."""
+    config."""
+    if copilot is None or isinstance(copilot, CopilotConfig):
+        return copilot_for(pilot, copilot, tokenizer)
     if isinstance(copilot, str | os.PathLike):
         copilot = CopilotModel.from_pretrained(copilot)
-    if isinstance(copilot, CopilotModel):
-        check_pilot(copilot, pilot, tokenizer)
-        copilot.float().train()
-    elif copilot is None or isinstance(copilot, CopilotConfig):
-        copilot = copilot_for(pilot, copilot)
-    else:
+    if not isinstance(copilot, CopilotModel):
         raise TypeError(f"copilot={copilot!r}: pass None, a CopilotConfig, a CopilotModel, a path or a Hub id.")
-    base = unwrap(pilot).config
-    if not is_hub_id(copilot.config.init):
-        copilot.config.init = Path(copilot.config.init).name  # no folders of this machine in what is shared
-    copilot.config.pilot_model_type = base.get_text_config().model_type
-    copilot.config.base_model_name_or_path = base.name_or_path if is_hub_id(base.name_or_path) else None
-    copilot.config.base_model_revision = getattr(base, "_commit_hash", None)
-    if tokenizer is not None:
-        copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
-    copilot.config.hf_copilot_version = __version__
-    return copilot
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name can be a repository on the Hub, and is no folder here."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return bool(name) and not os.path.exists(name)
+    check_pilot(copilot, pilot, tokenizer)
+    describe_pilot(copilot.config, pilot, tokenizer)
+    return copilot.float().train()
 
 
 def check_data(argument: str, data: Any) -> None:

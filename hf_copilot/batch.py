@@ -33,12 +33,21 @@ class Document(NamedTuple):
 
 
 def find_documents(inputs: Mapping[str, Any], has_encoder: bool = False) -> list[Document]:
-    """The documents of a collated batch. Beside an encoder-decoder every row of labels is one. Else: unpadded
-    stretches of `attention_mask`; where there is none (packing, padding-free), a document starts where `position_ids`
-    is 0; with neither, every row is one document."""
+    """The documents of a collated batch. Beside an encoder-decoder every row of labels is one. Else: the unpadded
+    stretch of a row of `attention_mask`; where there is none (packing, padding-free), a document starts where
+    `position_ids` is 0; with neither, every row is one document.
+
+    Raises:
+        ValueError: If the batch has no `input_ids`, a mask of another form or with holes in a row, or positions that
+            do not begin at 0.
+    """
     rows, length = inputs["labels"].shape
     if has_encoder:
         return [Document(i, 0, length) for i in range(rows)]
+    if inputs.get("input_ids") is None:
+        raise ValueError(
+            "The Mistake Log needs the batch's `input_ids`; inputs_embeds alone do not say what was read."
+        )
     mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and mask.ndim != 2:
         raise ValueError(
@@ -46,12 +55,23 @@ def find_documents(inputs: Mapping[str, Any], has_encoder: bool = False) -> list
         )
     if mask is not None:
         spans = [row.nonzero()[:, 0].tolist() for row in mask.cpu()]
+        holes = [i for i, span in enumerate(spans) if span and len(span) != span[-1] + 1 - span[0]]
+        if holes:
+            raise ValueError(
+                f"attention_mask has holes in rows {holes}: the Mistake Log reads a row's tokens as one document. Pad "
+                "at the sides alone, or leave the mask out and begin position_ids anew in every document."
+            )
         return [Document(i, span[0], span[-1] + 1) for i, span in enumerate(spans) if span]
     if position_ids is None:
         return [Document(i, 0, length) for i in range(rows)]
     documents = []
     for i, row in enumerate(position_ids.cpu()):
         starts = (row == 0).nonzero()[:, 0].tolist()
+        if starts[:1] != [0]:
+            raise ValueError(
+                f"position_ids of row {i} begin at {int(row[0])}, and a document begins at 0: the Mistake Log needs "
+                "whole documents where there is no attention_mask."
+            )
         documents += [Document(i, *span) for span in zip(starts, [*starts[1:], length], strict=True)]
     return documents
 

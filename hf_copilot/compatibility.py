@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
+from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .configuration_copilot import CopilotConfig
 from .modeling_copilot import CopilotModel
 from .pilot_tap import PilotHead, find_layers, is_encoder_decoder, unwrap
+from .version import __version__
 from .vocabulary import lent_vocabulary
+
+NO_FINGERPRINT = (  # what to do about it
+    "set copilot.config.tokenizer_fingerprint = hf_copilot.compatibility.tokenizer_fingerprint(<the tokenizer that it "
+    "was trained with>), which copilot_for(pilot, config, tokenizer) does"
+)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> str:
@@ -27,6 +38,31 @@ def same_vocabulary(tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> boo
     """Whether the tokens that a fingerprint was taken of have the same ids in this tokenizer."""
     size = int(fingerprint.partition(":")[0])
     return tokenizer_fingerprint(tokenizer, size) == fingerprint
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a repository on the Hub, and is no folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(name) and not os.path.exists(name)
+
+
+def describe_pilot(
+    config: CopilotConfig, pilot: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
+) -> CopilotConfig:
+    """Write into a Copilot's config what [`check_pilot`] compares and its card names; no folders of this machine."""
+    base = unwrap(pilot).config
+    if not is_hub_id(config.init):
+        config.init = Path(config.init).name
+    config.pilot_model_type = base.get_text_config().model_type
+    config.base_model_name_or_path = base.name_or_path if is_hub_id(base.name_or_path) else None
+    config.base_model_revision = getattr(base, "_commit_hash", None)
+    if tokenizer is not None:
+        config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+    config.hf_copilot_version = __version__
+    return config
 
 
 def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -45,7 +81,8 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
         NotImplementedError: If it can't because it is sharded or offloaded.
 
     Warns:
-        UserWarning: If the Pilot is of another architecture than the one that the Copilot was trained beside.
+        UserWarning: If the Pilot is of another architecture than the one that the Copilot was trained beside, or the
+            Copilot does not know its tokenizer, so that the one given can't be compared with it.
     """
     config, base = copilot.config, unwrap(pilot)
     find_layers(base)
@@ -59,10 +96,13 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
             "one with CopilotTrainer."
         )
     if rows != config.vocab_size and not same_tokens:
+        proof = "prove it with tokenizer=AutoTokenizer.from_pretrained(<the Pilot>)"
         raise ValueError(
             f"The Copilot has {config.vocab_size} vocabulary rows and the Pilot {rows}. If both share one tokenizer, "
-            "prove it with tokenizer=AutoTokenizer.from_pretrained(<the Pilot>); else train a Copilot beside this one."
+            f"{NO_FINGERPRINT + ', and ' if known is None else ''}{proof}; else train a Copilot beside this one."
         )
+    if tokenizer is not None and known is None:
+        warnings.warn(f"Whether this is the Copilot's tokenizer can't be told: {NO_FINGERPRINT}.", stacklevel=2)
     if is_encoder_decoder(base) != config.pilot_is_encoder_decoder:
         kinds = {True: "an encoder-decoder", False: "decoder-only"}
         raise ValueError(

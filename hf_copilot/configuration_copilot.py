@@ -25,6 +25,11 @@ _CHOICES = {
     "error_feedback": ("realized", "predicted"),
 }
 _OF_STATES = ("pooled_layers", "pooling", "hidden_state_lag")  # which of the Pilot's states are in the memory
+_DESCRIBES = (  # where a Copilot comes from and how it did; not what it computes or how it is trained
+    *("init", "initializer_range", "strength", "results", "calibration"),
+    *("base_model_name_or_path", "base_model_revision", "pilot_model_type", "tokenizer_fingerprint"),
+    "hf_copilot_version",
+)
 
 
 @strict
@@ -52,12 +57,12 @@ class CopilotConfig(PreTrainedConfig):
         memory (`str`, *optional*):
             What cross-attention reads: the `"pilot"`'s states [X̃ ; h] (the paper), or the `"tokens"` so far by the
             Copilot's own embedding. Then it reads nothing of the Pilot but its distribution, and fits every
-            decoder-only Pilot of its tokenizer, of whatever size. Of `None` [`copilot_for`] makes tokens where they
-            can be, the Pilot's states beside an encoder-decoder and with the Pilot's vocabulary.
+            decoder-only Pilot of its tokenizer, of whatever size. `None` becomes tokens where they can be, the
+            Pilot's states beside an encoder-decoder and with the Pilot's vocabulary, when a Copilot is built.
         position_embedding (`str`, *optional*):
             `"rotary"` turns queries and keys by the positions of their tokens; `"none"` (the paper) leaves positions
-            to the Pilot's states, where they are read. Of `None` [`copilot_for`] makes rotary beside a decoder, none
-            beside an encoder-decoder.
+            to the Pilot's states, where they are read. `None` becomes rotary beside a decoder, none beside an
+            encoder-decoder.
         rope_theta (`float`, defaults to `10000`):
             Base of the rotary angles; where weights are taken over, their source's, without its scaling.
         pilot_hidden_size (`int`, *optional*):
@@ -147,10 +152,16 @@ class CopilotConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check()
 
-    def check(self) -> None:
-        """Raise a `ValueError` for a value that is not among a field's choices, or two that do not go together.
+    def choose(self) -> None:
+        """Choose what was left open, by the kind of Pilot, and check all; called when a Copilot is built."""
+        if self.memory is None:
+            self.memory = "pilot" if self.pilot_is_encoder_decoder or self.vocab_projection == "pilot" else "tokens"
+        if self.position_embedding is None:
+            self.position_embedding = "none" if self.pilot_is_encoder_decoder else "rotary"
+        self.check()
 
-        Called again when a Copilot is built: `from_pretrained(..., name=value)` changes a config after its making."""
+    def check(self) -> None:
+        """Raise a `ValueError` for a value that is not among a field's choices, or two that do not go together."""
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"CopilotConfig.{name}={getattr(self, name)!r}: choose one of {choices}.")
@@ -184,7 +195,13 @@ class CopilotConfig(PreTrainedConfig):
 
     def _check_heads(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if heads is not None and kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: must be at least 1; a Copilot narrower than its Pilot's heads are "
+                    "many needs num_attention_heads of its own."
+                )
+        if heads is not None and kv_heads is not None and heads % kv_heads:
             raise ValueError(
                 f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}: every key head "
                 "serves as many query heads."
@@ -215,7 +232,7 @@ class CopilotConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> CopilotConfig:
-        """As in transformers.
+        """As in transformers; a Copilot that was built before there was a choice reads states without positions.
 
         Raises:
             ValueError: If these are the settings of another kind of model.
@@ -227,7 +244,9 @@ class CopilotConfig(PreTrainedConfig):
                 "folder copilot/: CopilotModel.from_pretrained('<run>/copilot'), or on the Hub "
                 "CopilotModel.from_pretrained('<run>', subfolder='copilot')."
             )
-        return super().from_dict(config_dict, **kwargs)
+        is_built = config_dict.get("vocab_size") is not None
+        before = {"memory": "pilot", "position_embedding": "none"} if is_built else {}
+        return super().from_dict(before | config_dict, **kwargs)
 
     @classmethod
     def paper(cls, **kwargs: Any) -> CopilotConfig:
@@ -255,13 +274,13 @@ class CopilotConfig(PreTrainedConfig):
 
     def differences(self, other: CopilotConfig) -> list[str]:
         """The fields in which two Copilots differ in shape, in what they read or in how they are trained and fused."""
-        shape = ("num_hidden_layers", "hidden_size", "intermediate_size", "rope_theta", "top_k")
-        return [name for name in (*shape, *_CHOICES) if getattr(self, name) != getattr(other, name)]
+        fields = [name for name in CopilotConfig.__annotations__ if name not in _DESCRIBES]
+        return [name for name in fields if getattr(self, name) != getattr(other, name)]
 
     @property
     def reads_states(self) -> bool:
         """Whether the memory is the Pilot's states."""
-        return self.memory != "tokens"
+        return self.memory == "pilot"
 
     @property
     def attention_types(self) -> list[str]:

@@ -23,6 +23,7 @@ from transformers import get_scheduler
 
 from .adapter import add_adapter, merged_copy
 from .batch import CopilotBatch, group_by_length, make_records
+from .compatibility import check_pilot
 from .configuration_copilot import check_strength
 from .discrepancy import cross_entropy_loss, rmse_loss, row_chunks
 from .distributed import copy_from_main_process, num_processes, process_index, sum_count, sum_over_processes
@@ -96,6 +97,7 @@ class CopilotLearner:
                 "copilot_for(pilot); only generation, CopilotLogitsProcessor(..., tokenizer=...), takes other padding "
                 "rows of the same tokenizer."
             )
+        check_pilot(copilot, pilot)
         if steps_per_round < 1:
             raise ValueError(f"steps_per_round={steps_per_round}: must be at least one step (the paper takes 1).")
         if not max_grad_norm >= 0:

@@ -1,7 +1,7 @@
 """A learner's state on disk: what a resumed run needs besides the Copilot's exported weights. Safetensors and JSON.
 
-The main process writes what all share (optimizer, schedule, an adapter's tensors); every process writes its own
-generator and Mistake Log, under its number.
+The main process writes what all share (optimizer, schedule, and the weights where there is an adapter); every process
+writes its own generator and Mistake Log, under its number.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def save_state(learner: CopilotLearner, directory: str | os.PathLike, mistake_lo
 def _save_shared(learner: CopilotLearner, folder: Path) -> None:
     state = learner.optimizer.state_dict()
     tensors = {f"optimizer.{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
-    tensors |= {f"trained.{name}": tensor.detach() for name, tensor in _in_adapter(learner)}
+    tensors |= {f"weights.{name}": tensor.detach() for name, tensor in _beside_exported(learner)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
     scalars = {
         "param_groups": state["param_groups"],
@@ -77,11 +77,10 @@ def _save_shared(learner: CopilotLearner, folder: Path) -> None:
     (folder / SCALARS).write_text(json.dumps(scalars), encoding="utf-8")
 
 
-def _in_adapter(learner: CopilotLearner) -> list[tuple[str, torch.Tensor]]:
-    """What a Copilot that is trained with an adapter trains: its exported weights hold it merged."""
-    if learner.peft_model is None:
-        return []
-    return [(name, tensor) for name, tensor in learner.copilot.named_parameters() if tensor.requires_grad]
+def _beside_exported(learner: CopilotLearner) -> list[tuple[str, torch.Tensor]]:
+    """The weights that the exported ones do not give: all of a Copilot with an adapter, which they hold merged. What
+    it lies on is frozen, but a resumed run may start from other weights of the Pilot."""
+    return [] if learner.peft_model is None else list(learner.copilot.named_parameters())
 
 
 def _what_is_trained(learner: CopilotLearner) -> dict[str, Any]:
@@ -118,8 +117,8 @@ def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
     learner.steps, learner.skipped_steps = scalars["steps"], scalars["skipped_steps"]
     learner.largest_batch = scalars["largest_batch"]
     with torch.no_grad():
-        for name, parameter in _in_adapter(learner):
-            parameter.copy_(tensors[f"trained.{name}"])
+        for name, parameter in _beside_exported(learner):
+            parameter.copy_(tensors[f"weights.{name}"])
     _load_own(directory / generator_file(process_index()), _set_generator(learner), "the draws from the log")
     _load_own(directory / log_file(process_index()), learner.log.load, "the Mistake Log, which starts empty")
 

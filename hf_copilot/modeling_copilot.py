@@ -33,7 +33,7 @@ from .vocabulary import Vocabulary
 def interleave(embeddings: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
     """The memory [X̃ ; h] of Eq. 6, by position: `[B, n, d_P]` twice -> `[B, 2n, d_P]` as X̃_0, h_0, X̃_1, h_1, ...
 
-    Attention has no positions, so the order is free; this one lets a cache grow and be cut at its end.
+    In this order, which [`memory_mask`] and [`rotary_positions`] count on, a cache can grow and be cut at its end.
     """
     return torch.stack([embeddings, hidden_states], dim=2).flatten(1, 2)
 
@@ -247,12 +247,13 @@ class CopilotModel(PreTrainedModel):
     supports_gradient_checkpointing = True
 
     def __init__(self, config: CopilotConfig):
+        config.choose()
         super().__init__(config)
-        config.check()
-        sizes = [config.hidden_size, config.vocab_size] + [config.pilot_hidden_size] * config.reads_states
-        if None in sizes:
+        sizes = ["hidden_size", "vocab_size"] + ["pilot_hidden_size"] * config.reads_states
+        missing = [name for name in sizes if getattr(config, name) is None]
+        if missing:
             raise ValueError(
-                "This CopilotConfig has no sizes yet: build the Copilot with "
+                f"This CopilotConfig (memory={config.memory!r}) has no {missing} yet: build the Copilot with "
                 "hf_copilot.weights.copilot_for(pilot, config), which takes them from the Pilot."
             )
         types, own = config.attention_types, config.vocab_projection == "own"

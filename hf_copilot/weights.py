@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from .compatibility import describe_pilot
 from .configuration_copilot import CopilotConfig
 from .modeling_copilot import CopilotModel
 from .pilot_tap import PilotHead, find_layers, is_encoder_decoder, isolated_rng, unwrap
@@ -38,12 +39,16 @@ COPILOT_NAMES = {  # of a layer's parameters, by the source's; applied one after
 }
 
 
-def copilot_for(pilot: nn.Module, config: CopilotConfig | None = None) -> CopilotModel:
+def copilot_for(
+    pilot: nn.Module, config: CopilotConfig | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> CopilotModel:
     """Build the Copilot of a Pilot. The global random state is left as it was.
 
     Args:
         pilot: A causal LM or an encoder-decoder, PEFT-wrapped and quantised ones included.
         config: Sizes left at None come from the source that `config.init` names. Not changed.
+        tokenizer: The Pilot's. Its fingerprint goes into the Copilot's config, by which [`check_pilot`] tells whether
+            another Pilot has the same tokens.
 
     Returns:
         A float32 Copilot on the CPU, in training mode.
@@ -55,25 +60,26 @@ def copilot_for(pilot: nn.Module, config: CopilotConfig | None = None) -> Copilo
     config = copy.deepcopy(config) if config is not None else CopilotConfig()
     base = unwrap(pilot)
     config.vocab_size = PilotHead(pilot).vocab_size
-    config.pilot_model_type = base.config.get_text_config().model_type
     config.pilot_is_encoder_decoder = is_encoder_decoder(base)
-    if config.memory is None:
-        states = config.pilot_is_encoder_decoder or config.vocab_projection == "pilot"
-        config.memory = "pilot" if states else "tokens"
+    config.choose()
     config.pilot_hidden_size = base.config.get_text_config().hidden_size if config.reads_states else None
-    if config.position_embedding is None:
-        config.position_embedding = "none" if config.pilot_is_encoder_decoder else "rotary"
-    config.check()
     if config.vocab_projection == "pilot":
         lent_vocabulary(base, torch.device("meta"))  # raises where it can't
     if config.init == "random":
         _fill_sizes(config, base.config.get_text_config(), len(find_layers(base)[1]))
-        return _build(config)
-    source = base
-    if config.init != "pilot":
-        loader = AutoModelForSeq2SeqLM if config.pilot_is_encoder_decoder else AutoModelForCausalLM
-        source = loader.from_pretrained(config.init)
-    return _take_over(config, source)
+        copilot = _build(config)
+    else:
+        copilot = _take_over(config, _source(config, base))
+    describe_pilot(copilot.config, pilot, tokenizer)
+    return copilot
+
+
+def _source(config: CopilotConfig, base: nn.Module) -> nn.Module:
+    """The decoder that the Copilot starts from."""
+    if config.init == "pilot":
+        return base
+    loader = AutoModelForSeq2SeqLM if config.pilot_is_encoder_decoder else AutoModelForCausalLM
+    return loader.from_pretrained(config.init)
 
 
 def _take_over(config: CopilotConfig, source: nn.Module) -> CopilotModel:
@@ -197,8 +203,9 @@ def _fill_sizes(config: CopilotConfig, source: PreTrainedConfig, num_source_laye
     shared += ["hidden_size", "intermediate_size"] * shares_width
     shared += ["num_key_value_heads", "head_dim"] * shares_heads
     for name in shared:
-        if getattr(config, name) is None:
-            setattr(config, name, getattr(source, name, None))
+        value = getattr(source, name, None)
+        if getattr(config, name) is None and isinstance(value, int):  # Gemma 3n has a list, one for each layer
+            setattr(config, name, value)
     config.intermediate_size = config.intermediate_size or 4 * config.hidden_size
     config.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
     config.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads

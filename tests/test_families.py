@@ -14,7 +14,7 @@ import torch
 import transformers
 from test_generation import PROMPT, Recorder, generate
 from test_seq2seq import make
-from tiny import BART_SHAPE, QUIET, SHAPE, T5_SHAPE, VOCAB_SIZE, addition, assert_same, tiny_tokenizer
+from tiny import BART_SHAPE, MEMORIES, QUIET, SHAPE, T5_SHAPE, VOCAB_SIZE, addition, assert_same, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from hf_copilot import (
@@ -31,8 +31,9 @@ TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 HEAD = """# Families of Pilots
 
 Each of these trains (`CopilotTrainer`, or `CopilotSeq2SeqTrainer` for encoder-decoders), generates with beams, where
-the Copilot's f of every step is the training path's, saves and loads: `tests/test_families.py`, which also wrote this
-table. "Pilot's decoder" means that the Copilot can start from the Pilot's own weights; where it says "random", ask for
+the Copilot's f of every step is the training path's, saves and loads, with a Copilot that reads tokens (not beside
+encoder-decoders) and with one that reads the Pilot's states: `tests/test_families.py`, which also wrote this table.
+"Pilot's decoder" means that the Copilot can start from the Pilot's own weights; where it says "random", ask for
 it with `CopilotConfig(init="random")`: the default raises an error that says so.
 
 | family | class | the Copilot starts from |
@@ -77,7 +78,9 @@ CLASSES = {
     "Bart": "BartForConditionalGeneration",
 }
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
-QUICK = ("Llama", "Qwen3", "GPT-2", "T5")
+ENCODER_DECODERS = ("T5", "FLAN-T5", "mT5", "BART")  # whose Copilots read states alone
+CASES = [(name, memory) for name in FAMILIES for memory in MEMORIES[name in ENCODER_DECODERS :]]
+QUICK = [("Llama", "tokens"), ("Qwen3", "pilot"), ("GPT-2", "pilot"), ("T5", "pilot")]
 
 
 def make_pilot(family: str) -> PreTrainedModel:
@@ -103,8 +106,8 @@ def row_of(family: str) -> str:
     return f"| {family} | `{type(pilot).__name__}` | {start_of(pilot)} |"
 
 
-def trained(pilot: PreTrainedModel, folder: str, init: str):
-    settings = {"max_steps": 2, "copilot": CopilotConfig(init=init), "copilot_learning_rate": 1e-2}
+def trained(pilot: PreTrainedModel, folder: str, config: CopilotConfig):
+    settings = {"max_steps": 2, "copilot": config, "copilot_learning_rate": 1e-2}
     if pilot.config.is_encoder_decoder:
         trainer = make(CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, folder, pilot, **settings)
     else:
@@ -121,13 +124,13 @@ def trained(pilot: PreTrainedModel, folder: str, init: str):
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+    ("family", "memory"), [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
 )
-def test_a_family(family, tmp_path):
+def test_a_family(family, memory, tmp_path):
     row = row_of(family)
     assert row in TABLE.read_text(encoding="utf-8").splitlines(), "python tests/test_families.py writes the table"
     pilot = make_pilot(family)
-    trainer = trained(pilot, str(tmp_path), "random" if "random" in row else "pilot")
+    trainer = trained(pilot, tmp_path, CopilotConfig(init="random" if "random" in row else "pilot", memory=memory))
     assert trainer.learner.skipped_steps == 0 and trainer.copilot.lm_head.weight.abs().sum() > 0
     trainer.save_model()
     loaded = CopilotModel.from_pretrained(tmp_path / "copilot")

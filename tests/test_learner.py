@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import OBJECTIVES, VOCAB_SIZE, assert_same, tiny_pilot, trained_like
+from peft import LoraConfig, PromptTuningConfig
+from tiny import MEMORIES, OBJECTIVES, VOCAB_SIZE, assert_same, tiny_pilot, tiny_seq2seq, trained_like
 
 from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
 from hf_copilot.batch import FULL, LIKE, CopilotBatch, find_documents, group_by_length
@@ -45,9 +46,46 @@ def test_documents_targets_and_runs(pilot):
 
 
 def test_padding_free_documents():
-    packed = {"labels": torch.zeros(1, 8), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])}
+    packed = {"input_ids": torch.zeros(1, 8), "labels": torch.zeros(1, 8)}
+    packed["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
     assert [tuple(d) for d in find_documents(packed)] == [(0, 0, 3), (0, 3, 5), (0, 5, 8)]
-    assert [tuple(d) for d in find_documents({"labels": torch.zeros(2, 3)})] == [(0, 0, 3), (1, 0, 3)]
+    bare = {"input_ids": torch.zeros(2, 3), "labels": torch.zeros(2, 3)}
+    assert [tuple(d) for d in find_documents(bare)] == [(0, 0, 3), (1, 0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"input_ids": None, "inputs_embeds": torch.zeros(2, 3, 4)}, "`input_ids`"),
+        ({"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 1]])}, r"holes in rows \[1\]"),
+        ({"position_ids": torch.tensor([[0, 1, 2], [1, 2, 3]])}, "row 1 begin at 1"),
+        ({"position_ids": torch.tensor([[3, 0, 1], [0, 1, 2]])}, "row 0 begin at 3"),
+    ],
+)
+def test_a_batch_whose_documents_are_unclear_raises(more, match):
+    with pytest.raises(ValueError, match=match):
+        find_documents({"input_ids": torch.zeros(2, 3), "labels": torch.zeros(2, 3)} | more)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_copilot_of_another_pilot_raises(pilot, memory):
+    copilot = copilot_for(pilot, CopilotConfig(memory=memory))
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        CopilotLearner(copilot, tiny_seq2seq())
+    with pytest.raises(ValueError, match="decoder-only"):
+        CopilotLearner(copilot_for(tiny_seq2seq()), pilot)
+    if memory == "pilot":
+        with pytest.raises(ValueError, match="hidden states of size 32"):
+            CopilotLearner(copilot, tiny_pilot(hidden_size=64, head_dim=8))
+
+
+def test_adapters_of_a_copilot(pilot):
+    with pytest.raises(ValueError, match="virtual tokens"):
+        CopilotLearner(copilot_for(pilot), pilot, peft_config=PromptTuningConfig(num_virtual_tokens=2))
+    for init, trains_all in (("pilot", False), ("random", True)):
+        learner = CopilotLearner(copilot_for(pilot, CopilotConfig(init=init)), pilot, peft_config=LoraConfig(r=2))
+        trained = [name for name, p in learner.copilot.named_parameters() if p.requires_grad]
+        assert any(name.startswith("embed_tokens") for name in trained) is trains_all
 
 
 def forward(learner, records):
@@ -233,8 +271,9 @@ def test_a_step_before_the_start_raises(pilot):
 
 def test_a_log_without_embeddings_holds_none_of_their_storage(pilot):
     pilot.bfloat16().requires_grad_(False)
-    learner = CopilotLearner(copilot_for(pilot), pilot)
+    learner = CopilotLearner(copilot_for(pilot, CopilotConfig(memory="pilot")), pilot)
     for record in observe(learner, pilot, padded_batch()):
+        assert len(record.hidden_states)
         assert record.embeddings.untyped_storage().nbytes() == 0
 
 

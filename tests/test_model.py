@@ -121,6 +121,31 @@ def test_heads_of_its_own_have_a_size_that_fits(heads, kv_heads, head_dim):
     assert (config.num_key_value_heads, config.head_dim) == (kv_heads, head_dim)
 
 
+def test_padding_rows_need_a_copilot_that_knows_its_tokenizer(tokenizer):
+    pilot, padded = tiny_pilot(), tiny_pilot(vocab_size=VOCAB_SIZE + 1)
+    check_pilot(copilot_for(pilot, None, tokenizer), padded, tokenizer)
+    with pytest.raises(ValueError, match="copilot_for.*tokenizer"):
+        check_pilot(copilot_for(pilot), padded, tokenizer)
+
+
+def test_what_is_left_open_is_chosen_when_a_copilot_is_built():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 20, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8}
+    config = CopilotModel(CopilotConfig(**sizes)).config
+    assert (config.memory, config.position_embedding) == ("tokens", "rotary")
+    before = {"model_type": "copilot", **sizes, "pilot_hidden_size": 16}  # saved when there was no choice
+    config = CopilotModel(CopilotConfig.from_dict(before)).config
+    assert (config.memory, config.position_embedding) == ("pilot", "none")
+    with pytest.raises(ValueError, match="memory='pilot'.*pilot_hidden_size"):
+        CopilotModel(CopilotConfig(**sizes, memory="pilot"))
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": 4}, {"hidden_act": "gelu"}, {"rms_norm_eps": 1e-2}])
+def test_what_a_copilot_computes_is_compared(change):
+    assert CopilotConfig(**change).differences(CopilotConfig()) == list(change)
+    assert not CopilotConfig(init="random", strength=0.5, results={}).differences(CopilotConfig())
+
+
 def test_building_a_copilot_leaves_the_random_state_alone(pilot):
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -138,6 +163,7 @@ def test_building_a_copilot_leaves_the_random_state_alone(pilot):
         ({"fusion": "probability"}, "does not go with"),
         ({"error_feedback": "predicted"}, "paper"),
         ({"num_hidden_layers": 1}, "at least 2"),
+        ({"num_attention_heads": 0}, "at least 1"),
         ({"num_attention_heads": 2, "num_key_value_heads": 4}, "must be a multiple"),
         ({"position_embedding": "rotary", "head_dim": 5}, "is odd"),
         ({"top_k": 0}, "at least 1"),
@@ -233,7 +259,7 @@ def test_push_to_hub_is_one_commit_with_the_card(pilot, monkeypatch):
 
 
 def test_check_pilot(pilot, tokenizer):
-    copilot = trained_like(pilot, CopilotConfig(memory="pilot"))
+    copilot = copilot_for(pilot, CopilotConfig(memory="pilot"), tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_pilot(copilot, pilot, tokenizer)
@@ -243,6 +269,9 @@ def test_check_pilot(pilot, tokenizer):
         check_pilot(copilot, tiny_pilot(vocab_size=VOCAB_SIZE + 1))
     with pytest.warns(UserWarning, match="qwen3"):
         check_pilot(copilot, tiny_pilot("qwen3"))
+    assert copilot_for(pilot).config.tokenizer_fingerprint is None
+    with pytest.warns(UserWarning, match="can't be told.*copilot_for"):
+        check_pilot(copilot_for(pilot), pilot, tokenizer)
     copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
     other = tiny_tokenizer()
     other.add_tokens(["<new>"])

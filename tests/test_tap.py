@@ -38,7 +38,7 @@ def prompt_tuning(pilot):
 
 def taps(pilot, pooling="mean", pooled="all"):
     records = []
-    config = CopilotConfig(pooled_layers=pooled, pooling=pooling)
+    config = CopilotConfig(memory="pilot", pooled_layers=pooled, pooling=pooling)
     return PilotTap(pilot, config, records.append, lambda: True), records
 
 

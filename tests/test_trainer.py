@@ -446,10 +446,13 @@ def test_the_callback_on_a_plain_trainer(tmp_path):
     assert count_hooks(ours.model) == 0
 
 
-def test_the_callback_resumes(tmp_path):
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=2)], ids=["full", "lora"])
+def test_the_callback_resumes(tmp_path, adapter):
+    """An adapter of the Copilot too, whose frozen weights are then built anew from a Pilot that is trained already."""
+
     def run(resume=None):
         args = TrainingArguments(**settings(tmp_path, save_strategy="steps", save_steps=2))
-        callback = CopilotCallback()
+        callback = CopilotCallback(copilot_peft_config=adapter)
         trainer = Trainer(model=tiny_pilot(), args=args, train_dataset=plain_data(), callbacks=[callback])
         trainer.train(resume_from_checkpoint=resume)
         return callback.copilot
