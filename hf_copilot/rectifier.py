@@ -91,6 +91,7 @@ class Rectifier:
         continues = rows is not None
         pending = self._chain(pending, ids, continues)
         past = pending[0].past_length
+        kept = past if continues or self.config.reads_states else 0  # positions whose memory is kept; ids give it anew
         self._arrange(self._parents(ids, past) if past and not continues else rows)
         if not continues:
             self.cache.self_attention_cache = DynamicCache()
@@ -98,9 +99,9 @@ class Rectifier:
                 self.lent = lent_vocabulary(self.tap.model, self.copilot.device)
         if self.config.pilot_is_encoder_decoder:
             self.encoder_output, self.encoder_visible = pending[-1].embeddings, self._encoder_visible(pending[-1])
-        self._cut_memory(past)
+        self._cut_memory(kept)
         inputs = self._next_input(ids[:, -1], continues)
-        memory = self._memory(pending, ids)  # [R, new entries, d_P], or [R, new entries]
+        memory = self._memory(pending, ids[:, kept:])  # [R, new entries, d_P], or [R, new entries]
         before = self.visible[:, :past] if continues else self._visible_before(pending[0])  # [R, past]
         self.visible = torch.cat([before, *(self._visible(s, s.past_length) for s in pending)], dim=1)  # [R, n]
         if not continues:
@@ -108,7 +109,7 @@ class Rectifier:
         last = ids.new_full((len(ids), 1), ids.shape[1] - 1)  # [R, 1]
         mask = memory_mask(self.config, last, self.visible, self.encoder_visible)  # [R, 1, entries]
         positions = self.visible.cumsum(1) - 1  # [R, n], as in a row without padding
-        inputs |= rotary_positions(self.config, positions[:, -1:], positions[:, past:])
+        inputs |= rotary_positions(self.config, positions[:, -1:], positions[:, kept:])
         correction = self._run(inputs, memory, mask)  # [R, V]
         self.ids, self.last_correction = ids, correction
         self.last_logits = pending[-1].next_logits.to(ids.device)  # [R, V]
@@ -117,7 +118,8 @@ class Rectifier:
     # ---- following -------------------------------------------------------------------------------------------------
 
     def _chain(self, pending: list[PilotStates], ids: torch.Tensor, continues: bool) -> list[PilotStates]:
-        """The forwards, last ones first to be looked at, that lead from tokens whose memory is known to `ids`."""
+        """The forwards, last ones first to be looked at, that lead from tokens whose memory is known to `ids`; for a
+        memory of tokens the last one is enough, if its mask shows all of them."""
         if not pending or pending[-1].next_logits is None:
             raise ValueError(UNKNOWN_CALL)
         start = ids.shape[1]
@@ -125,14 +127,15 @@ class Rectifier:
             if not self._ends_with(states, ids[:, :start]):
                 break
             start = states.past_length
-            if start == 0 or continues or self._parents(ids, start) is not None:
+            knows_all = not self.config.reads_states and not self._hides_past(states)
+            if start == 0 or continues or knows_all or self._parents(ids, start) is not None:
                 return pending[-count:]
         if start == ids.shape[1]:
             raise ValueError(UNKNOWN_CALL)
         raise ValueError(
-            "The Pilot's cache holds tokens that this processor has not seen: make the processor before the cache is "
-            "filled, with all of its rows (not one that is repeated later), and one for each conversation that has a "
-            "cache of its own, or call generate without past_key_values."
+            "The Pilot's cache holds tokens whose states this processor has not seen: make the processor before the "
+            "cache is filled, with all of its rows (not one that is repeated later), and one for each conversation "
+            "that has a cache of its own, or call generate without past_key_values."
         )
 
     def _ends_with(self, states: PilotStates, ids: torch.Tensor) -> bool:
@@ -202,12 +205,12 @@ class Rectifier:
 
     # ---- the Copilot's step ----------------------------------------------------------------------------------------
 
-    def _memory(self, pending: list[PilotStates], ids: torch.Tensor) -> torch.Tensor:
+    def _memory(self, pending: list[PilotStates], new: torch.Tensor) -> torch.Tensor:
         """What these forwards add to the memory [X̃ ; h], on the Copilot's device and in its type: `[R, 2t, d_P]`, or
-        `[R, t, d_P]` beside an encoder-decoder, with X̃ before it `[R, S, d_P]` where the memory is empty; or to the
-        memory of tokens alone, `[R, t]`."""
+        `[R, t, d_P]` beside an encoder-decoder, with X̃ before it `[R, S, d_P]` where the memory is empty; or, to that
+        of tokens alone, the new tokens `[R, t]`."""
         if not self.config.reads_states:
-            return ids[:, pending[0].past_length :]
+            return new
         to = {"device": self.copilot.device, "dtype": self.copilot.dtype}
         if not self.config.pilot_is_encoder_decoder:
             parts = [interleave(states.embeddings.to(**to), states.hidden_states.to(**to)) for states in pending]
@@ -226,9 +229,12 @@ class Rectifier:
         """Which positions before the first forward of a run are not padding, `[R, past]` bool: as its mask has them
         now (a row that ended early in the last run is padded behind its end), or as they were, where a window hides
         them."""
-        visible, past = self._visible(states, 0), states.past_length
-        is_hidden = visible.shape[1] < past + states.length
-        return self.visible[:, :past] if past and is_hidden else visible[:, :past]
+        past = states.past_length
+        return self.visible[:, :past] if past and self._hides_past(states) else self._visible(states, 0)[:, :past]
+
+    def _hides_past(self, states: PilotStates) -> bool:
+        """Whether a forward's mask does not go back to the first position, since a window slides."""
+        return self._visible(states, 0).shape[1] < states.past_length + states.length
 
     def _visible(self, states: PilotStates, start: int) -> torch.Tensor:
         """Which positions from `start` to the end n of one forward are not padding, by its mask in whatever form it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 
@@ -318,8 +319,60 @@ def test_a_compiled_static_cache(pilot, config):
         assert torch.equal(bare, generate(pilot, None)) and not torch.equal(bare, compiled)
 
 
-def test_cache_filled_before_the_processor_raises(pilot):
+@pytest.fixture(params=[{}, STATES], ids=["tokens", "states"])
+def unseen(request, pilot):
+    """A Copilot, and what becomes of a cache with tokens that its processor has not seen: states are lost, tokens are
+    read anew."""
+    refused = contextlib.nullcontext() if not request.param else pytest.raises(ValueError, match="not seen")
+    return trained_like(pilot, CopilotConfig(**request.param)), refused
+
+
+def test_a_cache_filled_before_the_processor(pilot, unseen):
+    (copilot, refused), cache = unseen, DynamicCache(config=pilot.config)
+    ids, mask = left_padded()
+    first = generate(pilot, None, ids, mask, past_key_values=cache)
+    turn = torch.cat([first, PROMPT], dim=1)
+    mask = torch.cat([mask, torch.ones(len(ids), turn.shape[1] - ids.shape[1], dtype=mask.dtype)], dim=1)
+    with Recorder(copilot, pilot) as processor, refused:
+        generate(pilot, processor, turn, mask, past_key_values=cache)
+    check_against_training_path(
+        copilot, pilot, processor.calls, turn.shape[1], lambda row: int(row.bool().int().argmax())
+    )
+    assert len(processor.calls) in (0, NEW_TOKENS)
+
+
+def test_chats_that_take_turns_on_one_processor(pilot, unseen):
+    copilot, refused = unseen
+    caches, turns = [DynamicCache(config=pilot.config) for _ in range(2)], [PROMPT[:1], PROMPT[1:]]
+    with Recorder(copilot, pilot) as processor, refused:
+        for chat in (0, 1, 0, 1):
+            processor.calls.clear()
+            text = generate(pilot, processor, turns[chat], past_key_values=caches[chat])
+            check_against_training_path(copilot, pilot, processor.calls, turns[chat].shape[1], lambda row: 0)
+            turns[chat] = torch.cat([text, PROMPT[:1].expand(len(text), -1)], dim=1)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_prefix_cache_that_is_repeated(pilot, unseen, window):
+    """One system prompt for a batch."""
+    copilot, refused = unseen
+    if window is not None:
+        pilot = tiny_pilot("mistral", sliding_window=window).eval()
+        copilot = trained_like(pilot, copilot.config)
     cache = DynamicCache(config=pilot.config)
+    with torch.no_grad():
+        pilot(PROMPT[:1], past_key_values=cache)
+    cache.batch_repeat_interleave(len(PROMPT))
+    turn = torch.cat([PROMPT[:1].expand(len(PROMPT), -1), PROMPT], dim=1)
+    with Recorder(copilot, pilot) as processor, refused:
+        generate(pilot, processor, turn, past_key_values=cache)
+    check_against_training_path(copilot, pilot, processor.calls, turn.shape[1], lambda row: 0)
+
+
+def test_a_static_window_that_hides_an_unseen_cache_raises():
+    """Which of the hidden tokens are padding nobody can tell."""
+    pilot = tiny_pilot("mistral", sliding_window=4).eval()
+    cache = StaticCache(config=pilot.config, max_cache_len=64)
     first = generate(pilot, None, past_key_values=cache)
     with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor, pytest.raises(ValueError, match="not seen"):
         generate(pilot, processor, torch.cat([first, PROMPT], dim=1), past_key_values=cache)
