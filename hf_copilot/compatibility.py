@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .configuration_copilot import CopilotConfig
 from .modeling_copilot import CopilotModel
-from .pilot_tap import PilotHead, find_layers, is_encoder_decoder, unwrap
+from .pilot_tap import PilotHead, find_decoder, find_layers, is_encoder_decoder, unwrap
 from .version import __version__
 from .vocabulary import lent_vocabulary
 
@@ -76,7 +76,7 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
 
     Raises:
         ValueError: Another tokenizer, another number of rows without proof that the tokens are the same, another
-            hidden size (with `memory="pilot"`), a Pilot whose decoder layers or head can't be found, or one that
+            hidden size (with `memory="pilot"`), a Pilot whose decoder, layers or head can't be found, or one that
             can't lend its vocabulary to a Copilot that uses it (`vocab_projection="pilot"`).
         NotImplementedError: If it can't because it is sharded or offloaded.
 
@@ -85,7 +85,7 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
             Copilot does not know its tokenizer, so that the one given can't be compared with it.
     """
     config, base = copilot.config, unwrap(pilot)
-    find_layers(base)
+    find_decoder(base)
     rows, known = PilotHead(base).vocab_size, config.tokenizer_fingerprint
     same_tokens = tokenizer is not None and known is not None and same_vocabulary(tokenizer, known)
     if tokenizer is not None and known is not None and not same_tokens:
@@ -110,6 +110,8 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
             f"{kinds[config.pilot_is_encoder_decoder]}: train a Copilot beside this one."
         )
     text_config = base.config.get_text_config()
+    if config.reads_states:
+        find_layers(base)
     if config.reads_states and text_config.hidden_size != config.pilot_hidden_size:
         raise ValueError(
             f"The Copilot reads hidden states of size {config.pilot_hidden_size} and the Pilot's have "

@@ -91,20 +91,28 @@ def is_encoder_decoder(pilot: nn.Module) -> bool:
     return getattr(unwrap(pilot).config, "is_encoder_decoder", False)
 
 
-def find_layers(pilot: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The Pilot's decoder and its layers, or a `ValueError` if they can't be found."""
+def find_decoder(pilot: nn.Module) -> nn.Module:
+    """The Pilot's decoder, or a `ValueError` if it has none."""
     base = unwrap(pilot)
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-    lists = (
-        [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child)] if decoder else []
-    )
-    if len(lists) != 1:
+    if decoder is None:
         raise ValueError(
-            f"The decoder layers of {type(base).__name__} can't be found: expected a `get_decoder()` whose only "
-            f"non-empty ModuleList holds them, found {len(lists)} such lists. Use a Pilot that transformers ships as "
+            f"{type(base).__name__} has no decoder (`get_decoder()`): use a Pilot that transformers ships as "
             "`...ForCausalLM` or `...ForConditionalGeneration`."
         )
-    return decoder, lists[0]
+    return decoder
+
+
+def find_layers(pilot: nn.Module) -> nn.ModuleList:
+    """The layers of the Pilot's decoder, or a `ValueError` if they can't be found."""
+    lists = [child for child in find_decoder(pilot).children() if isinstance(child, nn.ModuleList) and len(child)]
+    if len(lists) != 1:
+        raise ValueError(
+            f"The decoder layers of {type(unwrap(pilot)).__name__} can't be found: expected one non-empty ModuleList "
+            f"that holds them, found {len(lists)}. A Copilot that reads tokens does not look for them: "
+            "CopilotConfig(memory='tokens', init='random')."
+        )
+    return lists[0]
 
 
 class PilotTap:
@@ -130,10 +138,11 @@ class PilotTap:
         listen: Callable[[], bool],
     ):
         self.model = unwrap(pilot)
-        self.decoder, self.layers = find_layers(pilot)
+        self.decoder = find_decoder(pilot)
+        self.layers = find_layers(pilot) if config.reads_states else nn.ModuleList()
         half = (len(self.layers) + 1) // 2
         parts = {"all": self.layers, "first_half": self.layers[:half], "second_half": self.layers[-half:]}
-        self.pooled = parts[config.pooled_layers] if config.reads_states else []
+        self.pooled = parts[config.pooled_layers]
         self.pooling, self.sink, self.listen = config.pooling, sink, listen
         self.handles: list[RemovableHandle] = []
         self.states: PilotStates | None = None  # not None only while a forward that we listen to runs
@@ -324,8 +333,7 @@ class PilotHead:
         inputs = {"input_ids": input_ids}
         if is_encoder_decoder(pilot):
             inputs["decoder_input_ids"] = input_ids
-        decoder, _ = find_layers(pilot)
-        handle = decoder.register_forward_hook(lambda module, args, output: caught.append(output[0]))
+        handle = find_decoder(pilot).register_forward_hook(lambda module, args, output: caught.append(output[0]))
         try:
             with torch.no_grad(), isolated_rng(device), eval_mode(pilot):
                 expected = pilot(**inputs, use_cache=False).logits.float()  # [1, 8, V]

@@ -118,8 +118,7 @@ class Rectifier:
     # ---- following -------------------------------------------------------------------------------------------------
 
     def _chain(self, pending: list[PilotStates], ids: torch.Tensor, continues: bool) -> list[PilotStates]:
-        """The forwards, last ones first to be looked at, that lead from tokens whose memory is known to `ids`; for a
-        memory of tokens the last one is enough, if its mask shows all of them."""
+        """The forwards, last ones first to be looked at, that lead from tokens whose memory is known to `ids`."""
         if not pending or pending[-1].next_logits is None:
             raise ValueError(UNKNOWN_CALL)
         start = ids.shape[1]
@@ -127,8 +126,7 @@ class Rectifier:
             if not self._ends_with(states, ids[:, :start]):
                 break
             start = states.past_length
-            knows_all = not self.config.reads_states and not self._hides_past(states)
-            if start == 0 or continues or knows_all or self._parents(ids, start) is not None:
+            if start == 0 or continues or self._is_enough(states) or self._parents(ids, start) is not None:
                 return pending[-count:]
         if start == ids.shape[1]:
             raise ValueError(UNKNOWN_CALL)
@@ -137,6 +135,10 @@ class Rectifier:
             "cache is filled, with all of its rows (not one that is repeated later), and one for each conversation "
             "that has a cache of its own, or call generate without past_key_values."
         )
+
+    def _is_enough(self, states: PilotStates) -> bool:
+        """Whether the memory hangs on ids and padding alone, and this forward shows the padding of all positions."""
+        return not self.config.reads_states and not self._hides_past(states)
 
     def _ends_with(self, states: PilotStates, ids: torch.Tensor) -> bool:
         """Whether a forward was run on the last of these tokens `[R, n]`, at their positions."""

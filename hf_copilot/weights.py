@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from .compatibility import describe_pilot
 from .configuration_copilot import CopilotConfig
 from .modeling_copilot import CopilotModel
-from .pilot_tap import PilotHead, find_layers, is_encoder_decoder, isolated_rng, unwrap
+from .pilot_tap import PilotHead, find_decoder, find_layers, is_encoder_decoder, isolated_rng, unwrap
 from .vocabulary import lent_vocabulary
 
 # Families whose block is the Copilot's own: pre-norm RMSNorm, MLP, attention (T5's relative positions left out).
@@ -55,18 +55,20 @@ def copilot_for(
 
     Raises:
         ValueError: If weights can't be taken over from the source, or the config asks for another kind of block than
-            the source's; the message names the way out.
+            the source's, or other sizes than the Pilot's; the message names the way out.
     """
     config = copy.deepcopy(config) if config is not None else CopilotConfig()
     base = unwrap(pilot)
-    config.vocab_size = PilotHead(pilot).vocab_size
-    config.pilot_is_encoder_decoder = is_encoder_decoder(base)
+    _set_as_in("the Pilot", config, "vocab_size", PilotHead(pilot).vocab_size)
+    _set_as_in("the Pilot", config, "pilot_is_encoder_decoder", is_encoder_decoder(base))
+    _set_as_in("the Pilot", config, "pilot_hidden_size", base.config.get_text_config().hidden_size)
     config.choose()
-    config.pilot_hidden_size = base.config.get_text_config().hidden_size if config.reads_states else None
+    if not config.reads_states:
+        config.pilot_hidden_size = None
     if config.vocab_projection == "pilot":
         lent_vocabulary(base, torch.device("meta"))  # raises where it can't
     if config.init == "random":
-        _fill_sizes(config, base.config.get_text_config(), len(find_layers(base)[1]))
+        _fill_sizes(config, base)
         copilot = _build(config)
     else:
         copilot = _take_over(config, _source(config, base))
@@ -84,7 +86,7 @@ def _source(config: CopilotConfig, base: nn.Module) -> nn.Module:
 
 def _take_over(config: CopilotConfig, source: nn.Module) -> CopilotModel:
     """A Copilot whose layers, norm and embedding are the source's; heads, start vector and alignment are new."""
-    decoder, layers = find_layers(source)
+    layers = find_layers(source)
     source_config = source.config.get_text_config()
     states = [block_state(layer) for layer in layers]
     if source_config.model_type not in FAMILIES:
@@ -92,13 +94,14 @@ def _take_over(config: CopilotConfig, source: nn.Module) -> CopilotModel:
     if "mlp.up_proj.weight" not in states[0]:
         raise ValueError(_no_way(config, "its weights are stored in a form that is not known (quantised?)"))
     for name, value in _block_settings(source_config, states[0]).items():
-        _set_as_in_source(config, name, value)
+        _set_as_in(f"its source (init={config.init!r})", config, name, value, ", or use init='random'")
     config.intermediate_size = config.intermediate_size or len(states[0]["mlp.up_proj.weight"])
-    _fill_sizes(config, source_config, len(layers))
+    _fill_sizes(config, source)
     copilot = _build(config)
     picked = torch.linspace(0, len(layers) - 1, config.num_hidden_layers).round().int().tolist()
     for layer, index in zip(copilot.layers, picked, strict=True):
         _load(layer, _layer_state(states[index], layer.layer_type, source), config)
+    decoder = find_decoder(source)
     final_norm = decoder.final_layer_norm if source_config.model_type in T5_FAMILIES else decoder.norm
     _load(copilot.norm, {"weight": final_norm.weight}, config)
     if config.vocab_projection == "own":
@@ -108,13 +111,11 @@ def _take_over(config: CopilotConfig, source: nn.Module) -> CopilotModel:
     return copilot
 
 
-def _set_as_in_source(config: CopilotConfig, name: str, value: Any) -> None:
+def _set_as_in(owner: str, config: CopilotConfig, name: str, value: Any, way_out: str = "") -> None:
+    """Set a field that another model decides, or raise if a user has decided otherwise."""
     given = getattr(config, name)
     if given not in (getattr(CopilotConfig, name), value):
-        raise ValueError(
-            f"CopilotConfig.{name}={given!r}, but the decoder that the Copilot starts from (init={config.init!r}) has "
-            f"{value!r}: leave it out, or use init='random'."
-        )
+        raise ValueError(f"CopilotConfig.{name}={given!r}, but {owner} has {value!r}: leave it out{way_out}.")
     setattr(config, name, value)
 
 
@@ -193,10 +194,11 @@ def dequantized(linear: nn.Linear) -> torch.Tensor:
     return weight
 
 
-def _fill_sizes(config: CopilotConfig, source: PreTrainedConfig, num_source_layers: int) -> None:
+def _fill_sizes(config: CopilotConfig, model: nn.Module) -> None:
     """Set the sizes that the user left open to the source's, where its width or its heads are the Copilot's too."""
+    source = model.config.get_text_config()
     if config.num_hidden_layers is None:
-        config.num_hidden_layers = num_source_layers
+        config.num_hidden_layers = len(find_layers(model))
     shares_width = config.hidden_size in (None, source.hidden_size)
     shares_heads = shares_width and config.num_attention_heads in (None, getattr(source, "num_attention_heads", None))
     shared = ["num_attention_heads"]

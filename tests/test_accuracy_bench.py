@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -150,6 +151,17 @@ def data(tmp_path):
 def short_costs(monkeypatch):
     monkeypatch.setattr("arms.COST_STEPS", 2)
     monkeypatch.setattr("arms.COST_REPETITIONS", 1)
+
+
+def test_items_ranked_by_their_counts(tmp_path):
+    """Item 1 is met three times in training, item 2 once, item 3 never: ties stand behind one another."""
+    folder = tmp_path / "lastfm"
+    folder.mkdir()
+    users = [[9, 1, 5, 1], [9, 1, 5, 2], [9, 1, 5, 3], [9, 2, 5, 1]]
+    rows = [{"user": number, "items": items} for number, items in enumerate(users)]
+    (folder / "interactions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    figures = RECOMMENDATION.by_count(tmp_path)
+    assert figures["N@5"].values == pytest.approx([1, 1 / math.log2(3), 1 / math.log2(6), 1])
 
 
 @pytest.mark.parametrize("task", [TEXT, MAWPS, RECOMMENDATION, MULTIPLE_CHOICE], ids=lambda task: task.name)

@@ -31,13 +31,13 @@ TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 HEAD = """# Families of Pilots
 
 Each of these trains (`CopilotTrainer`, or `CopilotSeq2SeqTrainer` for encoder-decoders), generates with beams, where
-the Copilot's f of every step is the training path's, saves and loads, with a Copilot that reads tokens (not beside
-encoder-decoders) and with one that reads the Pilot's states: `tests/test_families.py`, which also wrote this table.
-"Pilot's decoder" means that the Copilot can start from the Pilot's own weights; where it says "random", ask for
-it with `CopilotConfig(init="random")`: the default raises an error that says so.
+the Copilot's f of every step is the training path's, saves and loads, with a Copilot of each kind of memory that is
+named: `tests/test_families.py`, which also wrote this table. "Pilot's decoder" means that the Copilot can start from
+the Pilot's own weights; where it says "random", ask for it with `CopilotConfig(init="random")`: the default raises an
+error that says so.
 
-| family | class | the Copilot starts from |
-|---|---|---|
+| family | class | the Copilot starts from | and reads |
+|---|---|---|---|
 """
 GPT = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "eos_token_id": 2}
 OLD = {
@@ -47,6 +47,8 @@ OLD = {
     "num_attention_heads": 4,
     "eos_token_id": 2,
 }
+PLAIN_3N = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4, "activation_sparsity_pattern": [0.0] * 4}
+PLAIN_3N |= {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
 MOE = {"num_experts_per_tok": 2}
 FAMILIES = {
     "Llama": ("Llama", SHAPE),
@@ -56,6 +58,7 @@ FAMILIES = {
     "SmolLM3": ("SmolLM3", SHAPE),
     "Gemma 2": ("Gemma2", SHAPE),
     "Gemma 3": ("Gemma3", SHAPE),
+    "Gemma 3n": ("Gemma3n", SHAPE | PLAIN_3N | {"num_kv_shared_layers": 0}),
     "Phi-3": ("Phi3", SHAPE),
     "OLMo 2": ("Olmo2", SHAPE),
     "GPT-2": ("GPT2", GPT),
@@ -77,9 +80,10 @@ CLASSES = {
     "MT5": "MT5ForConditionalGeneration",
     "Bart": "BartForConditionalGeneration",
 }
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
-ENCODER_DECODERS = ("T5", "FLAN-T5", "mT5", "BART")  # whose Copilots read states alone
-CASES = [(name, memory) for name in FAMILIES for memory in MEMORIES[name in ENCODER_DECODERS :]]
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Gemma3n": "Gemma3nTextConfig"}
+READS = dict.fromkeys(FAMILIES, MEMORIES) | dict.fromkeys(("T5", "FLAN-T5", "mT5", "BART"), ("pilot",))
+READS["Gemma 3n"] = ("tokens",)  # its layers' states have another form
+CASES = [(name, memory) for name, memories in READS.items() for memory in memories]
 QUICK = [("Llama", "tokens"), ("Qwen3", "pilot"), ("GPT-2", "pilot"), ("T5", "pilot")]
 
 
@@ -103,7 +107,8 @@ def start_of(pilot: PreTrainedModel) -> str:
 
 def row_of(family: str) -> str:
     pilot = make_pilot(family)
-    return f"| {family} | `{type(pilot).__name__}` | {start_of(pilot)} |"
+    reads = " or ".join({"tokens": "tokens", "pilot": "the Pilot's states"}[memory] for memory in READS[family])
+    return f"| {family} | `{type(pilot).__name__}` | {start_of(pilot)} | {reads} |"
 
 
 def trained(pilot: PreTrainedModel, folder: str, config: CopilotConfig):

@@ -95,6 +95,10 @@ def test_weights_come_through_other_adapters(pilot, make_config):
 def test_a_block_that_the_source_has_not_raises(pilot):
     with pytest.raises(ValueError, match="hidden_act='gelu'.*has 'silu'.*init='random'"):
         copilot_for(pilot, CopilotConfig(hidden_act="gelu"))
+    with pytest.raises(ValueError, match=f"vocab_size=7, but the Pilot has {VOCAB_SIZE}"):
+        copilot_for(pilot, CopilotConfig(vocab_size=7))
+    with pytest.raises(ValueError, match="pilot_hidden_size=7, but the Pilot has 32"):
+        copilot_for(pilot, CopilotConfig(pilot_hidden_size=7))
     assert copilot_for(pilot, CopilotConfig(hidden_act="gelu", init="random")).config.hidden_act == "gelu"
     again = copilot_for(pilot, copilot_for(pilot).config)  # what it was given by the source is no setting of a user's
     assert again.config.attention_bias == copilot_for(pilot).config.attention_bias
@@ -280,5 +284,5 @@ def test_check_pilot(pilot, tokenizer):
     with pytest.raises(ValueError, match=r"47 tokens.*48 tokens"):
         check_pilot(copilot, pilot, tokenizer)
     copilot.config.tokenizer_fingerprint = None
-    with pytest.raises(ValueError, match="layers"):
+    with pytest.raises(ValueError, match="no decoder"):
         check_pilot(copilot, torch.nn.Linear(2, 2))

@@ -45,7 +45,7 @@ def taps(pilot, pooling="mean", pooled="all"):
 def reference(pilot):
     """X̃ and every layer's raw output by transformers' own means, from a forward without any tap."""
     outputs = []
-    _, layers = find_layers(pilot)
+    layers = find_layers(pilot)
     handles = [layer.register_forward_hook(lambda m, a, out: outputs.append(out.detach())) for layer in layers]
     with torch.no_grad():
         first = pilot(input_ids=IDS, output_hidden_states=True).hidden_states[0]

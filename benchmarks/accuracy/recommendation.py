@@ -1,13 +1,19 @@
-"""The next item of a user, in the paper's prompt form; item numbers are digit tokens, all items are ranked exactly."""
+"""The next item of a user, in the paper's prompt form; item numbers are digit tokens, all items are ranked exactly.
+
+python benchmarks/accuracy/recommendation.py DIR    # what ranking by counts gives, without a model
+"""
 
 from __future__ import annotations
 
 import math
 import random
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from report import mean_of
 from scoring import Figures, Rectified
 from tasks import Row, Splits, Task, llama, make_tokenizer, read
 from tqdm import tqdm
@@ -68,9 +74,14 @@ class Recommendation(Task):
         for row in tqdm(rows, desc=f"{self.name}, λ = {model.strength:g}"):
             scores = item_scores(model, trie, model.tokenizer(row["prompt"])["input_ids"])  # [items]
             ranks.append(1 + int((scores > scores[number[row["completion"]]]).sum()))
-        figures = {f"H@{k}": Figures([float(rank <= k) for rank in ranks]) for k in CUTOFFS}
-        gains = {k: [1 / math.log2(rank + 1) if rank <= k else 0.0 for rank in ranks] for k in CUTOFFS}
-        return figures | {f"N@{k}": Figures(gains[k]) for k in CUTOFFS}
+        return figures_of(ranks)
+
+    def by_count(self, data: Path) -> dict[str, Figures]:
+        """What no model at all gives: items ranked by how often they occur in the training rows, ties behind."""
+        splits = self.splits(data, seed=0)
+        counts = Counter(row["completion"] for row in splits.train)
+        every = [counts[text] for text in self.item_texts(data).values()]
+        return figures_of([sum(count >= counts[row["completion"]] for count in every) for row in splits.test])
 
     def check(self, model: Rectified, rows: list[Row], data: Path) -> dict[str, float]:
         """The exact scores beside constrained beam search, on a few users.
@@ -85,6 +96,13 @@ class Recommendation(Task):
         if largest > TOLERANCE:
             raise ValueError(f"Exact scores of items and those of constrained beam search differ by {largest:.3g}.")
         return {"largest difference of a score": largest, "exact top items that the beams find": found}
+
+
+def figures_of(ranks: list[int]) -> dict[str, Figures]:
+    """H@k and N@k of every user, from the rank of the right item, 1 for the first."""
+    hits = {f"H@{k}": Figures([float(rank <= k) for rank in ranks]) for k in CUTOFFS}
+    gains = {k: [1 / math.log2(rank + 1) if rank <= k else 0.0 for rank in ranks] for k in CUTOFFS}
+    return hits | {f"N@{k}": Figures(gains[k]) for k in CUTOFFS}
 
 
 @torch.no_grad()
@@ -136,3 +154,7 @@ RECOMMENDATION = Recommendation(
     copilot={"copilot_learning_rate": 1e-3},
     pretraining_steps=1500,
 )
+
+if __name__ == "__main__":
+    for name, figures in RECOMMENDATION.by_count(Path(sys.argv[1])).items():
+        print(f"{name} {mean_of(figures):.1%}")
