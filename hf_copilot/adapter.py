@@ -26,13 +26,14 @@ def add_adapter(copilot: CopilotModel, peft_config: PeftConfig) -> PeftModel:
         )
     peft_config = copy.deepcopy(peft_config)  # PEFT writes into it, and the Pilot may have been given the same
     peft_config.task_type = None
+    targets_rows = "embed_tokens" in (peft_config.target_modules or ())
     peft_config.target_modules = peft_config.target_modules or "all-linear"
     maps = [name for name in ("memory_proj", "input_proj") if isinstance(copilot.get_submodule(name), nn.Linear)]
     own = ["embed_tokens"] if copilot.config.init == "random" and copilot.embed_tokens is not None else []
     new = [copilot.last_map, "start", *maps, *own]
     peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *new})
     model = get_peft_model(copilot, peft_config)
-    if isinstance(copilot.embed_tokens, BaseTunerLayer):
+    if targets_rows or isinstance(copilot.embed_tokens, BaseTunerLayer):
         raise ValueError(
             "copilot_peft_config puts an adapter on embed_tokens, which the Copilot reads by its rows: name it in "
             "modules_to_save instead of target_modules."

@@ -49,9 +49,7 @@ def is_hub_id(name: str) -> bool:
     return bool(name) and not os.path.exists(name)
 
 
-def describe_pilot(
-    config: CopilotConfig, pilot: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
-) -> CopilotConfig:
+def describe_pilot(config: CopilotConfig, pilot: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Write into a Copilot's config what [`check_pilot`] compares and its card names; no folders of this machine."""
     base = unwrap(pilot).config
     if not is_hub_id(config.init):
@@ -62,7 +60,6 @@ def describe_pilot(
     if tokenizer is not None:
         config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
     config.hf_copilot_version = __version__
-    return config
 
 
 def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -111,7 +108,7 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
         )
     text_config = base.config.get_text_config()
     if config.reads_states:
-        find_layers(base)
+        find_layers(base)  # raises where they can't be found
     if config.reads_states and text_config.hidden_size != config.pilot_hidden_size:
         raise ValueError(
             f"The Copilot reads hidden states of size {config.pilot_hidden_size} and the Pilot's have "

@@ -198,8 +198,8 @@ class CopilotConfig(PreTrainedConfig):
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(
-                    f"{name}={getattr(self, name)}: must be at least 1; a Copilot narrower than its Pilot's heads are "
-                    "many needs num_attention_heads of its own."
+                    f"{name}={getattr(self, name)}: must be at least 1. Where hidden_size is smaller than the number "
+                    "of the Pilot's heads, give num_attention_heads."
                 )
         if heads is not None and kv_heads is not None and heads % kv_heads:
             raise ValueError(
@@ -246,7 +246,8 @@ class CopilotConfig(PreTrainedConfig):
             )
         is_built = config_dict.get("vocab_size") is not None
         before = {"memory": "pilot", "position_embedding": "none"} if is_built else {}
-        return super().from_dict(before | config_dict, **kwargs)
+        unknown = {name: value for name, value in before.items() if config_dict.get(name) is None}
+        return super().from_dict(config_dict | unknown, **kwargs)
 
     @classmethod
     def paper(cls, **kwargs: Any) -> CopilotConfig:

@@ -79,8 +79,10 @@ def _save_shared(learner: CopilotLearner, folder: Path) -> None:
 
 def _beside_exported(learner: CopilotLearner) -> list[tuple[str, torch.Tensor]]:
     """The weights that the exported ones do not give: all of a Copilot with an adapter, which they hold merged. What
-    it lies on is frozen, but a resumed run may start from other weights of the Pilot."""
-    return [] if learner.peft_model is None else list(learner.copilot.named_parameters())
+    it lies on is frozen, but a resumed run may start from other weights of the Pilot. What PEFT keeps of modules that
+    are trained whole is not read any more."""
+    weights = [] if learner.peft_model is None else learner.copilot.named_parameters()
+    return [(name, tensor) for name, tensor in weights if ".original_module." not in name]
 
 
 def _what_is_trained(learner: CopilotLearner) -> dict[str, Any]:
@@ -102,7 +104,8 @@ def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
         raise ValueError(f"{directory} is not a saved state of a CopilotLearner: {missing} missing.")
     tensors = load_file(directory / TENSORS)
     scalars = json.loads((directory / SCALARS).read_text(encoding="utf-8"))
-    if scalars["trained"] != _what_is_trained(learner):
+    beside = {f"weights.{name}" for name, _ in _beside_exported(learner)}
+    if scalars["trained"] != _what_is_trained(learner) or not beside <= tensors.keys():
         raise ValueError(
             f"{directory} was saved by a run that trains other weights of its Copilot: resume with the "
             "copilot_peft_config that it was started with."

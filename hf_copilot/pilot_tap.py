@@ -94,13 +94,12 @@ def is_encoder_decoder(pilot: nn.Module) -> bool:
 def find_decoder(pilot: nn.Module) -> nn.Module:
     """The Pilot's decoder, or a `ValueError` if it has none."""
     base = unwrap(pilot)
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-    if decoder is None:
+    if not (hasattr(base, "get_decoder") and base.can_generate()):
         raise ValueError(
-            f"{type(base).__name__} has no decoder (`get_decoder()`): use a Pilot that transformers ships as "
+            f"{type(base).__name__} has no decoder that generates: use a Pilot that transformers ships as "
             "`...ForCausalLM` or `...ForConditionalGeneration`."
         )
-    return decoder
+    return base.get_decoder()
 
 
 def find_layers(pilot: nn.Module) -> nn.ModuleList:
@@ -110,7 +109,7 @@ def find_layers(pilot: nn.Module) -> nn.ModuleList:
         raise ValueError(
             f"The decoder layers of {type(unwrap(pilot)).__name__} can't be found: expected one non-empty ModuleList "
             f"that holds them, found {len(lists)}. A Copilot that reads tokens does not look for them: "
-            "CopilotConfig(memory='tokens', init='random')."
+            "CopilotConfig(memory='tokens', init='random'), with num_hidden_layers of its own."
         )
     return lists[0]
 

@@ -129,6 +129,7 @@ def _block_settings(source: PreTrainedConfig, state: dict[str, torch.Tensor]) ->
         "mlp_bias": "mlp.up_proj.bias" in state,
         "mlp_gated": "mlp.gate_proj.weight" in state,
         "qk_norm": "attention.q_norm.weight" in state,
+        "num_attention_heads": source.num_attention_heads,
         "rope_theta": CopilotConfig.rope_theta if is_t5 else source.rope_parameters["rope_theta"],
         "hidden_act": source.dense_act_fn if is_t5 else source.hidden_act,
         "rms_norm_eps": source.layer_norm_epsilon if is_t5 else source.rms_norm_eps,
@@ -208,6 +209,8 @@ def _fill_sizes(config: CopilotConfig, model: nn.Module) -> None:
         value = getattr(source, name, None)
         if getattr(config, name) is None and isinstance(value, int):  # Gemma 3n has a list, one for each layer
             setattr(config, name, value)
+    if config.num_attention_heads is None:
+        raise ValueError(f"{type(source).__name__} has no num_attention_heads: give CopilotConfig one.")
     config.intermediate_size = config.intermediate_size or 4 * config.hidden_size
     config.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
     config.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads

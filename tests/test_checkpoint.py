@@ -276,11 +276,17 @@ def test_kills_lose_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, saved, now", [("hidden_state_lag", 1, 0), ("strength", 1.0, 0.5), ("position_embedding", "rotary", "none")]
+    "name, saved, now",
+    [
+        ("hidden_state_lag", 1, 0),
+        ("strength", 1.0, 0.5),
+        ("position_embedding", "rotary", "none"),
+        ("dropout", 0.1, 0.2),
+    ],
 )
 def test_resuming_with_other_settings_raises(tmp_path, straight, name, saved, now):
     settings = {"memory": "pilot", name: now} if name == "hidden_state_lag" else {name: now}
-    other = CopilotConfig(dropout=0.1, **settings)
+    other = CopilotConfig(**({"dropout": 0.1} | settings))
     with pytest.raises(ValueError, match=rf"{name}.*\({saved!r}, {now!r}\)"):
         make_trainer(tmp_path, copilot=other).train(
             resume_from_checkpoint=str(Path(straight.args.output_dir) / "checkpoint-2")

@@ -84,8 +84,14 @@ def test_adapters_of_a_copilot(pilot):
         CopilotLearner(copilot_for(pilot), pilot, peft_config=PromptTuningConfig(num_virtual_tokens=2))
     for init, trains_all in (("pilot", False), ("random", True)):
         learner = CopilotLearner(copilot_for(pilot, CopilotConfig(init=init)), pilot, peft_config=LoraConfig(r=2))
-        trained = [name for name, p in learner.copilot.named_parameters() if p.requires_grad]
-        assert any(name.startswith("embed_tokens") for name in trained) is trains_all
+        before = learner.exported().embed_tokens.weight.clone()
+        learner.start(1)
+        learner._update(observe(learner, pilot, padded_batch()))
+        learner._update(learner.round)  # at first the last map is zero, and nothing before it learns
+        assert torch.equal(learner.exported().embed_tokens.weight, before) is not trains_all
+    with pytest.raises(ValueError, match="modules_to_save"):
+        targets = LoraConfig(target_modules=["q_proj", "embed_tokens"])
+        CopilotLearner(copilot_for(pilot, CopilotConfig(init="random")), pilot, peft_config=targets)
 
 
 def forward(learner, records):

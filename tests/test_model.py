@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import HfApi
 from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB_SIZE, tiny_pilot, tiny_tokenizer, trained_like
-from transformers import AutoConfig, AutoModel
+from tiny import SHAPE, VOCAB_SIZE, tiny_pilot, tiny_tokenizer, trained_like
+from transformers import AutoConfig, AutoModel, BertConfig, BertForMaskedLM
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotModel, check_pilot, copilot_for
 from hf_copilot.compatibility import tokenizer_fingerprint
@@ -110,6 +110,11 @@ def test_a_family_that_cant_be_taken_over_names_the_way_out(family):
     with pytest.raises(ValueError, match="init='random'"):
         copilot_for(pilot)
     assert copilot_for(pilot, CopilotConfig(init="random")).config.hidden_size == 32
+
+
+def test_other_heads_than_those_of_the_weights_name_the_way_out():
+    with pytest.raises(ValueError, match="num_attention_heads=8, but its source.*init='random'"):
+        copilot_for(tiny_pilot(num_key_value_heads=4), CopilotConfig(num_attention_heads=8))
 
 
 def test_a_width_that_does_not_fit_names_the_way_out():
@@ -286,3 +291,5 @@ def test_check_pilot(pilot, tokenizer):
     copilot.config.tokenizer_fingerprint = None
     with pytest.raises(ValueError, match="no decoder"):
         check_pilot(copilot, torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no decoder"):
+        check_pilot(copilot, BertForMaskedLM(BertConfig(**SHAPE)))
