@@ -64,8 +64,7 @@ def main():
 
     loader = torch.utils.data.DataLoader(rows[: 8 * args.steps], 8, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(pilot.to(PartialState().device).parameters(), lr=1e-5 if args.model else 1e-3)
-    copilot = copilot_for(pilot, tokenizer=tokenizer)
-    learner = CopilotLearner(copilot, pilot, num_training_steps=len(loader), learning_rate=1e-3)
+    learner = CopilotLearner(copilot_for(pilot, tokenizer=tokenizer), pilot, len(loader), learning_rate=1e-3)
     (train_with_accelerate if args.accelerate else train)(pilot, optimizer, loader, learner)
     if not PartialState().is_main_process:
         return
