@@ -6,7 +6,7 @@ import copy
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from .modeling_copilot import CopilotModel
@@ -26,18 +26,17 @@ def add_adapter(copilot: CopilotModel, peft_config: PeftConfig) -> PeftModel:
         )
     peft_config = copy.deepcopy(peft_config)  # PEFT writes into it, and the Pilot may have been given the same
     peft_config.task_type = None
-    targets_rows = "embed_tokens" in (peft_config.target_modules or ())
     peft_config.target_modules = peft_config.target_modules or "all-linear"
+    if copilot.embed_tokens is not None and check_target_module_exists(peft_config, "embed_tokens"):
+        raise ValueError(
+            "copilot_peft_config puts an adapter on embed_tokens, which the Copilot reads by its rows: name it in "
+            "modules_to_save instead of target_modules."
+        )
     maps = [name for name in ("memory_proj", "input_proj") if isinstance(copilot.get_submodule(name), nn.Linear)]
     own = ["embed_tokens"] if copilot.config.init == "random" and copilot.embed_tokens is not None else []
     new = [copilot.last_map, "start", *maps, *own]
     peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *new})
     model = get_peft_model(copilot, peft_config)
-    if targets_rows or isinstance(copilot.embed_tokens, BaseTunerLayer):
-        raise ValueError(
-            "copilot_peft_config puts an adapter on embed_tokens, which the Copilot reads by its rows: name it in "
-            "modules_to_save instead of target_modules."
-        )
     for parameter in copilot.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -46,7 +46,7 @@ def find_documents(inputs: Mapping[str, Any], has_encoder: bool = False) -> list
         return [Document(i, 0, length) for i in range(rows)]
     if inputs.get("input_ids") is None:
         raise ValueError(
-            "The Mistake Log needs the batch's `input_ids`; inputs_embeds alone do not say what was read."
+            "The Mistake Log needs `input_ids` in the batch, inputs_embeds do not say what was read: pass them."
         )
     mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and mask.ndim != 2:
@@ -69,8 +69,8 @@ def find_documents(inputs: Mapping[str, Any], has_encoder: bool = False) -> list
         starts = (row == 0).nonzero()[:, 0].tolist()
         if starts[:1] != [0]:
             raise ValueError(
-                f"position_ids of row {i} begin at {int(row[0])}, and a document begins at 0: the Mistake Log needs "
-                "whole documents where there is no attention_mask."
+                f"position_ids of row {i} begin at {int(row[0])}, and without an attention_mask a document begins "
+                "where they are 0: begin them there, or pass a mask."
             )
         documents += [Document(i, *span) for span in zip(starts, [*starts[1:], length], strict=True)]
     return documents

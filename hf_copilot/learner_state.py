@@ -79,8 +79,8 @@ def _save_shared(learner: CopilotLearner, folder: Path) -> None:
 
 def _beside_exported(learner: CopilotLearner) -> list[tuple[str, torch.Tensor]]:
     """The weights that the exported ones do not give: all of a Copilot with an adapter, which they hold merged. What
-    it lies on is frozen, but a resumed run may start from other weights of the Pilot. What PEFT keeps of modules that
-    are trained whole is not read any more."""
+    it lies on is frozen, but a resumed run may start from other weights of the Pilot. PEFT's first copies of modules
+    that are trained whole are never read, and left out."""
     weights = [] if learner.peft_model is None else learner.copilot.named_parameters()
     return [(name, tensor) for name, tensor in weights if ".original_module." not in name]
 
@@ -108,7 +108,7 @@ def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
     if scalars["trained"] != _what_is_trained(learner) or not beside <= tensors.keys():
         raise ValueError(
             f"{directory} was saved by a run that trains other weights of its Copilot: resume with the "
-            "copilot_peft_config that it was started with."
+            "copilot_peft_config that it was started with (and, with one, the hf_copilot that it was saved by)."
         )
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():

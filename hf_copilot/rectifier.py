@@ -91,7 +91,7 @@ class Rectifier:
         continues = rows is not None
         pending = self._chain(pending, ids, continues)
         past = pending[0].past_length
-        kept = past if continues or self.config.reads_states else 0  # positions whose memory is kept; ids give it anew
+        kept = past if self.config.reads_states else (ids.shape[1] - 1) * continues  # positions whose memory is kept
         self._arrange(self._parents(ids, past) if past and not continues else rows)
         if not continues:
             self.cache.self_attention_cache = DynamicCache()

@@ -92,6 +92,8 @@ def test_adapters_of_a_copilot(pilot):
     with pytest.raises(ValueError, match="modules_to_save"):
         targets = LoraConfig(target_modules=["q_proj", "embed_tokens"])
         CopilotLearner(copilot_for(pilot, CopilotConfig(init="random")), pilot, peft_config=targets)
+    without = LoraConfig(target_modules=r"^(?!.*embed_tokens).*q_proj$")  # names it, and leaves it out
+    assert CopilotLearner(copilot_for(pilot), pilot, peft_config=without).peft_model is not None
 
 
 def forward(learner, records):

@@ -1,13 +1,13 @@
 """The next item of a user, in the paper's prompt form; item numbers are digit tokens, all items are ranked exactly.
 
-python benchmarks/accuracy/recommendation.py DIR    # what ranking by counts gives, without a model
+python benchmarks/accuracy/recommendation.py --data DIR    # what ranking by counts gives, without a model
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,5 +156,7 @@ RECOMMENDATION = Recommendation(
 )
 
 if __name__ == "__main__":
-    for name, figures in RECOMMENDATION.by_count(Path(sys.argv[1])).items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="as in run.py")
+    for name, figures in RECOMMENDATION.by_count(parser.parse_args().data).items():
         print(f"{name} {mean_of(figures):.1%}")
