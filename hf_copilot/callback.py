@@ -22,6 +22,7 @@ from .assembly import (
 )
 from .checkpoint import STATE_FOLDER
 from .configuration_copilot import CopilotConfig
+from .forward_arguments import ForwardArguments
 from .learner import CopilotLearner
 from .learner_state import save_state
 from .modeling_copilot import CopilotModel
@@ -118,6 +119,7 @@ class CopilotCallback(TrainerCallback):
             load_checkpoint(self.learner, checkpoint, copilot_args.copilot_start_fresh)
         check_first_visit(self.learner, copilot_args, state)
         base = unwrap(model)
+        self.forward_arguments = ForwardArguments(base)
         self.handles = [
             base.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             base.register_forward_hook(self._after_forward, always_call=True),
@@ -127,12 +129,12 @@ class CopilotCallback(TrainerCallback):
         self._watch = None
         if not model.training:
             return
-        if kwargs.get("labels") is None:
+        inputs = self.forward_arguments.named(args, kwargs)
+        if inputs.get("labels") is None:
             raise ValueError(
                 "CopilotCallback found no `labels` in the Pilot's forward (label smoothing and compute_loss_func hold "
                 "them back): leave these off, or use CopilotTrainer."
             )
-        inputs = dict(kwargs) | ({"input_ids": args[0]} if args else {})
         self._watch = self.learner.observe(inputs)
         self._watch.__enter__()
 

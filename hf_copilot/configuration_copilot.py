@@ -8,6 +8,11 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .version import __version__
+
+# What is on disk: raised by one when an older hf_copilot could no longer read a Copilot rightly (CONTRIBUTING.md).
+FORMAT_VERSION = 1
+
 # The loss that trains f and the space in which f is added belong together (docs/method.md).
 OBJECTIVE_OF_FUSION = {"logit": "cross_entropy", "probability": "rmse"}
 
@@ -23,12 +28,13 @@ _CHOICES = {
     "objective": ("cross_entropy", "rmse"),
     "fusion": ("logit", "probability"),
     "error_feedback": ("realized", "predicted"),
+    "format_version": (FORMAT_VERSION,),
 }
 _OF_STATES = ("pooled_layers", "pooling", "hidden_state_lag")  # which of the Pilot's states are in the memory
 _DESCRIBES = (  # where a Copilot comes from and how it did; not what it computes or how it is trained
     *("init", "initializer_range", "strength", "results", "calibration"),
     *("base_model_name_or_path", "base_model_revision", "pilot_model_type", "tokenizer_fingerprint"),
-    "hf_copilot_version",
+    *("hf_copilot_version", "format_version"),
 )
 
 
@@ -95,6 +101,8 @@ class CopilotConfig(PreTrainedConfig):
             λ, the weight of the correction; finite and >= 0.
         base_model_name_or_path, base_model_revision, pilot_model_type, tokenizer_fingerprint, hf_copilot_version:
             What the Copilot was trained beside; read by [`check_pilot`].
+        format_version (`int`):
+            Of the files that this Copilot is saved as. A Copilot of an older format loads; one of a newer raises.
         results (`dict`, *optional*):
             Last evaluation figures of the run that trained it; shown in the model card.
         calibration (`dict`, *optional*):
@@ -144,6 +152,7 @@ class CopilotConfig(PreTrainedConfig):
     pilot_model_type: str | None = None
     tokenizer_fingerprint: str | None = None
     hf_copilot_version: str | None = None
+    format_version: int = FORMAT_VERSION
     results: dict | None = None
     calibration: dict | None = None
     tie_word_embeddings: bool = False
@@ -235,7 +244,8 @@ class CopilotConfig(PreTrainedConfig):
         """As in transformers; a Copilot that was built before there was a choice reads states without positions.
 
         Raises:
-            ValueError: If these are the settings of another kind of model.
+            ValueError: If these are the settings of another kind of model, or of a format that is newer than this
+                version of hf_copilot.
         """
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
@@ -244,10 +254,17 @@ class CopilotConfig(PreTrainedConfig):
                 "folder copilot/: CopilotModel.from_pretrained('<run>/copilot'), or on the Hub "
                 "CopilotModel.from_pretrained('<run>', subfolder='copilot')."
             )
+        written = config_dict.get("format_version", 0)  # before there was a number
+        if not isinstance(written, int) or written > FORMAT_VERSION:
+            raise ValueError(
+                f"This Copilot is saved in format {written!r}, and hf_copilot {__version__} reads formats up to "
+                f"{FORMAT_VERSION}: pip install -U hf_copilot."
+            )
         is_built = config_dict.get("vocab_size") is not None
         before = {"memory": "pilot", "position_embedding": "none"} if is_built else {}
         unknown = {name: value for name, value in before.items() if config_dict.get(name) is None}
-        return super().from_dict(config_dict | unknown, **kwargs)
+        current = {"format_version": FORMAT_VERSION}
+        return super().from_dict(config_dict | unknown | current, **kwargs)
 
     @classmethod
     def paper(cls, **kwargs: Any) -> CopilotConfig:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from .configuration_copilot import CopilotConfig
+from .forward_arguments import OF_CROSS_ATTENTION, OF_DECODERS, ForwardArguments
 
 # A compiled forward must look whether there are hooks now: a static cache compiles the Pilot, with or without ours.
 torch._dynamo.config.skip_nnmodule_hook_guards = False
@@ -148,10 +149,20 @@ class PilotTap:
         self.latest: PilotStates | None = None  # of the forward whose logits are still to come
 
     def open(self) -> None:
-        """Register the hooks, unless they are there."""
+        """Register the hooks, unless they are there.
+
+        Raises:
+            NotImplementedError: If the decoder's forward lacks an argument that they read.
+        """
         if self.handles:
             return
+        self.arguments = ForwardArguments(self.decoder)
+        self.arguments.require(OF_DECODERS)
+        self.arguments.require_cache()
+        if is_encoder_decoder(self.model):
+            self.arguments.require(OF_CROSS_ATTENTION)
         first = self.layers[:1] if self.pooled else []
+        self.layer_arguments = ForwardArguments(first[0]) if first else None
         self.handles = [
             self.decoder.register_forward_pre_hook(self._open, with_kwargs=True),
             *(layer.register_forward_pre_hook(self._read_embeddings, with_kwargs=True) for layer in first),
@@ -185,23 +196,18 @@ class PilotTap:
         self.states = None
         if not self.listen():
             return
-        if "write_index" in kwargs:
-            raise NotImplementedError(
-                "Paged attention (cache_implementation='paged', generate_batch) drops logits processors, so its text "
-                "would not be rectified. Use another cache, or detach the CopilotLogitsProcessor first."
-            )
-        input_ids = args[0] if args else kwargs.get("input_ids")
-        cache = kwargs.get("past_key_values")
+        given = self.arguments.named(args, kwargs)
+        cache = self.arguments.cache(given)
         past_length = 0 if cache is None else int(cache.get_seq_length())
-        self.states = PilotStates(input_ids, kwargs.get("attention_mask"), past_length)
-        if kwargs.get("encoder_hidden_states") is not None:
-            self.states.embeddings = kwargs["encoder_hidden_states"].detach()
+        self.states = PilotStates(given.get("input_ids"), given.get("attention_mask"), past_length)
+        if given.get("encoder_hidden_states") is not None:
+            self.states.embeddings = given["encoder_hidden_states"].detach()
             self.states.encoder_length = self.states.embeddings.shape[1]
-            self.states.encoder_attention_mask = kwargs.get("encoder_attention_mask")
+            self.states.encoder_attention_mask = given.get("encoder_attention_mask")
 
     def _read_embeddings(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.states is not None and self.states.embeddings is None:
-            self.states.embeddings = (args[0] if args else kwargs["hidden_states"]).detach()
+            self.states.embeddings = self.layer_arguments.first(args, kwargs).detach()
 
     def _pool(self, layer: nn.Module, args: tuple, output: Any) -> None:
         if self.states is None:

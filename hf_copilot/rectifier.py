@@ -134,7 +134,7 @@ class Rectifier:
             "The Pilot's cache holds tokens whose states (or padding, behind the sliding window of a static cache) "
             "this processor has not seen: make the processor before the cache is filled, with all of its rows (not "
             "one that is repeated later), and one for each conversation that has a cache of its own, or call generate "
-            "without past_key_values."
+            "without a kept cache."
         )
 
     def _is_enough(self, states: PilotStates) -> bool:

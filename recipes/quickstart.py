@@ -129,7 +129,6 @@ def main(arguments: Arguments) -> None:
             eval_strategy="steps",
             eval_steps=100,
             save_strategy="no",
-            gradient_checkpointing=False,
             report_to=[],
             seed=arguments.seed,
             bf16=on_gpu,

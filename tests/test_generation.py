@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
-from tiny import VOCAB_SIZE, teacher_forced, tiny_pilot, trained_like
+from tiny import CACHE, VOCAB_SIZE, teacher_forced, tiny_pilot, trained_like
 from transformers import (
     CompileConfig,
     ContinuousBatchingConfig,
@@ -61,6 +61,8 @@ def left_padded():
 
 def generate(pilot, processor, ids=PROMPT, mask=None, **kwargs):
     mask = torch.ones_like(ids) if mask is None else mask
+    if "cache" in kwargs:
+        kwargs[CACHE] = kwargs.pop("cache")
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | kwargs
     processors = [] if processor is None else [processor]
     return pilot.generate(input_ids=ids, attention_mask=mask, logits_processor=processors, **settings)
@@ -233,11 +235,11 @@ def test_chat_on_a_kept_cache(pilot, window, config):
         cache = StaticCache(config=pilot.config, max_cache_len=64)
     copilot = trained_like(pilot, config)
     with Recorder(copilot, pilot) as processor:
-        first = generate(pilot, processor, past_key_values=cache)
+        first = generate(pilot, processor, cache=cache)
         turn = torch.cat([first, PROMPT], dim=1)
         kept_length = cache.get_seq_length()
         processor.calls.clear()
-        generate(pilot, processor, turn, past_key_values=cache)
+        generate(pilot, processor, turn, cache=cache)
     assert kept_length == first.shape[1] - 1
     check_against_training_path(copilot, pilot, processor.calls, turn.shape[1], lambda row: 0)
 
@@ -250,12 +252,12 @@ def test_a_chat_in_which_a_row_ended_early(pilot, cache, config):
         kept = cache(config=pilot.config, max_cache_len=64) if cache is StaticCache else cache(config=pilot.config)
         with Recorder(copilot, pilot) as processor:
             end = generate(pilot, processor)[0, PROMPT.shape[1] + 1].item()  # the first row's second new token
-            first = generate(pilot, processor, eos_token_id=end, past_key_values=kept)
+            first = generate(pilot, processor, eos_token_id=end, cache=kept)
             turn, new = torch.cat([first, PROMPT], dim=1), first[:, PROMPT.shape[1] :]
             mask = torch.ones_like(turn)
             mask[:, PROMPT.shape[1] : first.shape[1]] = ((new == end).cumsum(1) - (new == end).int()) == 0
             processor.calls.clear()
-            cached = {"past_key_values": kept} if name == "kept" else {}
+            cached = {"cache": kept} if name == "kept" else {}
             turns[name] = generate(pilot, processor, turn, mask, **cached), processor.calls
     assert (mask == 0).any() and (mask[1:] == 1).any(0).all()
     assert torch.equal(turns["kept"][0], turns["none"][0])
@@ -270,11 +272,11 @@ def test_a_chat_in_which_a_row_ended_early(pilot, cache, config):
 def test_a_cropped_cache_is_followed(pilot, config):
     copilot, cache = trained_like(pilot, config), DynamicCache(config=pilot.config)
     with Recorder(copilot, pilot) as processor:
-        first = generate(pilot, processor, past_key_values=cache)
+        first = generate(pilot, processor, cache=cache)
         cache.crop(-4)
         turn = torch.cat([first[:, : cache.get_seq_length()], PROMPT], dim=1)
         processor.calls.clear()
-        generate(pilot, processor, turn, past_key_values=cache)
+        generate(pilot, processor, turn, cache=cache)
     check_against_training_path(copilot, pilot, processor.calls, turn.shape[1], lambda row: 0)
 
 
@@ -282,7 +284,7 @@ def test_other_forwards_between_the_turns_of_a_chat(pilot, config):
     """A bare forward, a bare text and another processor's, on a kept cache: none of them disturbs it."""
     copilot, cache = trained_like(pilot, config), DynamicCache(config=pilot.config)
     with Recorder(copilot, pilot) as processor, CopilotLogitsProcessor(copilot, pilot) as another:
-        first = generate(pilot, processor, past_key_values=cache)
+        first = generate(pilot, processor, cache=cache)
         with torch.no_grad():
             pilot(PROMPT[:1])
         generate(pilot, None)
@@ -290,7 +292,7 @@ def test_other_forwards_between_the_turns_of_a_chat(pilot, config):
         generate(pilot, another, num_beams=2)
         turn = torch.cat([first, PROMPT], dim=1)
         processor.calls.clear()
-        generate(pilot, processor, turn, past_key_values=cache)
+        generate(pilot, processor, turn, cache=cache)
     check_against_training_path(copilot, pilot, processor.calls, turn.shape[1], lambda row: 0)
 
 
@@ -330,11 +332,11 @@ def unseen(request, pilot):
 def test_a_cache_filled_before_the_processor(pilot, unseen):
     (copilot, refused), cache = unseen, DynamicCache(config=pilot.config)
     ids, mask = left_padded()
-    first = generate(pilot, None, ids, mask, past_key_values=cache)
+    first = generate(pilot, None, ids, mask, cache=cache)
     turn = torch.cat([first, PROMPT], dim=1)
     mask = torch.cat([mask, torch.ones(len(ids), turn.shape[1] - ids.shape[1], dtype=mask.dtype)], dim=1)
     with Recorder(copilot, pilot) as processor, refused:
-        generate(pilot, processor, turn, mask, past_key_values=cache)
+        generate(pilot, processor, turn, mask, cache=cache)
     check_against_training_path(
         copilot, pilot, processor.calls, turn.shape[1], lambda row: int(row.bool().int().argmax())
     )
@@ -347,7 +349,7 @@ def test_chats_that_take_turns_on_one_processor(pilot, unseen):
     with Recorder(copilot, pilot) as processor, refused:
         for chat in (0, 1, 0, 1):
             processor.calls.clear()
-            text = generate(pilot, processor, turns[chat], past_key_values=caches[chat])
+            text = generate(pilot, processor, turns[chat], cache=caches[chat])
             check_against_training_path(copilot, pilot, processor.calls, turns[chat].shape[1], lambda row: 0)
             turns[chat] = torch.cat([text, PROMPT[:1].expand(len(text), -1)], dim=1)
 
@@ -361,11 +363,11 @@ def test_a_prefix_cache_that_is_repeated(pilot, unseen, window):
         copilot = trained_like(pilot, copilot.config)
     cache = DynamicCache(config=pilot.config)
     with torch.no_grad():
-        pilot(PROMPT[:1], past_key_values=cache)
+        pilot(PROMPT[:1], **{CACHE: cache})
     cache.batch_repeat_interleave(len(PROMPT))
     turn = torch.cat([PROMPT[:1].expand(len(PROMPT), -1), PROMPT], dim=1)
     with Recorder(copilot, pilot) as processor, refused:
-        generate(pilot, processor, turn, past_key_values=cache)
+        generate(pilot, processor, turn, cache=cache)
     check_against_training_path(copilot, pilot, processor.calls, turn.shape[1], lambda row: 0)
 
 
@@ -373,9 +375,9 @@ def test_a_static_window_that_hides_an_unseen_cache_raises():
     """Which of the hidden tokens are padding nobody can tell."""
     pilot = tiny_pilot("mistral", sliding_window=4).eval()
     cache = StaticCache(config=pilot.config, max_cache_len=64)
-    first = generate(pilot, None, past_key_values=cache)
+    first = generate(pilot, None, cache=cache)
     with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor, pytest.raises(ValueError, match="not seen"):
-        generate(pilot, processor, torch.cat([first, PROMPT], dim=1), past_key_values=cache)
+        generate(pilot, processor, torch.cat([first, PROMPT], dim=1), cache=cache)
 
 
 def test_several_calls_in_a_row_and_between_other_forwards(pilot):

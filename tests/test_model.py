@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertForMaskedLM
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotModel, check_pilot, copilot_for
 from hf_copilot.compatibility import tokenizer_fingerprint
+from hf_copilot.configuration_copilot import FORMAT_VERSION
 from hf_copilot.modeling_copilot import rotation
 from hf_copilot.weights import LLAMA_FAMILIES
 
@@ -206,6 +207,20 @@ def test_save_and_load_give_the_same_text(pilot, tmp_path):
             texts.append(pilot.generate(prompt, logits_processor=[processor], pad_token_id=0, **settings))
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
     assert isinstance(AutoConfig.from_pretrained(tmp_path), CopilotConfig)
+
+
+def test_the_format_is_in_the_files_and_a_newer_one_raises(pilot, tmp_path):
+    copilot_for(pilot).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    assert saved["format_version"] == FORMAT_VERSION
+    old = {name: value for name, value in saved.items() if name != "format_version"}
+    file.write_text(json.dumps(old))
+    assert CopilotModel.from_pretrained(tmp_path).config.format_version == FORMAT_VERSION
+    for newer in (FORMAT_VERSION + 1, "2"):
+        file.write_text(json.dumps(saved | {"format_version": newer, "memory": "of the future"}))
+        with pytest.raises(ValueError, match=r"reads formats up to .*pip install -U hf_copilot"):
+            CopilotModel.from_pretrained(tmp_path)
 
 
 def test_from_pretrained_takes_dtype_device_map_and_subfolder(pilot, tmp_path):

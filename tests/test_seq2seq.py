@@ -10,7 +10,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_generation import DECODINGS, NEW_TOKENS, Recorder, generate
 from test_trainer import count_hooks
-from tiny import QUIET, SEQ2SEQ, assert_same, sums, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
+from tiny import (
+    CHECKPOINTING,
+    QUIET,
+    SEQ2SEQ,
+    assert_same,
+    sums,
+    tiny_pilot,
+    tiny_seq2seq,
+    tiny_tokenizer,
+    trained_like,
+)
 from transformers import (
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,
@@ -249,7 +259,7 @@ VARIANTS = {
     "lora": {"lora": True},
     "accumulated": {"gradient_accumulation_steps": 4},
     "label_smoothing": {"label_smoothing_factor": 0.1},
-    "checkpointed": {"gradient_checkpointing": True},
+    "checkpointed": {CHECKPOINTING: True},
 }
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import tiny_pilot
+from tiny import CHECKPOINTING, tiny_pilot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -67,7 +67,7 @@ def test_one_record_per_forward(wrap, reentrant):
     pilot = wrap(tiny_pilot()).train()
     embeddings, layers = reference(pilot)
     if reentrant is not None:
-        pilot.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        getattr(pilot, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
         pilot.enable_input_require_grads()
     tap, records = taps(pilot)
     with tap:

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from tiny import MEMORIES, QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer
+from tiny import CHECKPOINTING, MEMORIES, QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -110,9 +110,10 @@ def test_forms_of_data(tmp_path, data):
     assert trainer.state.log_history[0]["copilot_loss"] > 0
 
 
-@pytest.mark.parametrize("kwargs", [{"gradient_checkpointing": False}, {"gradient_checkpointing": True}])
-def test_gradient_checkpointing_logs_one_record_per_document(tmp_path, kwargs):
-    trainer = train(CopilotTrainer, tmp_path, config=CopilotConfig(memory="pilot"), **kwargs)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_checkpointing_logs_one_record_per_document(tmp_path, checkpointing):
+    config = CopilotConfig(memory="pilot")
+    trainer = train(CopilotTrainer, tmp_path, config=config, **{CHECKPOINTING: checkpointing})
     assert len(trainer.learner.log) == 4 * 4
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,10 @@ from hf_copilot import (
     copilot_for,
 )
 from hf_copilot.report import count_parameters
+
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in {argument.name for argument in fields(SFTConfig)}:
+    CHECKPOINTING = "gradient_checkpointing"  # before transformers 5.24
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ class Setting:
             "bf16": self.device != "cpu",
             "max_length": None,
             "lr_scheduler_type": "cosine",
-            "gradient_checkpointing": self.pilot is not None,
+            CHECKPOINTING: self.pilot is not None,
             "save_strategy": "no",
             "report_to": [],
             "logging_steps": 100,
