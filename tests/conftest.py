@@ -5,6 +5,8 @@ import tempfile
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1", TQDM_DISABLE="1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve beside another busy process
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # of 2 cores; more than there are cores is far slower
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the scripts that tests run
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read once, on import
 
 import pytest  # noqa: E402
@@ -12,9 +14,15 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from tiny import tiny_pilot, tiny_tokenizer  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+def pytest_configure(config):
+    """What is an error here, since it will go, is one in the scripts that tests run too."""
+    rules = [rule for rule in config.getini("filterwarnings") if rule.endswith(":FutureWarning")]
+    os.environ["PYTHONWARNINGS"] = ",".join(rules)
 
 
 @pytest.fixture

@@ -164,7 +164,10 @@ def test_items_ranked_by_their_counts(tmp_path):
     assert figures["N@5"].values == pytest.approx([1, 1 / math.log2(3), 1 / math.log2(6), 1])
 
 
-@pytest.mark.parametrize("task", [TEXT, MAWPS, RECOMMENDATION, MULTIPLE_CHOICE], ids=lambda task: task.name)
+OTHERS = [pytest.param(task, marks=pytest.mark.slow) for task in (TEXT, RECOMMENDATION, MULTIPLE_CHOICE)]
+
+
+@pytest.mark.parametrize("task", [MAWPS, *OTHERS], ids=lambda task: task.name)
 def test_every_task_runs_and_is_kept(task, data, tmp_path):
     task = replace(task, **SMALL, max_new_tokens=4)
     setting = Setting(task, data, tmp_path / "work")

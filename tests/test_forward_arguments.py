@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_generation import PROMPT, Recorder, generate, left_padded
 from test_learner import padded_batch
-from tiny import CACHE, MEMORIES, QUIET, tiny_pilot, tiny_seq2seq, trained_like
+from tiny import MEMORIES, QUIET, tiny_pilot, tiny_seq2seq, trained_like
 from transformers import Cache, Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+from versions import CACHE
 
 from hf_copilot import CopilotCallback, CopilotConfig, CopilotLogitsProcessor
 from hf_copilot.forward_arguments import ForwardArguments

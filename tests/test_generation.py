@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
-from tiny import CACHE, VOCAB_SIZE, teacher_forced, tiny_pilot, trained_like
+from tiny import VOCAB_SIZE, teacher_forced, tiny_pilot, trained_like
 from transformers import (
     CompileConfig,
     ContinuousBatchingConfig,
@@ -20,6 +20,7 @@ from transformers import (
     TextStreamer,
     pipeline,
 )
+from versions import CACHE
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor
 

@@ -11,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 from test_generation import DECODINGS, NEW_TOKENS, Recorder, generate
 from test_trainer import count_hooks
 from tiny import (
-    CHECKPOINTING,
     QUIET,
     SEQ2SEQ,
     assert_same,
@@ -28,6 +27,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from versions import CHECKPOINTING
 
 from hf_copilot import (
     CopilotCallback,

@@ -8,10 +8,11 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import CHECKPOINTING, tiny_pilot
+from tiny import tiny_pilot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from versions import CHECKPOINTING
 
 from hf_copilot import CopilotConfig
 from hf_copilot.pilot_tap import PilotHead, PilotTap, find_layers

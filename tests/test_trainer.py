@@ -11,9 +11,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from tiny import CHECKPOINTING, MEMORIES, QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer
+from tiny import MEMORIES, QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from versions import CHECKPOINTING
 
 from hf_copilot import (
     CopilotArguments,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -29,7 +26,6 @@ from transformers import (
     SmolLM3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
-    TrainingArguments,
 )
 
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotModel, copilot_for
@@ -62,11 +58,6 @@ OBJECTIVES = {
 }
 MEMORIES = ("tokens", "pilot")
 QUIET = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
-# transformers 5.24 renamed both
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-CHECKPOINTING = "activation_checkpointing"
-if CHECKPOINTING not in {field.name for field in dataclasses.fields(TrainingArguments)}:
-    CHECKPOINTING = "gradient_checkpointing"
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
