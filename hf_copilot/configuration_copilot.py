@@ -255,9 +255,11 @@ class CopilotConfig(PreTrainedConfig):
                 "CopilotModel.from_pretrained('<run>', subfolder='copilot')."
             )
         written = config_dict.get("format_version", 0)  # before there was a number
-        if not isinstance(written, int) or written > FORMAT_VERSION:
+        if type(written) is not int or written < 0:
+            raise ValueError(f"format_version={written!r}: no whole number, so config.json is damaged.")
+        if written > FORMAT_VERSION:
             raise ValueError(
-                f"This Copilot is saved in format {written!r}, and hf_copilot {__version__} reads formats up to "
+                f"This Copilot is saved in format {written}, and hf_copilot {__version__} reads formats up to "
                 f"{FORMAT_VERSION}: pip install -U hf_copilot."
             )
         is_built = config_dict.get("vocab_size") is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 import transformers
@@ -19,16 +20,16 @@ from .version import TESTED_TRANSFORMERS
 
 OF_DECODERS = ("input_ids", "attention_mask")
 OF_CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask")
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # since 5.24, before it, and of state-space models
+OF_LAYERS = "hidden_states"
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # since 5.24; before it; of state-space models before it
 
 
 class ForwardArguments:
-    """The names of a module's forward, through every wrapper that keeps its signature."""
+    """The arguments of a module's forward, through wrappers such as torch.compile's and accelerate's."""
 
     def __init__(self, module: nn.Module):
         self.forward = type(module).__name__ + ".forward"
-        inner = extract_model_from_parallel(module, keep_torch_compile=False)
-        self.parameters = inspect.signature(inner.forward).parameters
+        self.parameters = _parameters(extract_model_from_parallel(module, keep_torch_compile=False))
         self.positional = tuple(  # in their order
             name for name, parameter in self.parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         )
@@ -39,34 +40,45 @@ class ForwardArguments:
 
     def first(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """The first argument of one call."""
-        return args[0] if args else kwargs[self.positional[0]]
+        if args:
+            return args[0]
+        return kwargs[self.positional[0] if self.positional else OF_LAYERS]
 
     def require(self, names: tuple[str, ...]) -> None:
         """Raise a `NotImplementedError` if the forward has no argument of one of these names."""
         missing = [name for name in names if name not in self.parameters]
         if missing:
-            raise NotImplementedError(self._not_found(f"no argument {missing}"))
+            raise NotImplementedError(self._not_found(f"{missing}"))
 
     def require_cache(self) -> None:
         """Raise a `NotImplementedError` if the forward uses a cache, and none of its arguments can be one."""
         if "use_cache" in self.parameters and not self._cache_names():
-            raise NotImplementedError(self._not_found("a cache, but no argument that holds it"))
+            raise NotImplementedError(self._not_found("the cache"))
 
-    def cache(self, named: Mapping[str, Any]) -> Cache | None:
-        """The cache among the arguments of one call, by its type.
+    def past_length(self, named: Mapping[str, Any]) -> int:
+        """The positions in the cache among the arguments of one call, which is known by its type; 0 without one.
 
         Raises:
             NotImplementedError: If what is passed for it is no `transformers.Cache`.
         """
+        cache = self._cache(named)
+        if cache is None:
+            return 0
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:  # of a state-space model, which keeps no positions
+            return 0
+
+    def _cache(self, named: Mapping[str, Any]) -> Cache | None:
         for value in named.values():
             if isinstance(value, Cache):
                 return value
         for name in (*CACHE_NAMES, *self._cache_names()):
             if named.get(name) is not None:
                 raise NotImplementedError(
-                    f"The Pilot generates with a {type(named[name]).__name__}, which is no transformers.Cache. Paged "
-                    "attention (cache_implementation='paged', generate_batch) drops logits processors, so its text "
-                    "would not be rectified. Use another cache, or detach the CopilotLogitsProcessor first."
+                    f"The Pilot's cache is a {type(named[name]).__name__}, not a transformers.Cache: pass one, or "
+                    "use_cache=False. Paged attention (cache_implementation='paged', generate_batch) drops logits "
+                    "processors, and its text would not be rectified: detach the CopilotLogitsProcessor first."
                 )
         return None
 
@@ -81,7 +93,15 @@ class ForwardArguments:
     def _not_found(self, what: str) -> str:
         first, last = TESTED_TRANSFORMERS
         return (
-            f"{self.forward} has {what}, and hf_copilot reads the Pilot's calls there. Installed is transformers "
-            f"{transformers.__version__}, tested are {first} to {last}: use one of these, or report the model if it "
-            "fails there too."
+            f"hf_copilot reads {what} from the calls of {self.forward}, which has no such argument. Installed is "
+            f"transformers {transformers.__version__}, tested are {first} to {last}. If it is lacking there too, this "
+            "Pilot is not supported: take another, or report it."
         )
+
+
+def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Of its forward, or of its class's where that of the module was replaced by `lambda *args, **kwargs: ...`."""
+    parameters = inspect.signature(module.forward).parameters
+    if all(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters.values()):
+        return inspect.signature(MethodType(type(module).forward, module)).parameters
+    return parameters

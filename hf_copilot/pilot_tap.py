@@ -197,8 +197,7 @@ class PilotTap:
         if not self.listen():
             return
         given = self.arguments.named(args, kwargs)
-        cache = self.arguments.cache(given)
-        past_length = 0 if cache is None else int(cache.get_seq_length())
+        past_length = self.arguments.past_length(given)
         self.states = PilotStates(given.get("input_ids"), given.get("attention_mask"), past_length)
         if given.get("encoder_hidden_states") is not None:
             self.states.embeddings = given["encoder_hidden_states"].detach()

@@ -26,7 +26,8 @@ UNKNOWN_CALL = (
     "`pilot.generate(input_ids, logits_processor=[processor])` of the one Pilot that it is attached to; assisted "
     "decoding, prompt lookup, guidance_scale and inputs_embeds call processors for other tokens and are not supported "
     "(leave assistant_model, prompt_lookup_num_tokens and guidance_scale out). If it was detached, make a new one. A "
-    "Pilot in training mode with gradient checkpointing generates without its cache: call pilot.eval() first."
+    "Pilot in training mode with gradient checkpointing generates without its cache: call pilot.eval() first. "
+    "One whose cache holds no positions (state-space models) needs use_cache=False."
 )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from test_generation import PROMPT, Recorder, generate, left_padded
 from test_learner import padded_batch
-from tiny import MEMORIES, QUIET, tiny_pilot, tiny_seq2seq, trained_like
-from transformers import Cache, Trainer, TrainingArguments
+from tiny import MEMORIES, QUIET, VOCAB_SIZE, tiny_pilot, tiny_seq2seq, trained_like
+from transformers import Cache, MambaConfig, MambaForCausalLM, Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 from versions import CACHE
 
@@ -32,11 +33,24 @@ class ByPosition(LlamaModel):
         return super().__call__(input_ids, attention_mask, position_ids, kwargs.pop(CACHE, None), **kwargs)
 
 
-class LayerByName(LlamaDecoderLayer):
-    """Called with its first argument by name, after others."""
+class OtherLayer(LlamaDecoderLayer):
+    """Called with its first argument by name, after others, and under another name."""
+
+    def __call__(self, hidden_states, **kwargs):
+        return super().__call__(**kwargs, states=hidden_states)
+
+    def forward(self, states, **kwargs):
+        return super().forward(states, **kwargs)
+
+
+class WrappedLayer(LlamaDecoderLayer):
+    """As a wrapper that shows no signature."""
 
     def __call__(self, hidden_states, **kwargs):
         return super().__call__(**kwargs, hidden_states=hidden_states)
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
 
 
 def corrections(pilot, copilot, **settings):
@@ -46,8 +60,11 @@ def corrections(pilot, copilot, **settings):
     return text, torch.cat([f for _, f in processor.calls])
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("other", [OtherName, ByPosition, LayerByName])
+@pytest.mark.parametrize(
+    ("memory", "other"),
+    [(memory, other) for memory in MEMORIES for other in (OtherName, ByPosition)]
+    + [("pilot", other) for other in (OtherLayer, WrappedLayer)],  # tokens need no layer
+)
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_names_and_places_make_no_difference(pilot, memory, other, settings):
     copilot = trained_like(pilot, CopilotConfig(memory=memory))
@@ -69,13 +86,11 @@ class NoCache(LlamaModel):
         raise AssertionError
 
 
-@pytest.mark.parametrize(
-    ("other", "missing"), [(NoMask, r"no argument \['attention_mask'\]"), (NoCache, "no argument that holds it")]
-)
+@pytest.mark.parametrize(("other", "missing"), [(NoMask, r"reads \['attention_mask'\]"), (NoCache, "reads the cache")])
 def test_what_cannot_be_found_raises_when_hooks_are_put_on(pilot, other, missing):
     copilot = trained_like(pilot)
     pilot.model.__class__ = other
-    with pytest.raises(NotImplementedError, match=rf"{missing}.*Installed is transformers 5\..*, tested are 5\."):
+    with pytest.raises(NotImplementedError, match=rf"{missing} from.*Installed is transformers 5\..*, tested are 5\."):
         CopilotLogitsProcessor(copilot, pilot)
     assert not pilot.model._forward_pre_hooks and not pilot._forward_hooks
 
@@ -94,15 +109,38 @@ def test_a_decoder_that_does_not_read_the_encoder_raises():
 
 
 def test_a_cache_of_another_kind_raises(pilot):
-    unknown = pytest.raises(NotImplementedError, match=r"with a dict, which is no transformers\.Cache")
+    unknown = pytest.raises(NotImplementedError, match=r"is a dict, not a transformers\.Cache")
     with CopilotLogitsProcessor(trained_like(pilot), pilot), torch.no_grad(), unknown:
         pilot.model(PROMPT, **{CACHE: {"keys": PROMPT}})
 
 
-def test_the_names_come_through_compilation_and_wrappers(pilot):
-    for module in (pilot, torch.compile(pilot)):
-        named = ForwardArguments(module).named((1, 2), {"labels": 3})
-        assert named == {"input_ids": 1, "attention_mask": 2, "labels": 3}
+def hand_patched(pilot):
+    forward = pilot.forward
+    pilot.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    return pilot
+
+
+def dispatched(pilot):
+    return add_hook_to_module(pilot, AlignDevicesHook())
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, hand_patched, dispatched], ids=lambda wrap: wrap.__name__)
+def test_the_names_come_through_wrappers(pilot, wrap):
+    named = ForwardArguments(wrap(pilot)).named((1, 2), {"labels": 3})
+    assert named == {"input_ids": 1, "attention_mask": 2, "labels": 3}
+
+
+def test_a_state_space_pilot_generates_without_its_cache():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pilot = MambaForCausalLM(MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2)).eval()
+    copilot = trained_like(pilot, CopilotConfig(init="random", num_attention_heads=4, intermediate_size=48))
+    bare = generate(pilot, None)
+    with CopilotLogitsProcessor(copilot, pilot) as processor:
+        assert torch.equal(generate(pilot, None), bare)
+        assert not torch.equal(generate(pilot, processor, use_cache=False), bare)
+        with pytest.raises(ValueError, match="needs use_cache=False"):
+            generate(pilot, processor)
 
 
 class Positional(Trainer):

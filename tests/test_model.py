@@ -217,9 +217,10 @@ def test_the_format_is_in_the_files_and_a_newer_one_raises(pilot, tmp_path):
     old = {name: value for name, value in saved.items() if name != "format_version"}
     file.write_text(json.dumps(old))
     assert CopilotModel.from_pretrained(tmp_path).config.format_version == FORMAT_VERSION
-    for newer in (FORMAT_VERSION + 1, "2"):
-        file.write_text(json.dumps(saved | {"format_version": newer, "memory": "of the future"}))
-        with pytest.raises(ValueError, match=r"reads formats up to .*pip install -U hf_copilot"):
+    newer = r"reads formats up to .*pip install -U hf_copilot"
+    for number, error in ((FORMAT_VERSION + 1, newer), ("2", "damaged"), (None, "damaged"), (True, "damaged")):
+        file.write_text(json.dumps(saved | {"format_version": number, "memory": "of the future"}))
+        with pytest.raises(ValueError, match=error):
             CopilotModel.from_pretrained(tmp_path)
 
 

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from transformers import LlamaForCausalLM, TrainingArguments
 
-# transformers 5.24 renamed both
+# transformers renamed these in 5.24 and in 5.23
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 CHECKPOINTING = "activation_checkpointing"
 if CHECKPOINTING not in {field.name for field in fields(TrainingArguments)}:

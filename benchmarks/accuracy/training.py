@@ -38,7 +38,7 @@ from hf_copilot.report import count_parameters
 
 CHECKPOINTING = "activation_checkpointing"
 if CHECKPOINTING not in {argument.name for argument in fields(SFTConfig)}:
-    CHECKPOINTING = "gradient_checkpointing"  # before transformers 5.24
+    CHECKPOINTING = "gradient_checkpointing"  # before transformers 5.23
 
 
 @dataclass(frozen=True)
