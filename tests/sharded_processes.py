@@ -66,12 +66,12 @@ def run(folder: Path, variant: str) -> dict:
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, variants: list[str]) -> None:
     accelerate.state.DistributedType = CpuStandsForAnAccelerator()
-    seen = {variant: run(folder / variant, variant) for variant in VARIANTS}
+    seen = {variant: run(folder / variant, variant) for variant in variants}
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.barrier()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

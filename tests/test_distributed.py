@@ -34,10 +34,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(launcher: str, script: str, folder: Path) -> list[dict]:
+def launch(launcher: str, script: str, folder: Path, *more: str) -> list[dict]:
     command = [part.format(port=free_port()) for part in LAUNCHERS[launcher]]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "ACCELERATE_USE_CPU": "true"}
-    run = [sys.executable, "-m", *command, str(TESTS / script), str(folder)]
+    run = [sys.executable, "-m", *command, str(TESTS / script), str(folder), *more]
     done = subprocess.run(run, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
@@ -103,19 +103,36 @@ def test_a_failure_on_one_process_leaves_the_step_out_on_both(ranks):
         assert first["copilots"][0] == first["copilots"][1] != first["copilots"][2]
 
 
+QUICK, OTHERS = ("full", "lora", "pilot_states"), ("tied", "sharded_states")
+
+
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    return launch("torchrun", "sharded_processes.py", tmp_path_factory.mktemp("sharded"))
+    return launch("torchrun", "sharded_processes.py", tmp_path_factory.mktemp("sharded"), *QUICK)
 
 
-@pytest.mark.parametrize("variant", ["full", "lora", "tied", "pilot_states", "sharded_states"])
-def test_a_sharded_pilot_is_the_parents_and_resumes(sharded, variant):
-    """FSDP2: the Pilot is SFTTrainer's, both processes have one Copilot, resumed equals uninterrupted."""
-    first, second = (rank[variant] for rank in sharded)
+@pytest.fixture(scope="module")
+def sharded_in_other_ways(tmp_path_factory):
+    return launch("torchrun", "sharded_processes.py", tmp_path_factory.mktemp("others"), *OTHERS)
+
+
+def check_sharded(first: dict, second: dict) -> None:
+    """The Pilot is SFTTrainer's, both processes have one Copilot, resumed equals uninterrupted."""
     assert first["sharded"] and second["sharded"]
     assert {*first["pilots"], *second["pilots"]} == {first["plain_pilot"]}
     assert len({*first["copilots"], *second["copilots"]}) == 1
     assert first["eval_rectified_nll"] == second["eval_rectified_nll"]
+
+
+@pytest.mark.parametrize("variant", QUICK)
+def test_a_sharded_pilot_is_the_parents_and_resumes(sharded, variant):
+    check_sharded(*(rank[variant] for rank in sharded))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", OTHERS)
+def test_a_pilot_that_is_sharded_in_another_way(sharded_in_other_ways, variant):
+    check_sharded(*(rank[variant] for rank in sharded_in_other_ways))
 
 
 def test_a_sharded_pilot_teaches_what_a_whole_one_does(sharded, ranks):
