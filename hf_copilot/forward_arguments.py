@@ -25,17 +25,32 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # since 5.24; before
 
 
 class ForwardArguments:
-    """The arguments of a module's forward, through wrappers such as torch.compile's and accelerate's."""
+    """The names of a forward's arguments, through wrappers such as torch.compile's and accelerate's."""
 
     def __init__(self, module: nn.Module):
         self.forward = type(module).__name__ + ".forward"
-        self.parameters = _parameters(extract_model_from_parallel(module, keep_torch_compile=False))
+        parameters = _parameters(extract_model_from_parallel(module, keep_torch_compile=False))
+        self.names = tuple(parameters)
         self.positional = tuple(  # in their order
-            name for name, parameter in self.parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        )
+        self.cache_names = tuple(  # what a cache can be passed as
+            name
+            for name, parameter in parameters.items()
+            if name in CACHE_NAMES or "Cache" in str(parameter.annotation)
         )
 
     def named(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of one call by their names, also those that were given by position."""
+        """The arguments of one call by their names, also those that were given by position.
+
+        Raises:
+            NotImplementedError: If there are more by position than have names.
+        """
+        if len(args) > len(self.positional):
+            raise NotImplementedError(
+                f"{self.forward} is called with {len(args)} arguments by position, and its signature names "
+                f"{len(self.positional)}: pass them by name."
+            )
         return dict(zip(self.positional, args, strict=False)) | dict(kwargs)
 
     def first(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -46,13 +61,13 @@ class ForwardArguments:
 
     def require(self, names: tuple[str, ...]) -> None:
         """Raise a `NotImplementedError` if the forward has no argument of one of these names."""
-        missing = [name for name in names if name not in self.parameters]
+        missing = [name for name in names if name not in self.names]
         if missing:
-            raise NotImplementedError(self._not_found(f"{missing}"))
+            raise NotImplementedError(self._not_found(str(missing)))
 
     def require_cache(self) -> None:
         """Raise a `NotImplementedError` if the forward uses a cache, and none of its arguments can be one."""
-        if "use_cache" in self.parameters and not self._cache_names():
+        if "use_cache" in self.names and not self.cache_names:
             raise NotImplementedError(self._not_found("the cache"))
 
     def past_length(self, named: Mapping[str, Any]) -> int:
@@ -73,7 +88,7 @@ class ForwardArguments:
         for value in named.values():
             if isinstance(value, Cache):
                 return value
-        for name in (*CACHE_NAMES, *self._cache_names()):
+        for name in (*CACHE_NAMES, *self.cache_names):
             if named.get(name) is not None:
                 raise NotImplementedError(
                     f"The Pilot's cache is a {type(named[name]).__name__}, not a transformers.Cache: pass one, or "
@@ -81,14 +96,6 @@ class ForwardArguments:
                     "processors, and its text would not be rectified: detach the CopilotLogitsProcessor first."
                 )
         return None
-
-    def _cache_names(self) -> tuple[str, ...]:
-        """The arguments that a cache can be passed as, by their names or annotations."""
-        return tuple(
-            name
-            for name, parameter in self.parameters.items()
-            if name in CACHE_NAMES or "Cache" in str(parameter.annotation)
-        )
 
     def _not_found(self, what: str) -> str:
         first, last = TESTED_TRANSFORMERS

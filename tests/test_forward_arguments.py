@@ -130,6 +130,11 @@ def test_the_names_come_through_wrappers(pilot, wrap):
     assert named == {"input_ids": 1, "attention_mask": 2, "labels": 3}
 
 
+def test_arguments_by_position_without_a_name_raise():
+    with pytest.raises(NotImplementedError, match="called with 2 arguments by position, and its signature names 1"):
+        ForwardArguments(torch.nn.ReLU()).named((1, 2), {})
+
+
 def test_a_state_space_pilot_generates_without_its_cache():
     with torch.random.fork_rng():
         torch.manual_seed(0)

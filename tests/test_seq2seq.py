@@ -10,16 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_generation import DECODINGS, NEW_TOKENS, Recorder, generate
 from test_trainer import count_hooks
-from tiny import (
-    QUIET,
-    SEQ2SEQ,
-    assert_same,
-    sums,
-    tiny_pilot,
-    tiny_seq2seq,
-    tiny_tokenizer,
-    trained_like,
-)
+from tiny import QUIET, SEQ2SEQ, assert_same, sums, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
 from transformers import (
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,

@@ -28,7 +28,6 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
 OPTIONAL = [Requirement(line) for lines in PROJECT["optional-dependencies"].values() for line in lines]
-
 TELL_OF_THEM = ("CHANGELOG.md", "training.py")  # and the benchmark that takes the name which is installed
 
 
@@ -93,13 +92,8 @@ def future_warnings(trainer_class, config_class, folder, pilot, rows) -> set[str
 @pytest.mark.parametrize(
     ("ours", "parents", "pilot", "rows"),
     [
-        ((CopilotTrainer, CopilotSFTConfig), (SFTTrainer, SFTConfig), tiny_pilot, addition),
-        (
-            (CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig),
-            (Seq2SeqTrainer, Seq2SeqTrainingArguments),
-            tiny_seq2seq,
-            sums,
-        ),
+        ((CopilotTrainer, CopilotSFTConfig), SFT, tiny_pilot, addition),
+        ((CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig), SEQ2SEQ, tiny_seq2seq, sums),
         ((trained_by_callback, TrainingArguments), (Trainer, TrainingArguments), tiny_seq2seq, sums),
     ],
     ids=["sft", "seq2seq", "callback"],

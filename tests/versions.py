@@ -16,7 +16,6 @@ CHECKPOINTING = "activation_checkpointing"
 if CHECKPOINTING not in {field.name for field in fields(TrainingArguments)}:
     CHECKPOINTING = "gradient_checkpointing"
 
-
 # it loads a Pilot's optimizer to cpu:0, which torch.load does not know
 CANT_RESUME_ON_TWO_CPU_PROCESSES = "transformers<5.18"
 
