@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
-from hf_copilot.learner_state import save_state
-from hf_copilot.mistake_log import MistakeRecord
+from hf_copilot.training.learner_state import save_state
+from hf_copilot.training.mistake_log import MistakeRecord
 
 ADAPTERS = {"lora": LoraConfig(r=32, target_modules="all-linear"), "full": None}
 CONFIG = CopilotConfig(init="random", num_hidden_layers=16, head_dim=64, **SMALL_DECODER)

@@ -26,8 +26,8 @@ from transformers.utils import logging
 from trl.trainer.utils import add_fused_lm_head
 
 from hf_copilot import CopilotArguments, CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
-from hf_copilot.pilot_tap import unwrap
-from hf_copilot.report import multiplied_parameters
+from hf_copilot.pilot.inspect import unwrap
+from hf_copilot.training.report import multiplied_parameters
 
 LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8, "head_dim": 128}
 SMALL_DECODER = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}

@@ -14,7 +14,7 @@ from cost import LLAMA_3, SMALL_DECODER, table
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hf_copilot import CopilotConfig, CopilotModel
-from hf_copilot.report import count_parameters
+from hf_copilot.training.report import count_parameters
 
 FLAN = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 T5_SHAPES = {  # as published on the Hub; the last two numbers are the paper's, Pilot and Pilot + Copilot, in millions

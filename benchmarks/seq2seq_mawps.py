@@ -27,7 +27,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 from transformers import T5ForConditionalGeneration as T5
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotSeq2SeqConfig, CopilotSeq2SeqTrainer, copilot_for
-from hf_copilot.report import count_parameters
+from hf_copilot.training.report import count_parameters
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 

@@ -1,21 +1,41 @@
-"""Transformer Copilot (arXiv 2505.16270) for the Hugging Face stack."""
+"""Transformer Copilot (arXiv 2505.16270) for the Hugging Face stack.
+
+Four wings, of which each imports only from those before it: `model`, `pilot`, `generation`, `training`. The last one
+is loaded on first use: who only generates with a Copilot imports neither trl nor datasets.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel
 
-from .callback import CopilotCallback
-from .compatibility import check_pilot
-from .configuration_copilot import CopilotConfig
-from .learner import CopilotLearner
-from .logits_processor import CopilotLogitsProcessor
-from .mistake_log import MistakeLog
-from .modeling_copilot import CopilotModel
-from .trainer import CopilotSeq2SeqTrainer, CopilotTrainer
-from .training_args import CopilotArguments, CopilotSeq2SeqConfig, CopilotSFTConfig
+from .generation.logits_processor import CopilotLogitsProcessor
+from .model.configuration_copilot import CopilotConfig
+from .model.modeling_copilot import CopilotModel
+from .pilot.compatibility import check_pilot
+from .pilot.copilot_for import copilot_for
 from .version import __version__
-from .weights import copilot_for
+
+if TYPE_CHECKING:
+    from .training.callback import CopilotCallback
+    from .training.learner import CopilotLearner
+    from .training.mistake_log import MistakeLog
+    from .training.trainer import CopilotSeq2SeqTrainer, CopilotTrainer
+    from .training.training_args import CopilotArguments, CopilotSeq2SeqConfig, CopilotSFTConfig
 
 AutoConfig.register(CopilotConfig.model_type, CopilotConfig)
 AutoModel.register(CopilotConfig, CopilotModel)
+
+_ON_FIRST_USE = {
+    "CopilotArguments": ".training.training_args",
+    "CopilotCallback": ".training.callback",
+    "CopilotLearner": ".training.learner",
+    "CopilotSFTConfig": ".training.training_args",
+    "CopilotSeq2SeqConfig": ".training.training_args",
+    "CopilotSeq2SeqTrainer": ".training.trainer",
+    "CopilotTrainer": ".training.trainer",
+    "MistakeLog": ".training.mistake_log",
+}
 
 __all__ = [
     "CopilotArguments",
@@ -33,3 +53,14 @@ __all__ = [
     "check_pilot",
     "copilot_for",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_ON_FIRST_USE[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 
-from .discrepancy import fuse
-from .learner import CopilotLearner
+from .model.discrepancy import fuse
+from .training.learner import CopilotLearner
 
 PILOT, RECTIFIED = "tab:gray", "tab:orange"
 

@@ -30,7 +30,7 @@ from transformers import (
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer
-from hf_copilot.trainer import CopilotMixin
+from hf_copilot.training.trainer import CopilotMixin
 
 
 @dataclass

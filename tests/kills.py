@@ -27,7 +27,7 @@ def train(folder: str, has_begun) -> None:
     from test_checkpoint import make_trainer
     from transformers import TrainerCallback
 
-    from hf_copilot.checkpoint import newest_whole_checkpoint
+    from hf_copilot.training.checkpoint import newest_whole_checkpoint
 
     class Tell(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from two_processes import digest, plain_trainer
 
 from hf_copilot import CopilotConfig
-from hf_copilot.pilot_tap import is_sharded
+from hf_copilot.pilot.inspect import is_sharded
 
 DistributedType = accelerate.state.DistributedType
 WRAP = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}

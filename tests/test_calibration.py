@@ -20,8 +20,8 @@ from hf_copilot import (
     CopilotSFTConfig,
     CopilotTrainer,
 )
-from hf_copilot.discrepancy import fuse
-from hf_copilot.measures import METRICS_OF_STRENGTH, STRENGTHS, calibration_of, no_sums, sums_of
+from hf_copilot.model.discrepancy import fuse
+from hf_copilot.training.metrics import METRICS_OF_STRENGTH, STRENGTHS, calibration_of, no_sums, sums_of
 
 
 @settings(deadline=None, max_examples=25)

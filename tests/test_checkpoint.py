@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotConfig, CopilotModel, CopilotSFTConfig, CopilotTrainer
-from hf_copilot.checkpoint import find_fault
-from hf_copilot.measures import calibration_of
+from hf_copilot.training.checkpoint import find_fault
+from hf_copilot.training.metrics import calibration_of
 
 PACKED = {"packing": True, "packing_strategy": "bfd", "max_length": 16}
 VARIANTS = {
@@ -155,7 +155,9 @@ def test_a_torn_checkpoint_does_not_push_out_a_whole_one(tmp_path, straight):
     assert kept.name == "checkpoint-4" and find_fault(kept) is None
 
 
-@pytest.mark.parametrize("at", ["hf_copilot.learner_state.save_file", "hf_copilot.checkpoint.json.dumps"])
+@pytest.mark.parametrize(
+    "at", ["hf_copilot.training.learner_state.save_file", "hf_copilot.training.checkpoint.json.dumps"]
+)
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, straight, monkeypatch, at):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")

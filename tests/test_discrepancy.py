@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_copilot import discrepancy as d
+from hf_copilot.model import discrepancy as d
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(2, 12), st.integers(0, 2**16))
 

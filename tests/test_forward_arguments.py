@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from versions import CACHE
 
 from hf_copilot import CopilotCallback, CopilotConfig, CopilotLogitsProcessor
-from hf_copilot.forward_arguments import ForwardArguments
+from hf_copilot.pilot.forward_arguments import ForwardArguments
 
 
 class OtherName(LlamaModel):

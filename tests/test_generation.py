@@ -307,6 +307,7 @@ def test_going_on_with_beams(pilot, config):
     check_against_training_path(copilot, pilot, processor.calls, PROMPT.shape[1], lambda row: 0)
 
 
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=True)  # nobody has opened a tap yet
 def test_a_compiled_static_cache(pilot, config):
     """As on a GPU, where transformers compiles the forward: before there is a processor, and with several of them."""
     compiling = CompileConfig(mode="default", backend="eager")
@@ -551,7 +552,7 @@ def test_predicted_feedback_feeds_the_last_correction(pilot):
 
 
 def test_padding_rows_of_the_pilot_are_left_alone(pilot, tokenizer, config):
-    from hf_copilot.compatibility import tokenizer_fingerprint
+    from hf_copilot.pilot.compatibility import tokenizer_fingerprint
 
     wide = tiny_pilot(vocab_size=VOCAB_SIZE + 8).eval()
     copilot = trained_like(pilot, config)

@@ -10,9 +10,9 @@ from peft import LoraConfig, PromptTuningConfig
 from tiny import MEMORIES, OBJECTIVES, VOCAB_SIZE, assert_same, tiny_pilot, tiny_seq2seq, trained_like
 
 from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
-from hf_copilot.batch import FULL, LIKE, CopilotBatch, find_documents, group_by_length
-from hf_copilot.learner_state import load_state
-from hf_copilot.mistake_log import MistakeRecord
+from hf_copilot.training.batch import FULL, LIKE, CopilotBatch, find_documents, group_by_length
+from hf_copilot.training.learner_state import load_state
+from hf_copilot.training.mistake_log import MistakeRecord
 
 FLOAT = {"log_dtype": torch.float32}
 

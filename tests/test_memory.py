@@ -21,7 +21,7 @@ from hf_copilot import (
     CopilotTrainer,
     copilot_for,
 )
-from hf_copilot.model_card import copilot_card
+from hf_copilot.model.hub import copilot_card
 
 TOKENS = {"memory": "tokens"}
 IDS = torch.tensor([[5, 9, 12, 7, 20, 31]])

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from hf_copilot import CopilotArguments, CopilotCallback, CopilotSeq2SeqConfig, CopilotSFTConfig, CopilotTrainer
-from hf_copilot.mistake_source import Holdout, split_holdout
+from hf_copilot.training.mistake_source import Holdout, split_holdout
 
 
 def make_trainer(tmp_path, source, data=None, trainer_class=CopilotTrainer, **changes):

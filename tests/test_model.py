@@ -14,10 +14,10 @@ from tiny import SHAPE, VOCAB_SIZE, tiny_pilot, tiny_tokenizer, trained_like
 from transformers import AutoConfig, AutoModel, BertConfig, BertForMaskedLM
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotModel, check_pilot, copilot_for
-from hf_copilot.compatibility import tokenizer_fingerprint
-from hf_copilot.configuration_copilot import FORMAT_VERSION
-from hf_copilot.modeling_copilot import rotation
-from hf_copilot.weights import LLAMA_FAMILIES
+from hf_copilot.model.configuration_copilot import FORMAT_VERSION
+from hf_copilot.model.modeling_copilot import rotation
+from hf_copilot.pilot.compatibility import tokenizer_fingerprint
+from hf_copilot.pilot.copilot_for import LLAMA_FAMILIES
 
 
 def no_rotary(hidden):

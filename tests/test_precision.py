@@ -23,8 +23,8 @@ from hf_copilot import (
     CopilotTrainer,
     copilot_for,
 )
-from hf_copilot.report import count_parameters
-from hf_copilot.weights import block_state
+from hf_copilot.pilot.copilot_for import block_state
+from hf_copilot.training.report import count_parameters
 
 BY_64 = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}  # what bitsandbytes' blocks divide
 QUANTIZED = {

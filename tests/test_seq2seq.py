@@ -31,7 +31,7 @@ from hf_copilot import (
     check_pilot,
     copilot_for,
 )
-from hf_copilot.pilot_tap import PilotHead
+from hf_copilot.pilot.head import PilotHead
 
 IDS = torch.tensor([[5, 15, 6, 17, 2, 0], [8, 15, 9, 9, 17, 2], [7, 15, 11, 17, 2, 0]])
 MASK = (IDS != 0).long()

@@ -15,7 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from versions import CHECKPOINTING
 
 from hf_copilot import CopilotConfig
-from hf_copilot.pilot_tap import PilotHead, PilotTap, find_layers
+from hf_copilot.pilot.head import PilotHead
+from hf_copilot.pilot.inspect import find_layers
+from hf_copilot.pilot.tap import PilotTap
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 

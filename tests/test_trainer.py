@@ -25,8 +25,8 @@ from hf_copilot import (
     CopilotSFTConfig,
     CopilotTrainer,
 )
-from hf_copilot.checkpoint import TORN
-from hf_copilot.learner_state import written_beside
+from hf_copilot.training.checkpoint import TORN
+from hf_copilot.training.learner_state import written_beside
 
 DROPOUT = {"attention_dropout": 0.1}
 

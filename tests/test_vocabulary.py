@@ -19,10 +19,10 @@ from hf_copilot import (
     CopilotTrainer,
     copilot_for,
 )
-from hf_copilot.compatibility import tokenizer_fingerprint
-from hf_copilot.model_card import copilot_card
-from hf_copilot.report import count_parameters, multiplied_parameters
-from hf_copilot.vocabulary import lent_vocabulary
+from hf_copilot.model.hub import copilot_card
+from hf_copilot.pilot.compatibility import tokenizer_fingerprint
+from hf_copilot.pilot.vocabulary import lent_vocabulary
+from hf_copilot.training.report import count_parameters, multiplied_parameters
 
 LENT = {"vocab_projection": "pilot"}
 IDS = torch.tensor([[5, 9, 12, 7, 20, 31]])
@@ -207,7 +207,7 @@ def test_matrices_that_cannot_be_lent_are_named(pilot, monkeypatch):
     copilot = trained_like(pilot, CopilotConfig(**LENT))
     with pytest.raises(ValueError, match="pass `lent="):
         copilot.vocabulary(None)
-    monkeypatch.setattr("hf_copilot.vocabulary.is_sharded", lambda model: True)
+    monkeypatch.setattr("hf_copilot.pilot.vocabulary.is_sharded", lambda model: True)
     with pytest.raises(NotImplementedError, match="sharded"):
         CopilotLearner(copilot, pilot, 1)
     monkeypatch.undo()

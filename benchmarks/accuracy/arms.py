@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cost import Stopwatch  # noqa: E402
 
-from hf_copilot.measures import best_strength
-from hf_copilot.report import count_parameters
+from hf_copilot.training.metrics import best_strength
+from hf_copilot.training.report import count_parameters
 
 PAPER = Variant(arguments={"copilot_steps_per_round": 1, "copilot_weight_decay": 0.0}, paper=True)  # Algorithm 1
 COPILOTS = {"paper": PAPER, "copilot": Variant(), "states": Variant({"memory": "pilot"})}  # "copilot": the defaults

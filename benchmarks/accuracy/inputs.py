@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from hf_copilot import CopilotLearner, CopilotModel
-from hf_copilot.batch import IGNORE, CopilotBatch
-from hf_copilot.discrepancy import SparseDiscrepancy
-from hf_copilot.mistake_log import MistakeRecord
-from hf_copilot.modeling_copilot import CopilotOutput
+from hf_copilot.model.discrepancy import SparseDiscrepancy
+from hf_copilot.model.modeling_copilot import CopilotOutput
+from hf_copilot.training.batch import IGNORE, CopilotBatch
+from hf_copilot.training.mistake_log import MistakeRecord
 
 NEVER = 10**6  # positions; a lag that hides every h
 PROMPT = -1.0

@@ -14,7 +14,7 @@ from training import Setting, Trained, Variant
 from transformers import PreTrainedModel
 
 from hf_copilot import CopilotArguments, CopilotLearner, MistakeLog, copilot_for
-from hf_copilot.mistake_log import MistakeRecord
+from hf_copilot.training.mistake_log import MistakeRecord
 
 ALL_ROUNDS, ALL_BYTES = 100_000, 2**34
 

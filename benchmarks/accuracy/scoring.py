@@ -19,8 +19,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_copilot import CopilotLearner, CopilotLogitsProcessor
-from hf_copilot.batch import IGNORE, CopilotBatch
-from hf_copilot.discrepancy import fuse
+from hf_copilot.model.discrepancy import fuse
+from hf_copilot.training.batch import IGNORE, CopilotBatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "recipes"))
 

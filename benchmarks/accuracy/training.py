@@ -34,7 +34,7 @@ from hf_copilot import (
     CopilotTrainer,
     copilot_for,
 )
-from hf_copilot.report import count_parameters
+from hf_copilot.training.report import count_parameters
 
 CHECKPOINTING = "activation_checkpointing"
 if CHECKPOINTING not in {argument.name for argument in fields(SFTConfig)}:

@@ -13,9 +13,9 @@ import torch
 from scoring import Rectified
 
 from hf_copilot import CopilotConfig
-from hf_copilot.discrepancy import fuse, sparse_discrepancy
-from hf_copilot.modeling_copilot import interleave, rotary_positions
-from hf_copilot.pilot_tap import PilotStates, PilotTap
+from hf_copilot.model.discrepancy import fuse, sparse_discrepancy
+from hf_copilot.model.modeling_copilot import interleave, rotary_positions
+from hf_copilot.pilot.tap import PilotStates, PilotTap
 
 
 @dataclass

@@ -16,7 +16,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import Cache
 
-from .version import TESTED_TRANSFORMERS
+from ..version import TESTED_TRANSFORMERS
 
 OF_DECODERS = ("input_ids", "attention_mask")
 OF_CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask")

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from .compatibility import check_pilot
-from .configuration_copilot import check_strength
-from .discrepancy import fuse
-from .modeling_copilot import CopilotModel
+from ..model.configuration_copilot import check_strength
+from ..model.discrepancy import fuse
+from ..model.modeling_copilot import CopilotModel
+from ..pilot.compatibility import check_pilot
 from .rectifier import Rectifier, pad_to_vocabulary
 
 

@@ -11,6 +11,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainingArguments
 
+from ..model.configuration_copilot import CopilotConfig
+from ..model.modeling_copilot import CopilotModel
+from ..pilot.forward_arguments import ForwardArguments
+from ..pilot.inspect import unwrap
 from .assembly import (
     after_first_visit,
     check_first_visit,
@@ -21,12 +25,8 @@ from .assembly import (
     save_weights,
 )
 from .checkpoint import STATE_FOLDER
-from .configuration_copilot import CopilotConfig
-from .forward_arguments import ForwardArguments
 from .learner import CopilotLearner
 from .learner_state import save_state
-from .modeling_copilot import CopilotModel
-from .pilot_tap import unwrap
 from .training_args import AUTO_STRENGTHS, CopilotArguments
 
 

@@ -18,6 +18,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import SFTTrainer
 
+from ..generation.logits_processor import CopilotLogitsProcessor
+from ..model.configuration_copilot import CopilotConfig
+from ..model.modeling_copilot import CopilotModel
+from ..pilot.inspect import is_encoder_decoder
 from .assembly import (
     after_first_visit,
     check_data,
@@ -38,14 +42,10 @@ from .checkpoint import (
     newest_whole_checkpoint,
     write_manifest,
 )
-from .configuration_copilot import CopilotConfig
 from .learner_state import load_state, save_state
-from .logits_processor import CopilotLogitsProcessor
-from .measures import STRENGTHS, results_of
+from .metrics import STRENGTHS, results_of
 from .mistake_log import MistakeRecord
 from .mistake_source import Holdout, split_holdout, without_logits
-from .modeling_copilot import CopilotModel
-from .pilot_tap import is_encoder_decoder
 from .report import describe_start, table_of_training
 from .training_args import AUTO_STRENGTHS, CopilotArguments, least_is_best
 

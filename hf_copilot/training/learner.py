@@ -21,17 +21,19 @@ from peft import PeftConfig
 from torch import nn
 from transformers import get_scheduler
 
+from ..model.configuration_copilot import check_strength
+from ..model.discrepancy import cross_entropy_loss, rmse_loss, row_chunks
+from ..model.modeling_copilot import CopilotModel, Vocabulary
+from ..pilot.compatibility import check_pilot
+from ..pilot.head import PilotEmbedding, PilotHead
+from ..pilot.inspect import eval_mode, is_sharded, isolated_rng
+from ..pilot.tap import PilotStates, PilotTap
+from ..pilot.vocabulary import lent_vocabulary
 from .adapter import add_adapter, merged_copy
 from .batch import CopilotBatch, group_by_length, make_records
-from .compatibility import check_pilot
-from .configuration_copilot import check_strength
-from .discrepancy import cross_entropy_loss, rmse_loss, row_chunks
 from .distributed import copy_from_main_process, num_processes, process_index, sum_count, sum_over_processes
-from .measures import METRICS_OF_STRENGTH, STRENGTHS, calibration_of, no_sums, sums_of
+from .metrics import METRICS_OF_STRENGTH, STRENGTHS, calibration_of, no_sums, sums_of
 from .mistake_log import MistakeLog, MistakeRecord
-from .modeling_copilot import CopilotModel
-from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, PilotTap, eval_mode, is_sharded, isolated_rng
-from .vocabulary import Vocabulary, lent_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,8 @@ class CopilotLearner:
     With several processes (DDP) each has its own log and draws; losses, gradients and metrics are summed over them, so
     every process must call `start`, `step` and `pop_metrics`. The Copilots stay the same on all.
 
-    `exported().save_pretrained(...)` saves the Copilot; [`hf_copilot.learner_state`] saves and loads what a run that
-    goes on needs besides.
+    `exported().save_pretrained(...)` saves the Copilot; [`hf_copilot.training.learner_state`] saves and loads what a
+    run that goes on needs besides.
 
     Args:
         copilot: Trained in place; moved to the device of the Pilot's head.

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .version import __version__
+from ..version import __version__
 
 # What is on disk: raised by one when an older hf_copilot could no longer read a Copilot rightly (CONTRIBUTING.md).
 FORMAT_VERSION = 1

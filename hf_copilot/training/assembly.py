@@ -11,15 +11,15 @@ from peft import PeftConfig
 from transformers import IntervalStrategy, SchedulerType, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..model.configuration_copilot import CopilotConfig
+from ..model.modeling_copilot import CopilotModel
+from ..pilot.compatibility import check_pilot, describe_pilot
+from ..pilot.copilot_for import copilot_for
 from .checkpoint import STATE_FOLDER, WEIGHTS_FOLDER
-from .compatibility import check_pilot, describe_pilot
-from .configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
 from .learner_state import load_state, written_beside
 from .mistake_log import MistakeLog, MistakeRecord
-from .modeling_copilot import CopilotModel
 from .training_args import CopilotArguments
-from .weights import copilot_for
 
 logger = logging.get_logger(__name__)
 

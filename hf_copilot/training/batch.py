@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .configuration_copilot import CopilotConfig
-from .discrepancy import SparseDiscrepancy, discrepancy
+from ..model.configuration_copilot import CopilotConfig
+from ..model.discrepancy import SparseDiscrepancy, discrepancy
+from ..model.modeling_copilot import interleave, memory_mask, rotary_positions
+from ..pilot.head import PilotEmbedding, PilotHead
+from ..pilot.inspect import is_encoder_decoder
+from ..pilot.tap import PilotStates
 from .mistake_log import MistakeRecord
-from .modeling_copilot import interleave, memory_mask, rotary_positions
-from .pilot_tap import PilotEmbedding, PilotHead, PilotStates, is_encoder_decoder
 
 IGNORE = -100
 FULL, LIKE = 1024, 0.75  # of `group_by_length`

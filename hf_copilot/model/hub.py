@@ -1,8 +1,13 @@
-"""The card of a Copilot, written from what its config knows and nothing else."""
+"""A Copilot on disk and on the Hub: loaded strictly, saved with a card, pushed in one commit."""
 
 from __future__ import annotations
 
-from huggingface_hub import ModelCard, ModelCardData
+import os
+import tempfile
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers import PreTrainedModel
 
 from .configuration_copilot import CopilotConfig
 
@@ -53,6 +58,66 @@ use it. It adds its own cost to every generated token.
 
 Zou et al., *Transformer Copilot: Learning from the Mistake Log in LLM Fine-tuning*, NeurIPS 2025, arXiv:2505.16270.
 """
+
+
+class CopilotPreTrainedModel(PreTrainedModel):
+    """What [`CopilotModel`] does on disk and on the Hub."""
+
+    config_class = CopilotConfig
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
+        """As `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `revision`, `subfolder`, ...), safetensors
+        only, but raises a `ValueError` if a tensor is missing or unexpected."""
+        asked_for_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing or unexpected:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is not a complete Copilot: missing tensors {missing}, unexpected "
+                f"tensors {unexpected}. Download or save it again with CopilotModel.save_pretrained."
+            )
+        return (model, info) if asked_for_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`: `config.json`, `model.safetensors` and a card (`README.md`)."""
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("Call copilot.push_to_hub(repo_id): it uploads weights and card in one commit.")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        copilot_card(self.config).save(os.path.join(save_directory, "README.md"))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> str:
+        """As `PreTrainedModel.push_to_hub`, in one commit and with the Copilot's own card; gives the commit's URL."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, max_shard_size=max_shard_size)
+            card = copilot_card(self.config)
+            card.data.tags = [*card.data.tags, *(tags or [])]
+            card.save(os.path.join(directory, "README.md"))
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=directory,
+                commit_message=commit_message or "Upload CopilotModel",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
 
 def copilot_card(config: CopilotConfig) -> ModelCard:

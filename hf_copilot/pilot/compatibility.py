@@ -14,15 +14,16 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_copilot import CopilotConfig
-from .modeling_copilot import CopilotModel
-from .pilot_tap import PilotHead, find_decoder, find_layers, is_encoder_decoder, unwrap
-from .version import __version__
+from ..model.configuration_copilot import CopilotConfig
+from ..model.modeling_copilot import CopilotModel
+from ..version import __version__
+from .head import PilotHead
+from .inspect import find_decoder, find_layers, is_encoder_decoder, unwrap
 from .vocabulary import lent_vocabulary
 
 NO_FINGERPRINT = (  # what to do about it
-    "set copilot.config.tokenizer_fingerprint = hf_copilot.compatibility.tokenizer_fingerprint(<the tokenizer that it "
-    "was trained with>), which copilot_for(pilot, config, tokenizer) does"
+    "set copilot.config.tokenizer_fingerprint = hf_copilot.pilot.compatibility.tokenizer_fingerprint(<the tokenizer "
+    "that it was trained with>), which copilot_for(pilot, config, tokenizer) does"
 )
 
 

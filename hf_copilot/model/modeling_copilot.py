@@ -2,22 +2,19 @@
 
 It knows no Pilot, no hook and no trainer: tensors in, tensors out. Shapes: B rows (documents), m queries (target
 positions), n positions of the Pilot's decoder, S of its encoder, d hidden size, d_P the Pilot's hidden size, V
-vocabulary, k kept entries of a discrepancy, e the width of the matrices E and W of `vocabulary.py`. The memory
+vocabulary, k kept entries of a discrepancy, e the width of the matrices E and W of [`Vocabulary`]. The memory
 [X̃ ; h] has 2n entries, or S + n beside an encoder-decoder; that of tokens alone has n.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi
 from torch import nn
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -26,8 +23,14 @@ from transformers.models.llama.modeling_llama import rotate_half
 from transformers.utils import ModelOutput
 
 from .configuration_copilot import CopilotConfig
-from .model_card import copilot_card
-from .vocabulary import Vocabulary
+from .hub import CopilotPreTrainedModel
+
+
+class Vocabulary(NamedTuple):
+    """E, whose rows make an input, and W of f = W h: `[V, e]`, with e = d, or d_P where the Pilot lends them."""
+
+    embedding: torch.Tensor
+    head: torch.Tensor
 
 
 def interleave(embeddings: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -232,14 +235,13 @@ class CopilotOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
-class CopilotModel(PreTrainedModel):
+class CopilotModel(CopilotPreTrainedModel):
     """Predicts the Pilot's discrepancy f at every query from the memory and the discrepancies before it.
 
-    `CopilotModel(config)` has random weights; `hf_copilot.weights.copilot_for(pilot, config)` starts from a decoder.
+    `CopilotModel(config)` has random weights; `hf_copilot.copilot_for(pilot, config)` starts from a decoder.
     The last map starts at zero (W, or the one before it where the Pilot lends W), so a fresh Copilot changes nothing.
     """
 
-    config_class = CopilotConfig
     base_model_prefix = "copilot"
     main_input_name = "input_values"
     _no_split_modules = ["CopilotLayer"]
@@ -254,7 +256,7 @@ class CopilotModel(PreTrainedModel):
         if missing:
             raise ValueError(
                 f"This CopilotConfig (memory={config.memory!r}) has no {missing} yet: build the Copilot with "
-                "hf_copilot.weights.copilot_for(pilot, config), which takes them from the Pilot."
+                "hf_copilot.pilot.copilot_for.copilot_for(pilot, config), which takes them from the Pilot."
             )
         types, own = config.attention_types, config.vocab_projection == "own"
         size, pilot_size = config.hidden_size, config.pilot_hidden_size
@@ -394,57 +396,3 @@ class CopilotModel(PreTrainedModel):
         if any(tensor is None for tensor in positions):
             raise ValueError("This Copilot has rotary positions: pass **rotary_positions(config, queries, tokens).")
         return tuple(rotation(tensor, self.config.head_dim, self.config.rope_theta) for tensor in positions)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
-        """As `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `revision`, `subfolder`, ...), safetensors
-        only, but raises a `ValueError` if a tensor is missing or unexpected."""
-        asked_for_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("use_safetensors", True)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-        if missing or unexpected:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is not a complete Copilot: missing tensors {missing}, unexpected "
-                f"tensors {unexpected}. Download or save it again with CopilotModel.save_pretrained."
-            )
-        return (model, info) if asked_for_info else model
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`: `config.json`, `model.safetensors` and a card (`README.md`)."""
-        if kwargs.pop("push_to_hub", False):
-            raise ValueError("Call copilot.push_to_hub(repo_id): it uploads weights and card in one commit.")
-        super().save_pretrained(save_directory, *args, **kwargs)
-        copilot_card(self.config).save(os.path.join(save_directory, "README.md"))
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-        tags: list[str] | None = None,
-    ) -> str:
-        """As `PreTrainedModel.push_to_hub`, in one commit and with the Copilot's own card; gives the commit's URL."""
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory, max_shard_size=max_shard_size)
-            card = copilot_card(self.config)
-            card.data.tags = [*card.data.tags, *(tags or [])]
-            card.save(os.path.join(directory, "README.md"))
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=directory,
-                commit_message=commit_message or "Upload CopilotModel",
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )

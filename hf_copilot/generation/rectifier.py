@@ -16,10 +16,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import DynamicCache
 
-from .discrepancy import sparse_discrepancy
-from .modeling_copilot import CopilotModel, interleave, memory_mask, rotary_positions
-from .pilot_tap import PilotStates, PilotTap
-from .vocabulary import Vocabulary, lent_vocabulary
+from ..model.discrepancy import sparse_discrepancy
+from ..model.modeling_copilot import CopilotModel, Vocabulary, interleave, memory_mask, rotary_positions
+from ..pilot.tap import PilotStates, PilotTap
+from ..pilot.vocabulary import lent_vocabulary
 
 UNKNOWN_CALL = (
     "The processor was called with tokens that its Pilot has not just been run on. It rectifies "

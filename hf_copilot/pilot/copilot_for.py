@@ -10,10 +10,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..model.configuration_copilot import CopilotConfig
+from ..model.modeling_copilot import CopilotModel
 from .compatibility import describe_pilot
-from .configuration_copilot import CopilotConfig
-from .modeling_copilot import CopilotModel
-from .pilot_tap import PilotHead, find_decoder, find_layers, is_encoder_decoder, isolated_rng, unwrap
+from .head import PilotHead
+from .inspect import find_decoder, find_layers, is_encoder_decoder, isolated_rng, unwrap
 from .vocabulary import lent_vocabulary
 
 # Families whose block is the Copilot's own: pre-norm RMSNorm, MLP, attention (T5's relative positions left out).

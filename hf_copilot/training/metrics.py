@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .discrepancy import fuse
+from ..model.discrepancy import fuse
 
 # λ of the paper's Table 17 and around it; 0 is the Pilot alone
 METRICS_OF_STRENGTH = ("nll", "token_accuracy")

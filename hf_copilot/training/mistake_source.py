@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
-from .pilot_tap import is_encoder_decoder, unwrap
+from ..pilot.inspect import is_encoder_decoder, unwrap
 
 
 class Holdout:

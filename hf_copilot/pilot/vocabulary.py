@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .pilot_tap import is_sharded, unwrap
+from ..model.modeling_copilot import Vocabulary
+from .inspect import is_sharded, unwrap
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WAY_OUT = "Use CopilotConfig(vocab_projection='own')."
-
-
-class Vocabulary(NamedTuple):
-    """E, whose rows make an input, and W of f = W h: `[V, e]`, with e = d, or d_P where the Pilot lends them."""
-
-    embedding: torch.Tensor
-    head: torch.Tensor
 
 
 def lent_vocabulary(pilot: nn.Module, device: torch.device) -> Vocabulary:

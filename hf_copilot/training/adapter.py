@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from .modeling_copilot import CopilotModel
+from ..model.modeling_copilot import CopilotModel
 
 
 def add_adapter(copilot: CopilotModel, peft_config: PeftConfig) -> PeftModel:

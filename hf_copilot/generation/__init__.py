@@ -1,0 +1,1 @@
+"""Algorithm 2: the Copilot inside `model.generate`."""

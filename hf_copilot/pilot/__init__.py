@@ -1,0 +1,1 @@
+"""What is read of a Pilot, and which Pilot a Copilot fits."""

@@ -1,0 +1,76 @@
+"""What a Pilot is made of: the model inside its wrappers, its decoder, its layers; and how to leave it undisturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def unwrap(pilot: nn.Module) -> nn.Module:
+    """The language model inside DDP, `torch.compile` and PEFT wrappers."""
+    pilot = extract_model_from_parallel(pilot, keep_torch_compile=False)
+    return unwrap(pilot.get_base_model()) if isinstance(pilot, PeftModel) else pilot
+
+
+@contextmanager
+def isolated_rng(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Leave the global random state (CPU and every accelerator) as it was; inside, start from `seed` if given."""
+    kind = "cuda" if device.type == "cpu" else device.type
+    backend = getattr(torch, kind)
+    devices = list(range(backend.device_count())) if backend.is_available() else []  # manual_seed seeds them all
+    with torch.random.fork_rng(devices, device_type=kind):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def eval_mode(pilot: nn.Module) -> Iterator[None]:
+    """The Pilot in eval mode inside, each module as it was afterwards. A quantised one is put into training mode, its
+    dropout with it: bitsandbytes repacks it on a CPU for inference, and it could not be trained any more."""
+    modes = [(module, module.training) for module in pilot.modules()]
+    pilot.train(getattr(unwrap(pilot), "is_quantized", False))
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
+def is_encoder_decoder(pilot: nn.Module) -> bool:
+    """Whether the Pilot, wrapped or not, has an encoder whose output its decoder reads."""
+    return getattr(unwrap(pilot).config, "is_encoder_decoder", False)
+
+
+def find_decoder(pilot: nn.Module) -> nn.Module:
+    """The Pilot's decoder, or a `ValueError` if it has none."""
+    base = unwrap(pilot)
+    if not (hasattr(base, "get_decoder") and base.can_generate()):
+        raise ValueError(
+            f"{type(base).__name__} has no decoder that generates: use a Pilot that transformers ships as "
+            "`...ForCausalLM` or `...ForConditionalGeneration`."
+        )
+    return base.get_decoder()
+
+
+def find_layers(pilot: nn.Module) -> nn.ModuleList:
+    """The layers of the Pilot's decoder, or a `ValueError` if they can't be found."""
+    lists = [child for child in find_decoder(pilot).children() if isinstance(child, nn.ModuleList) and len(child)]
+    if len(lists) != 1:
+        raise ValueError(
+            f"The decoder layers of {type(unwrap(pilot)).__name__} can't be found: expected one non-empty ModuleList "
+            f"that holds them, found {len(lists)}. A Copilot that reads tokens does not look for them: "
+            "CopilotConfig(memory='tokens', init='random'), with num_hidden_layers of its own."
+        )
+    return lists[0]
+
+
+def is_sharded(pilot: nn.Module) -> bool:
+    """Whether processes share its parameters (FSDP2, `fully_shard`)."""
+    return any(isinstance(module, FSDPModule) for module in pilot.modules())

@@ -1,0 +1,178 @@
+"""Every hook on a Pilot's decoder and its layers, for training, generation and scoring.
+
+Shapes: B rows, T positions of one forward of the decoder, S of the encoder, d_P the Pilot's hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..model.configuration_copilot import CopilotConfig
+from .forward_arguments import OF_CROSS_ATTENTION, OF_DECODERS, ForwardArguments
+from .inspect import find_decoder, find_layers, is_encoder_decoder, unwrap
+
+
+@dataclass
+class PilotStates:
+    """What one forward of the Pilot's decoder showed; every tensor is detached."""
+
+    input_ids: torch.Tensor | None  # [B, T]; None if the forward was given embeddings
+    attention_mask: Any  # as the decoder was given it: 2D, 4D, a mapping of these, or None
+    past_length: int  # positions that were in the Pilot's cache before
+    # X̃ and h, None where the tap reads no layers
+    embeddings: torch.Tensor | None = None  # X̃, [B, T, d_P], the input of layer 0; or [B, S, d_P], of the encoder
+    encoder_length: int | None = None  # S; None without an encoder
+    encoder_attention_mask: torch.Tensor | None = None  # [B, S]; None without an encoder, or without padding
+    hidden_states: torch.Tensor | None = None  # h, [B, T, d_P], the pooled outputs of the layers
+    last_hidden_state: torch.Tensor | None = None  # [B, T, d_P], the decoder's output
+    next_logits: torch.Tensor | None = None  # [B, V], the model's logits at the last position, where it made any
+
+    @property
+    def length(self) -> int:
+        """T, the positions of this forward."""
+        return self.last_hidden_state.shape[1]
+
+    @property
+    def positions(self) -> int:
+        """B x T, and with an encoder B x S beside it."""
+        encoder = 0 if self.encoder_length is None else self.encoder_length
+        return len(self.last_hidden_state) * (self.length + encoder)
+
+
+def guard_hooks() -> None:
+    """Have compiled forwards look whether there are hooks now: a static cache compiles the Pilot, with or without
+    hooks. What was compiled before does not look, and is compiled anew."""
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
+
+
+class PilotTap:
+    """Reads every forward of the Pilot's decoder while `listen()` is true and hands it to `sink`.
+
+    Hooks on the decoder open and close a window, hooks on its layers collect only inside it, so recomputation under
+    gradient checkpointing adds nothing. `open()` and `close()`, or a `with`; removes its own
+    handles and no others.
+
+    Args:
+        pilot: Any causal LM of transformers, wrapped or not.
+        config: Of the Copilot: with `memory="pilot"` its `pooled_layers` form h by its `pooling`; with `"tokens"` no
+            layer is read, and no hook is on one.
+        sink: Called with the [`PilotStates`] at the end of each forward.
+        listen: Asked at the start of each forward.
+    """
+
+    def __init__(
+        self,
+        pilot: nn.Module,
+        config: CopilotConfig,
+        sink: Callable[[PilotStates], None],
+        listen: Callable[[], bool],
+    ):
+        self.model = unwrap(pilot)
+        self.decoder = find_decoder(pilot)
+        self.layers = find_layers(pilot) if config.reads_states else nn.ModuleList()
+        half = (len(self.layers) + 1) // 2
+        parts = {"all": self.layers, "first_half": self.layers[:half], "second_half": self.layers[-half:]}
+        self.pooled = parts[config.pooled_layers]
+        self.pooling, self.sink, self.listen = config.pooling, sink, listen
+        self.handles: list[RemovableHandle] = []
+        self.states: PilotStates | None = None  # not None only while a forward that we listen to runs
+        self.latest: PilotStates | None = None  # of the forward whose logits are still to come
+
+    def open(self) -> None:
+        """Register the hooks, unless they are there. From the first time on, compiled forwards of this process look
+        whether there are hooks (`torch._dynamo.config.skip_nnmodule_hook_guards`).
+
+        Raises:
+            NotImplementedError: If the decoder's forward lacks an argument that they read.
+        """
+        if self.handles:
+            return
+        guard_hooks()
+        self.arguments = ForwardArguments(self.decoder)
+        self.arguments.require(OF_DECODERS)
+        self.arguments.require_cache()
+        if is_encoder_decoder(self.model):
+            self.arguments.require(OF_CROSS_ATTENTION)
+        first = self.layers[:1] if self.pooled else []
+        self.layer_arguments = ForwardArguments(first[0]) if first else None
+        self.handles = [
+            self.decoder.register_forward_pre_hook(self._open, with_kwargs=True),
+            *(layer.register_forward_pre_hook(self._read_embeddings, with_kwargs=True) for layer in first),
+            *(layer.register_forward_hook(self._pool) for layer in self.pooled),
+            self.decoder.register_forward_hook(self._close, always_call=True),
+            self.model.register_forward_hook(self._read_logits),
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks; the Pilot is as it was. May be called again."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.states, self.latest = [], None, None
+
+    def __enter__(self) -> PilotTap:
+        self.open()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict) -> PilotTap:
+        """A copy of the Pilot (for a moving average, say) has its hooks: there they stay silent, and hold nothing."""
+        silent = memo[id(self)] = copy.copy(self)
+        silent.listen, silent.sink, silent.states, silent.latest = (lambda: False), None, None, None
+        silent.model = silent.decoder = silent.layers = silent.pooled = None
+        silent.handles = []
+        return silent
+
+    def _open(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.states = None
+        if not self.listen():
+            return
+        given = self.arguments.named(args, kwargs)
+        past_length = self.arguments.past_length(given)
+        self.states = PilotStates(given.get("input_ids"), given.get("attention_mask"), past_length)
+        if given.get("encoder_hidden_states") is not None:
+            self.states.embeddings = given["encoder_hidden_states"].detach()
+            self.states.encoder_length = self.states.embeddings.shape[1]
+            self.states.encoder_attention_mask = given.get("encoder_attention_mask")
+
+    def _read_embeddings(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.states is not None and self.states.embeddings is None:
+            self.states.embeddings = self.layer_arguments.first(args, kwargs).detach()
+
+    def _pool(self, layer: nn.Module, args: tuple, output: Any) -> None:
+        if self.states is None:
+            return
+        hidden = (output[0] if isinstance(output, tuple) else output).detach()  # [B, T, d_P]
+        pooled = self.states.hidden_states
+        if pooled is None:
+            self.states.hidden_states = hidden.to(torch.float32, copy=True)
+        elif self.pooling == "max":
+            torch.maximum(pooled, hidden.to(pooled), out=pooled)
+        else:
+            pooled += hidden.to(pooled.device)
+
+    def _close(self, decoder: nn.Module, args: tuple, output: Any) -> None:
+        states, self.states = self.states, None
+        if states is None or output is None or (self.pooled and states.hidden_states is None):
+            return  # not listening, or the forward failed
+        if self.pooled and self.pooling == "mean":
+            states.hidden_states /= len(self.pooled)
+        states.last_hidden_state = output[0].detach()
+        self.latest = states
+        self.sink(states)
+
+    def _read_logits(self, model: nn.Module, args: tuple, output: Any) -> None:
+        states, self.latest = self.latest, None
+        logits = getattr(output, "logits", None)
+        if states is not None and logits is not None:
+            states.next_logits = logits[:, -1].detach().clone()

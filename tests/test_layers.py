@@ -1,0 +1,70 @@
+"""The house: four wings, imports in one direction, short rooms (CONTRIBUTING.md, "How the code is laid out")."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import hf_copilot
+
+PACKAGE = Path(hf_copilot.__file__).parent
+WINGS = ("version", "model", "pilot", "generation", "training", "plots")  # each imports from those before it
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+
+
+def imports(name: str) -> set[str]:
+    """The modules of the package that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(FILES[name]):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found.add(".".join([*name.split(".")[: -node.level], node.module]))
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_in_one_direction(name):
+    wing = WINGS.index(name.partition(".")[0])
+    assert imports(name) <= FILES.keys()
+    upwards = [other for other in imports(name) if WINGS.index(other.partition(".")[0]) > wing]
+    assert not upwards
+
+
+def test_imports_make_no_circle():
+    order = list(TopologicalSorter({name: imports(name) for name in FILES}).static_order())
+    assert len(order) == len(FILES)
+
+
+ON_IMPORT = """
+import sys, torch, transformers, peft
+flag = torch._dynamo.config.skip_nnmodule_hook_guards
+import hf_copilot
+assert torch._dynamo.config.skip_nnmodule_hook_guards == flag
+heavy = sorted({"trl", "datasets", "rich", "matplotlib"} & sys.modules.keys())
+assert not heavy, heavy
+assert set(hf_copilot.__all__) <= set(dir(hf_copilot))
+"""
+
+
+def test_import_is_cheap_and_changes_nothing():
+    result = subprocess.run([sys.executable, "-c", ON_IMPORT], env=os.environ, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", hf_copilot.__all__)
+def test_public_names_stay(name):
+    assert getattr(hf_copilot, name) is not None
+
+
+def test_an_unknown_name_raises():
+    with pytest.raises(AttributeError, match="no attribute 'CopilotTrainr'"):
+        hf_copilot.CopilotTrainr  # noqa: B018
