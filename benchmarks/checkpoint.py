@@ -37,9 +37,9 @@ def make_learner(adapter: str) -> CopilotLearner:
     pilot = LlamaForCausalLM(LlamaConfig(**shape, pad_token_id=0)).to(torch.bfloat16)
     learner = CopilotLearner(copilot_for(pilot, CONFIG), pilot, 10, peft_config=ADAPTERS[adapter])
     learner.log = full_log()
-    for parameter in learner.trainable_parameters():
+    for parameter in learner.optimizer.parameters():
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        learner.optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
+        learner.optimizer.adamw.state[parameter] = {"step": torch.tensor(1.0), **moments}
     return learner
 
 

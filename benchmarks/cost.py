@@ -180,8 +180,8 @@ def measure_training(
         batches = [make_batch(vocab_size, rows, length, labelled, device) for _ in range(accumulate)]
         return [partial(pilot_alone, batches), partial(with_copilot, batches)]
 
-    learner.optimizer.register_step_pre_hook(lambda *_: watch.start("copilot_optimizer"))
-    learner.optimizer.register_step_post_hook(lambda *_: watch.stop("copilot_optimizer"))
+    learner.optimizer.adamw.register_step_pre_hook(lambda *_: watch.start("copilot_optimizer"))
+    learner.optimizer.adamw.register_step_post_hook(lambda *_: watch.stop("copilot_optimizer"))
     watch.repeat(reps, 2, arms)
     whole, updates = watch.median("copilot_step"), steps_per_round * watch.median("copilot_optimizer")
     log = accumulate * watch.median("log_part")

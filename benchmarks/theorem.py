@@ -80,9 +80,9 @@ def predictions(pilot: LlamaForCausalLM, learner: CopilotLearner, ids: torch.Ten
     pilots, corrections = [], []
     for rows in ids.split(ROWS):
         inputs = labelled(rows)
-        for record in learner.read(inputs, lambda inputs=inputs: pilot(**inputs)):
-            (batch,) = learner.batches([record])
-            for _, logits, correction in learner.scores(batch):
+        for record in learner.forced.read(inputs, lambda inputs=inputs: pilot(**inputs)):
+            (batch,) = learner.forced.batches([record])
+            for _, logits, correction in learner.forced.corrections(batch):
                 pilots.append(logits.softmax(-1))
                 corrections.append(correction)
     return torch.cat(pilots), torch.cat(corrections)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .training.callback import CopilotCallback
     from .training.learner import CopilotLearner
     from .training.mistake_log import MistakeLog
+    from .training.teacher_forced import score
     from .training.trainer import CopilotSeq2SeqTrainer, CopilotTrainer
     from .training.training_args import CopilotArguments, CopilotSeq2SeqConfig, CopilotSFTConfig
 
@@ -35,6 +36,7 @@ _ON_FIRST_USE = {
     "CopilotSeq2SeqTrainer": ".training.trainer",
     "CopilotTrainer": ".training.trainer",
     "MistakeLog": ".training.mistake_log",
+    "score": ".training.teacher_forced",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "__version__",
     "check_pilot",
     "copilot_for",
+    "score",
 ]
 
 

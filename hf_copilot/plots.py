@@ -44,9 +44,9 @@ def rectified_token(
     """
     config, best = learner.copilot.config, None
     learner.copilot.eval()
-    for record in learner.read(inputs, lambda: pilot(**{k: v for k, v in inputs.items() if k != "labels"})):
-        (batch,) = learner.batches([record])
-        for rows, pilot_logits, correction in learner.scores(batch):
+    for record in learner.forced.read(inputs, lambda: pilot(**{k: v for k, v in inputs.items() if k != "labels"})):
+        (batch,) = learner.forced.batches([record])
+        for rows, pilot_logits, correction in learner.forced.corrections(batch):
             before = pilot_logits.softmax(-1)  # [c, V]
             after = fuse(pilot_logits, correction, config.strength, config.fusion).softmax(-1)  # [c, V]
             label = batch.labels[rows]  # [c]

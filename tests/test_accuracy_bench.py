@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "accuracy")
 import experiments  # noqa: E402
 import picture  # noqa: E402
 import run  # noqa: E402
-from inputs import prompts_too, scheduled_feeding  # noqa: E402
+from inputs import ReadingPrompts, ScheduledFeeding  # noqa: E402
 from mistakes import ReservoirLog, WeightedLog  # noqa: E402
 from multiple_choice import MULTIPLE_CHOICE, SETS, convert  # noqa: E402
 from recommendation import RECOMMENDATION, check_with_beams  # noqa: E402
@@ -261,7 +261,7 @@ def test_prompts_are_read_and_not_measured():
     model = rectified()
     examples = [encode(model.tokenizer, row, 64) for row in ROWS]
     before = model.log_likelihoods(examples)
-    prompts_too(model.learner)
+    model.learner = ReadingPrompts(model.learner.copilot, model.pilot)
     after = model.log_likelihoods(examples)
     assert torch.equal(after[:, 2], before[:, 2]) and not torch.allclose(after[:, 0], before[:, 0])
     at_zero = replace(model, strength=0.0).log_likelihoods(examples)
@@ -275,19 +275,18 @@ def test_scheduled_feeding_is_generations_in_training(monkeypatch, copilot_input
     monkeypatch.setattr("inputs.SHARE", 1.0)
     pilot = tiny_pilot().eval()
     config = CopilotConfig.paper(num_hidden_layers=2, dropout=0.0, copilot_input=copilot_input, top_k=VOCAB_SIZE)
-    learner = CopilotLearner(trained_like(pilot, config), pilot, log_dtype=torch.float32)
-    copilot, prompt = learner.copilot, torch.tensor([[5, 9, 12]])
+    copilot, prompt = trained_like(pilot, config), torch.tensor([[5, 9, 12]])
+    forced = ScheduledFeeding(copilot, pilot)
     fed = {"training": [], "generation": []}
     with CopilotLogitsProcessor(copilot, pilot) as processor:
         hook = copilot.layers[0].register_forward_pre_hook(lambda layer, args: fed["generation"].append(args[0]))
         ids = pilot.generate(prompt, logits_processor=[processor], max_new_tokens=2, do_sample=False)
         hook.remove()
     inputs = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(ids.shape[1]) < prompt.shape[1], -100)}
-    (batch,) = learner.batches(learner.read(inputs, lambda: pilot(input_ids=ids)))
-    scheduled_feeding(learner)
+    (batch,) = forced.batches(forced.read(inputs, lambda: pilot(input_ids=ids)))
     copilot.train()
     copilot.layers[0].register_forward_pre_hook(lambda layer, args: fed["training"].append(args[0]))
-    learner.forward(**batch.inputs)
+    forced.run(**batch.inputs)
     torch.testing.assert_close(fed["training"][-1], torch.cat(fed["generation"], dim=1), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(fed["training"][0], fed["training"][-1], atol=1e-2)  # of ℓ, and of f
 

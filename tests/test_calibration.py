@@ -21,7 +21,7 @@ from hf_copilot import (
     CopilotTrainer,
 )
 from hf_copilot.model.discrepancy import fuse
-from hf_copilot.training.metrics import METRICS_OF_STRENGTH, STRENGTHS, calibration_of, no_sums, sums_of
+from hf_copilot.training.metrics import METRICS_OF_STRENGTH, STRENGTHS, choose_strength, empty_sums, sum_metrics
 
 
 @settings(deadline=None, max_examples=25)
@@ -31,7 +31,7 @@ def test_sums_equal_the_fused_distribution(targets, vocabulary, fusion, seed):
     logits, correction = (torch.randn(targets, vocabulary, generator=generator) for _ in range(2))
     labels = torch.randint(vocabulary, (targets,), generator=generator)
     dropped = torch.rand(targets, generator=generator)
-    sums = sums_of(logits, correction, labels, dropped, STRENGTHS, fusion)
+    sums = sum_metrics(logits, correction, labels, dropped, STRENGTHS, fusion)
     for strength, (nll, hits) in zip(STRENGTHS, sums[:-1].tolist(), strict=True):
         fused = fuse(logits.log_softmax(-1), correction, strength, fusion)
         expected = torch.nn.functional.cross_entropy(fused, labels, reduction="sum").item()
@@ -61,7 +61,7 @@ def test_the_best_strength_is_kept(pilot, config):
 def test_the_most_right_tokens_are_another_choice():
     """λ = 2 has the most hits, λ = 1 the least NLL; of equals in hits the one with less NLL is taken."""
     strengths, sums = (0.0, 1.0, 2.0, 3.0), torch.tensor([[9.0, 4], [7, 5], [8, 6], [9, 6], [0, 10]])
-    by = {metric: calibration_of(sums, strengths, "", metric) for metric in METRICS_OF_STRENGTH}
+    by = {metric: choose_strength(sums, strengths, "", metric) for metric in METRICS_OF_STRENGTH}
     assert [by["nll"]["strength"], by["token_accuracy"]["strength"]] == [1.0, 2.0]
     assert by["token_accuracy"] == by["nll"] | {"strength": 2.0, "metric": "token_accuracy"}
 
@@ -103,13 +103,13 @@ def test_nothing_measured_raises(pilot):
     learner = CopilotLearner(trained_like(pilot), pilot)
     with pytest.raises(ValueError, match="No labelled token"), learner.calibrate():
         pass
-    assert learner.copilot.config.strength == 1.0 and learner.calibration is None
+    assert learner.copilot.config.strength == 1.0 and learner.calibrating is None
     with pytest.raises(ValueError, match="chosen by one of"), learner.calibrate(metric="loss"):
         pass
     with pytest.raises(ValueError, match="finite"), learner.calibrate((-1.0,)):
         pass
     with pytest.raises(ValueError, match="No labelled token"):
-        calibration_of(no_sums((0.0,)), (0.0,), "")
+        choose_strength(empty_sums((0.0,)), (0.0,), "")
 
 
 def make_trainer(folder, eval_dataset, copilot=None, **changes):

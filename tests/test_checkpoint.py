@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotConfig, CopilotModel, CopilotSFTConfig, CopilotTrainer
 from hf_copilot.training.checkpoint import find_fault
-from hf_copilot.training.metrics import calibration_of
+from hf_copilot.training.metrics import choose_strength
 
 PACKED = {"packing": True, "packing_strategy": "bfd", "max_length": 16}
 VARIANTS = {
@@ -237,7 +237,7 @@ def test_the_manifest_lists_every_file(straight):
 def test_the_calibrated_strength_is_resumed(tmp_path, straight):
     folder = copy_of(straight, tmp_path / "run")
     config = folder / "checkpoint-4" / "copilot" / "config.json"
-    chosen = calibration_of(torch.tensor([[2.0, 0], [1, 0], [0, 1]]), (0.0, 0.75), "rows")
+    chosen = choose_strength(torch.tensor([[2.0, 0], [1, 0], [0, 1]]), (0.0, 0.75), "rows")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"strength": 0.75, "calibration": chosen}))
     (folder / "checkpoint-4" / "copilot_state" / "files.json").unlink()  # the file was changed by hand
     resumed = make_trainer(folder)
@@ -259,7 +259,7 @@ def test_random_state_of_the_copilot_is_its_own(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.train()
     before = torch.get_rng_state()
-    trainer.learner._update(trainer.learner.log.sample(2, trainer.learner.generator))
+    trainer.learner.update(trainer.learner.log.sample(2, trainer.learner.generator))
     assert not torch.equal(before, torch.get_rng_state())  # dropout does draw
     torch.set_rng_state(before)
     trainer.learner.round = [next(iter(trainer.learner.log.rounds[0]))]

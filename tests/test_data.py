@@ -176,7 +176,7 @@ def test_a_batch_accumulated_or_packed_is_the_same_step(objective):
         for batch in batches:
             with learner.observe(batch):
                 pilot(**{name: tensor for name, tensor in batch.items() if name != "labels"}, use_cache=False)
-        learner._update(learner.round)
+        learner.update(learner.round)
         weights.append(torch.cat([p.detach().flatten() for p in learner.copilot.parameters()]))
     for other in weights[1:]:
         assert torch.allclose(weights[0], other, atol=1e-5)

@@ -11,6 +11,7 @@ from tiny import addition, assert_same
 from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotLearner, CopilotSFTConfig, CopilotTrainer
+from hf_copilot.training.teacher_forced import TeacherForced
 
 
 def no_memory(self, batch):
@@ -23,7 +24,7 @@ def not_finite(self, batch):
 
 @pytest.mark.parametrize("failure", [no_memory, not_finite])
 def test_a_failing_copilot_step_is_left_out(tmp_path, monkeypatch, caplog, failure):
-    monkeypatch.setattr(CopilotLearner, "batch_loss", failure)
+    monkeypatch.setattr(TeacherForced, "loss", failure)
     data = addition(32)
     ours = train(CopilotTrainer, CopilotSFTConfig, tmp_path / "ours", data, max_steps=6, copilot_steps_per_round=1)
     theirs = train(SFTTrainer, SFTConfig, tmp_path / "theirs", data, max_steps=6)
@@ -34,12 +35,14 @@ def test_a_failing_copilot_step_is_left_out(tmp_path, monkeypatch, caplog, failu
 
 
 def test_a_step_that_works_ends_the_streak(tmp_path, monkeypatch, caplog):
-    original = CopilotLearner.batch_loss
+    original, update, updates = TeacherForced.loss, CopilotLearner.update, []
 
     def every_second(self, batch):
-        return original(self, batch) if self.steps % 2 else no_memory(self, batch)
+        return no_memory(self, batch) if len(updates) % 2 else original(self, batch)
 
-    monkeypatch.setattr(CopilotLearner, "batch_loss", every_second)
+    monkeypatch.setattr(CopilotLearner, "update", lambda self, records: updates.append(1) or update(self, records))
+
+    monkeypatch.setattr(TeacherForced, "loss", every_second)
     with caplog.at_level(logging.WARNING):
         ours = train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(32), max_steps=6, copilot_steps_per_round=1)
     assert ours.learner.skipped_steps == 3 and "in a row" not in caplog.text
@@ -49,7 +52,7 @@ def test_an_unusual_error_of_the_copilot_is_not_hidden(tmp_path, monkeypatch):
     def broken(self, batch):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(CopilotLearner, "batch_loss", broken)
+    monkeypatch.setattr(TeacherForced, "loss", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(32))
 

@@ -132,12 +132,12 @@ def test_every_configuration_incremental_equals_teacher_forced(pilot, name):
 
 def test_beams_really_reorder(pilot):
     """The beam tests above would prove nothing if no row ever changed its place."""
-    copilot, moves = trained_like(pilot), []
+    copilot, steps = trained_like(pilot), []
     with CopilotLogitsProcessor(copilot, pilot) as processor:
-        reorder = processor.rectifier._reorder
-        processor.rectifier._reorder = lambda rows: (moves.append(rows), reorder(rows))
+        follow = processor.rectifier.follower.follow
+        processor.rectifier.follower.follow = lambda ids: steps.append(follow(ids)) or steps[-1]
         generate(pilot, processor, num_beams=4)
-    assert len(moves) >= 3
+    assert sum(step.rows is not None for step in steps) >= 3
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "sampling", "beams", "returned_beams"])
@@ -289,7 +289,7 @@ def test_other_forwards_between_the_turns_of_a_chat(pilot, config):
         with torch.no_grad():
             pilot(PROMPT[:1])
         generate(pilot, None)
-        assert len(processor.rectifier.pending) < 2 * NEW_TOKENS
+        assert len(processor.rectifier.follower.pending) < 2 * NEW_TOKENS
         generate(pilot, another, num_beams=2)
         turn = torch.cat([first, PROMPT], dim=1)
         processor.calls.clear()

@@ -10,9 +10,11 @@ from peft import LoraConfig, PromptTuningConfig
 from tiny import MEMORIES, OBJECTIVES, VOCAB_SIZE, assert_same, tiny_pilot, tiny_seq2seq, trained_like
 
 from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
-from hf_copilot.training.batch import FULL, LIKE, CopilotBatch, find_documents, group_by_length
+from hf_copilot.training.batch import MIN_FULL_POSITIONS, MIN_LENGTH_RATIO, CopilotBatch, group_by_length
 from hf_copilot.training.learner_state import load_state
+from hf_copilot.training.metrics import measure
 from hf_copilot.training.mistake_log import MistakeRecord
+from hf_copilot.training.records import find_documents
 
 FLOAT = {"log_dtype": torch.float32}
 
@@ -86,8 +88,8 @@ def test_adapters_of_a_copilot(pilot):
         learner = CopilotLearner(copilot_for(pilot, CopilotConfig(init=init)), pilot, peft_config=LoraConfig(r=2))
         before = learner.exported().embed_tokens.weight.clone()
         learner.start(1)
-        learner._update(observe(learner, pilot, padded_batch()))
-        learner._update(learner.round)  # at first the last map is zero, and nothing before it learns
+        learner.update(observe(learner, pilot, padded_batch()))
+        learner.update(learner.round)  # at first the last map is zero, and nothing before it learns
         assert torch.equal(learner.exported().embed_tokens.weight, before) is not trains_all
     with pytest.raises(ValueError, match="modules_to_save"):
         targets = LoraConfig(target_modules=["q_proj", "embed_tokens"])
@@ -97,9 +99,11 @@ def test_adapters_of_a_copilot(pilot):
 
 
 def forward(learner, records):
-    batch = CopilotBatch.collate(records, learner.embedding, learner.copilot.config, learner.device, torch.float32)
+    batch = CopilotBatch.collate(
+        records, learner.forced.embedding, learner.copilot.config, learner.device, torch.float32
+    )
     with torch.no_grad():
-        return learner.copilot(**batch.inputs, return_logits=True, lent=learner.lent).logits[batch.valid]
+        return learner.copilot(**batch.inputs, return_logits=True, lent=learner.forced.lent).logits[batch.valid]
 
 
 @pytest.mark.parametrize("config", [CopilotConfig(), CopilotConfig(memory="pilot", pattern=2, hidden_state_lag=0)])
@@ -162,7 +166,7 @@ def test_groups_stay_within_the_bound(pilot):
 
 
 def test_groups_hold_little_padding(pilot):
-    """Beyond `FULL` positions a group takes records of like length alone; within, any."""
+    """Beyond `MIN_FULL_POSITIONS` positions a group takes records of like length alone; within, any."""
     learner = CopilotLearner(copilot_for(pilot), pilot)
     (record, *_) = observe(learner, pilot, padded_batch())
     lengths = list(range(300, 20, -7))
@@ -170,8 +174,8 @@ def test_groups_hold_little_padding(pilot):
     groups = [[len(r.input_ids) for r in group] for group in group_by_length(records, 10**6)]
     assert sum(groups, []) == lengths and 2 < len(groups) < len(lengths) / 4
     for group in groups:
-        beyond = group[1 + FULL // group[0] :]
-        assert all(length >= LIKE * group[0] for length in beyond)
+        beyond = group[1 + MIN_FULL_POSITIONS // group[0] :]
+        assert all(length >= MIN_LENGTH_RATIO * group[0] for length in beyond)
     assert len(group_by_length(records[-10:], 10**6)) == 1
 
 
@@ -182,8 +186,8 @@ def test_the_groups_of_a_step_do_not_matter(pilot, config):
     for largest in (1, 1000):
         learner = CopilotLearner(trained_like(pilot, config), pilot, num_training_steps=3, **FLOAT)
         records = observe(learner, pilot, padded_batch())
-        learner.largest_batch = largest
-        learner._update(records)
+        learner.max_positions = largest
+        learner.update(records)
         weights.append(torch.cat([p.detach().flatten() for p in learner.copilot.parameters()]))
     assert torch.allclose(*weights, atol=1e-5)
 
@@ -193,11 +197,11 @@ def test_several_steps_in_a_round_are_drawn_anew(pilot):
     observe(learner, pilot, padded_batch())
     learner.step()  # the log holds what the round has: every draw is the same three documents
     observe(learner, pilot, padded_batch())
-    draws, update = [], learner._update
-    learner._update = lambda records: draws.append({id(record) for record in records}) or update(records)
+    draws, update = [], learner.update
+    learner.update = lambda records: draws.append({id(record) for record in records}) or update(records)
     learner.step()
-    assert learner.steps == 2 and learner.scheduler.last_epoch == 2
-    assert {int(state["step"]) for state in learner.optimizer.state.values()} == {6}
+    assert learner.steps == 2 and learner.optimizer.scheduler.last_epoch == 2
+    assert {int(state["step"]) for state in learner.optimizer.adamw.state.values()} == {6}
     assert len(draws) == 3 and any(draw != draws[0] for draw in draws)
     with pytest.raises(ValueError, match="at least one step"):
         CopilotLearner(copilot_for(pilot), pilot, steps_per_round=0)
@@ -264,12 +268,12 @@ def test_an_evaluation_leaves_the_bound_of_training_alone(pilot):
     part = {name: tensor[:1] for name, tensor in inputs.items()}
     with learner.observe(part):
         pilot(**part)
-    bound = learner.largest_batch
+    bound = learner.max_positions
     assert bound == part["input_ids"].numel()
     with learner.evaluate(inputs):
         pilot(**inputs)
-    learner.read(inputs, lambda: pilot(**inputs))
-    assert learner.largest_batch == bound
+    learner.forced.read(inputs, lambda: pilot(**inputs))
+    assert learner.max_positions == bound
 
 
 def test_a_step_before_the_start_raises(pilot):
@@ -303,7 +307,7 @@ def test_a_schedule_with_settings(pilot):
     )
     for _ in range(2):
         learner.step()
-    assert learner.scheduler.get_last_lr() == pytest.approx([0.25, 0.25])
+    assert learner.optimizer.scheduler.get_last_lr() == pytest.approx([0.25, 0.25])
 
 
 def round_of(documents, positions=4):
@@ -402,7 +406,9 @@ def test_teacher_forcing_a_generated_text_equals_generation_probability(pilot):
     f = forward(learner, records)
     z = learner.head(torch.cat([record.final_states for record in records]))
     labels = torch.cat([record.labels for record in records])[:, None]
-    pilot_nll, pilot_hits, rectified_nll, hits, _, count = learner.score(records).flatten().tolist()
+    pilot_nll, pilot_hits, rectified_nll, hits, _, count = (
+        measure(learner.forced, records, learner.strengths).flatten().tolist()
+    )
     assert count == len(labels)
     assert pilot_nll == pytest.approx(-z.log_softmax(-1).gather(1, labels).sum().item(), rel=1e-5)
     assert rectified_nll == pytest.approx(-(z + f).log_softmax(-1).gather(1, labels).sum().item(), rel=1e-5)

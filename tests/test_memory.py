@@ -45,7 +45,7 @@ def learner_of(copilot, pilot, **settings):
 
 
 def corrections(learner, records):
-    (batch,) = learner.batches(records)
+    (batch,) = learner.forced.batches(records)
     with torch.no_grad():
         return learner.copilot(**batch.inputs, return_logits=True).logits[batch.valid]  # [Q, V]
 
@@ -90,7 +90,7 @@ def test_the_order_of_the_tokens_is_read(pilot, memory):
         swapped = dataclasses.replace(record, **{name: swap(getattr(record, name)) for name in STATES})
         change = corrections(learner, [swapped]) - corrections(learner, [record])
         found[embedding] = change[1:].abs().max()  # the first query does not read h of the second token yet
-        (batch,) = learner.batches([record])
+        (batch,) = learner.forced.batches([record])
         moved = {name: batch.inputs[name] + 7 for name in ("positions", "memory_positions") if name in batch.inputs}
         with torch.no_grad():
             here, there = (copilot(**(batch.inputs | changed)).last_hidden_state for changed in ({}, moved))
@@ -101,8 +101,8 @@ def test_the_order_of_the_tokens_is_read(pilot, memory):
 def test_its_own_embedding_learns_as_memory_too(pilot):
     """Tokens of the prompt are neither inputs nor labels: their rows' gradient is of what attention reads alone."""
     learner = learner_of(trained_like(pilot, CopilotConfig(**TOKENS, copilot_input="token")), pilot)
-    (batch,) = learner.batches(learner.round)
-    learner.batch_loss(batch).backward()
+    (batch,) = learner.forced.batches(learner.round)
+    learner.forced.loss(batch).backward()
     has_gradient = learner.copilot.embed_tokens.weight.grad.abs().amax(-1) > 0
     assert has_gradient.nonzero()[:, 0].tolist() == sorted(IDS[0, :-1].tolist())
 
@@ -186,7 +186,7 @@ def test_what_is_read_by_default(pilot):
 
 def test_positions_that_are_missing_are_named(pilot):
     copilot = trained_like(pilot, CopilotConfig(**TOKENS))
-    (batch,) = (learner := learner_of(copilot, pilot)).batches(learner.round)
+    (batch,) = (learner := learner_of(copilot, pilot)).forced.batches(learner.round)
     inputs = {name: tensor for name, tensor in batch.inputs.items() if "positions" not in name}
     with pytest.raises(ValueError, match="rotary_positions"):
         copilot(**inputs)

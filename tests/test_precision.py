@@ -178,7 +178,7 @@ def test_the_trainer_compiles_the_copilot_on_request(tmp_path):
     for on in (False, True):
         settings = {"copilot_torch_compile": on, "torch_compile": True, "torch_compile_backend": "eager"}
         trainer = train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(32), **settings)
-        assert (trainer.learner.forward is trainer.learner.copilot) is not on
+        assert (trainer.learner.forced.compiled is trainer.learner.copilot) is not on
         losses.append([entry["copilot_loss"] for entry in trainer.state.log_history if "copilot_loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

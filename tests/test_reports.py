@@ -14,7 +14,7 @@ from test_data import train
 from tiny import addition
 
 from hf_copilot import CopilotSFTConfig, CopilotTrainer, MistakeLog
-from hf_copilot.training.learner import METRICS
+from hf_copilot.training.metrics import METRICS
 from hf_copilot.training.report import count_parameters, describe_start, table_of_training
 
 EXPECTED = {f"train/{name}" for name in (*METRICS, "copilot_loss")} | {f"eval/{name}" for name in METRICS}

@@ -64,9 +64,9 @@ def teacher_forced(copilot, pilot, encoder_ids, decoder_ids):
     with learner.observe(inputs):
         pilot(**inputs)
     learner.close()
-    (batch,) = learner.batches(learner.round)
+    (batch,) = learner.forced.batches(learner.round)
     copilot.eval()
-    return copilot(**batch.inputs, return_logits=True, lent=learner.lent).logits[0]
+    return copilot(**batch.inputs, return_logits=True, lent=learner.forced.lent).logits[0]
 
 
 def check_against_training_path(copilot, pilot, calls, prompts=IDS):
@@ -200,7 +200,7 @@ def test_padding_of_the_encoder_is_not_read(family):
         with torch.no_grad(), learner.observe(inputs):
             pilot(**inputs)
         learner.close()
-        (batch,) = learner.batches(learner.round)
+        (batch,) = learner.forced.batches(learner.round)
         with torch.no_grad():
             found.append(copilot(**batch.inputs).last_hidden_state[batch.valid])
         assert [len(record.embeddings) for record in learner.round] == MASK.sum(1).tolist()
@@ -342,8 +342,8 @@ def test_groups_hold_as_much_as_the_pilots_batches():
     for _ in range(4):
         with torch.no_grad(), learner.observe(inputs):
             pilot(**inputs)
-    assert learner.largest_batch == 2 * 44
-    assert [len(batch.valid) for batch in learner.batches(learner.round)] == [2] * 4
+    assert learner.max_positions == 2 * 44
+    assert [len(batch.valid) for batch in learner.forced.batches(learner.round, learner.max_positions)] == [2] * 4
 
 
 def test_gradients_that_grow_with_accumulation_are_named(tmp_path, caplog):

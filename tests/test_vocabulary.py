@@ -68,8 +68,8 @@ def test_it_is_a_copilot_whose_matrices_are_products(pilot, objective, copilot_i
     found = []
     for copilot in (lent, own):
         learner = learner_of(copilot, pilot)
-        (batch,) = learner.batches(learner.round)
-        loss = learner.batch_loss(batch)
+        (batch,) = learner.forced.batches(learner.round)
+        loss = learner.forced.loss(batch)
         loss.backward()
         found.append(loss.detach())
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
@@ -148,14 +148,16 @@ def test_half_precision_of_the_pilot(pilot):
     """The lent matrices are in the Pilot's type, the Copilot in float32; training and generation agree on f."""
     pilot = pilot.to(torch.bfloat16)
     learner = learner_of(trained_like(pilot, CopilotConfig(**LENT)), pilot)
-    (batch,) = learner.batches(learner.round)
-    ((_, _, trained),) = learner.scores(batch)
+    (batch,) = learner.forced.batches(learner.round)
+    ((_, _, trained),) = learner.forced.corrections(batch)
     with torch.no_grad():
-        generated = learner.copilot(**batch.inputs, return_logits=True, lent=learner.lent).logits[batch.valid].float()
+        generated = (
+            learner.copilot(**batch.inputs, return_logits=True, lent=learner.forced.lent).logits[batch.valid].float()
+        )
     assert torch.equal(trained, generated)
     before = learner.copilot.output_proj.weight.clone()
     learner.step()
-    assert learner.loss_count == learner.steps_per_round and not torch.equal(
+    assert learner.metrics.loss_count == learner.steps_per_round and not torch.equal(
         learner.copilot.output_proj.weight, before
     )
 

@@ -188,9 +188,9 @@ def teacher_forced(copilot: CopilotModel, pilot: PreTrainedModel, ids: torch.Ten
     with learner.observe(inputs):
         pilot(input_ids=extended)
     learner.close()
-    (batch,) = learner.batches(learner.round)
+    (batch,) = learner.forced.batches(learner.round)
     copilot.eval()
-    return copilot(**batch.inputs, return_logits=True, lent=learner.lent).logits[0]
+    return copilot(**batch.inputs, return_logits=True, lent=learner.forced.lent).logits[0]
 
 
 def assert_same(a: torch.nn.Module, b: torch.nn.Module) -> None:

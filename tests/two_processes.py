@@ -47,7 +47,7 @@ def learn(records_of: list[int], config: CopilotConfig) -> CopilotLearner:
     learner = CopilotLearner(trained_like(pilot, config), pilot, num_training_steps=3, log_dtype=torch.float32)
     records = observe(learner, pilot, padded_batch())
     for _ in range(2):
-        learner._update([records[i] for i in records_of])
+        learner.update([records[i] for i in records_of])
     return learner
 
 
@@ -65,10 +65,10 @@ def failed(failure: Callable, rank: int) -> dict:
     """Three steps, the second of which fails on the second process: the Copilot after each, and the steps left out."""
     pilot = tiny_pilot().eval()
     learner = CopilotLearner(trained_like(pilot), pilot, num_training_steps=3)
-    records, copilots, works = observe(learner, pilot, padded_batch()), [], learner.batch_loss
+    records, copilots, works = observe(learner, pilot, padded_batch()), [], learner.forced.loss
     for step in range(3):
-        learner.batch_loss = partial(failure, learner) if (step, rank) == (1, 1) else works
-        learner._update(records)
+        learner.forced.loss = partial(failure, learner.forced) if (step, rank) == (1, 1) else works
+        learner.update(records)
         copilots.append(digest(learner.copilot.state_dict()))
     return {"copilots": copilots, "skipped": learner.skipped_steps}
 

@@ -19,15 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from arms import LONGER, PAPER
-from inputs import SHARE, no_hidden_states, prompts_too, scheduled_feeding
-from mistakes import ALL_BYTES, ALL_ROUNDS, cross_fit, log_rows, reservoir, teach, weighted
+from inputs import SHARE, FedByItself, ReadingPrompts, WithoutHiddenStates
+from mistakes import ALL_BYTES, ALL_ROUNDS, ReservoirLearner, WeightedLearner, cross_fit, log_rows, teach
 from report import mean_of
 from run import RESULTS, TASKS, settings_of, table
 from runs import is_kept, keep, kept
@@ -42,11 +41,13 @@ def arguments(**changes: Any) -> dict[str, Any]:
     return {f"copilot_{name}": value for name, value in changes.items()}
 
 
-def ours(config: dict[str, Any] | None = None, change: Callable | None = None, **changes: Any) -> Variant:
+def ours(
+    config: dict[str, Any] | None = None, learner: type[CopilotLearner] = CopilotLearner, **changes: Any
+) -> Variant:
     """The Copilot that most groups are measured with, and these changes: run.py's as it was before it had positions
     and read tokens."""
     return Variant(
-        {"memory": "pilot", "position_embedding": "none"} | (config or {}), arguments(**changes), change=change
+        {"memory": "pilot", "position_embedding": "none"} | (config or {}), arguments(**changes), learner=learner
     )
 
 
@@ -66,13 +67,13 @@ LEARNING = {
     "dropout 0.2": ours({"dropout": 0.2}),
     "the Pilot's vocabulary": ours({"vocab_projection": "pilot"}),
     "lag 0": ours({"hidden_state_lag": 0}),
-    "no hidden states": ours(change=no_hidden_states),
+    "no hidden states": ours(learner=WithoutHiddenStates),
     "log of 32 rounds": ours(log_rounds=32),
     "log of 512 rounds": ours(log_rounds=512),
     "input ℓ": ours({"copilot_input": "discrepancy"}),
     "input token": ours({"copilot_input": "token"}),
     "4 layers": ours({"num_hidden_layers": 4}),
-    "prompts' discrepancies read": ours(change=prompts_too),
+    "prompts' discrepancies read": ours(learner=ReadingPrompts),
     "RMSE, realised feedback": ours(RMSE),
     "random weights": ours({"init": "random"}),
 }
@@ -92,7 +93,7 @@ WIDTH = {
 FEEDBACK = {
     "RMSE, realised": ours(RMSE),
     "RMSE, predicted": ours(RMSE | {"error_feedback": "predicted"}),
-    "RMSE, predicted, scheduled": ours(RMSE | {"error_feedback": "predicted"}, scheduled_feeding),
+    "RMSE, predicted, scheduled": ours(RMSE | {"error_feedback": "predicted"}, FedByItself),
 }
 # Tables 18 to 20 of the paper; 16 is in `latest_checkpoint`, and 17 is what calibration stores of every λ
 ABLATIONS = {
@@ -126,8 +127,8 @@ MISTAKES = {
     "first_visit": ours(mistake_source="first_visit"),
     "first_visit, all rounds": ours(mistake_source="first_visit", **ALL),
     "all rounds": ours(**ALL),
-    "reservoir of 128 rounds": ours(change=reservoir),
-    "weighted by error": ours(change=weighted),
+    "reservoir of 128 rounds": ours(learner=ReservoirLearner),
+    "weighted by error": ours(learner=WeightedLearner),
 }
 HOLDOUTS = {share: ours(mistake_source="holdout", holdout=share, log_max_bytes=ALL_BYTES) for share in (0.1, 0.25)}
 GROUPS = {

@@ -6,6 +6,7 @@ Every way has the same data and the same steps of Pilot and Copilot; what it cos
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 from scoring import BATCH, Rectified
@@ -13,7 +14,7 @@ from tasks import Row
 from training import Setting, Trained, Variant
 from transformers import PreTrainedModel
 
-from hf_copilot import CopilotArguments, CopilotLearner, MistakeLog, copilot_for
+from hf_copilot import CopilotArguments, CopilotLearner, CopilotModel, MistakeLog, copilot_for
 from hf_copilot.training.mistake_log import MistakeRecord
 
 ALL_ROUNDS, ALL_BYTES = 100_000, 2**34
@@ -50,12 +51,14 @@ class WeightedLog(MistakeLog):
         return [records[i] for i in picked]
 
 
-def reservoir(learner: CopilotLearner) -> None:
-    learner.log = ReservoirLog(learner.log.max_rounds, learner.log.max_bytes)
+class ReservoirLearner(CopilotLearner):
+    def __init__(self, *args: Any, log: MistakeLog, **kwargs: Any):
+        super().__init__(*args, log=ReservoirLog(log.max_rounds, log.max_bytes), **kwargs)
 
 
-def weighted(learner: CopilotLearner) -> None:
-    learner.log = WeightedLog(learner.log.max_rounds, learner.log.max_bytes)
+class WeightedLearner(CopilotLearner):
+    def __init__(self, *args: Any, log: MistakeLog, **kwargs: Any):
+        super().__init__(*args, log=WeightedLog(log.max_rounds, log.max_bytes), **kwargs)
 
 
 def cross_fit(
@@ -69,17 +72,25 @@ def cross_fit(
     learners = []
     for own, other in (halves, halves[::-1]):
         pilot = setting.train(setting.base(tokenizer), tokenizer, own, seed, max_steps=steps // 2).pilot
-        learners.append(log_rows(setting, tokenizer, pilot, other, seed, variant))
+        copilot = learners[0].copilot if learners else None
+        learners.append(log_rows(setting, tokenizer, pilot, other, seed, variant, copilot))
     teach(learners, steps, setting.task.training["per_device_train_batch_size"])
     learner = CopilotLearner(learners[0].copilot, trained.pilot)
     return Rectified(trained.pilot, tokenizer, learner, learner.copilot.config.strength)
 
 
 def log_rows(
-    setting: Setting, tokenizer, pilot: PreTrainedModel, rows: list[Row], seed: int, variant: Variant
+    setting: Setting,
+    tokenizer,
+    pilot: PreTrainedModel,
+    rows: list[Row],
+    seed: int,
+    variant: Variant,
+    copilot: CopilotModel | None = None,
 ) -> CopilotLearner:
-    """A learner whose log holds these rows as the Pilot, which stays as it is, sees them."""
-    copilot = copilot_for(setting.base(tokenizer), variant.copilot_config())
+    """A learner, of this Copilot or a new one, whose log holds these rows as the Pilot, which stays as it is, sees
+    them."""
+    copilot = copilot or copilot_for(setting.base(tokenizer), variant.copilot_config())
     args = CopilotArguments(**(setting.task.copilot | variant.arguments))
     learner = CopilotLearner(
         copilot,
@@ -102,12 +113,10 @@ def log_rows(
 
 
 def teach(learners: list[CopilotLearner], steps: int, documents: int) -> None:
-    """The Copilot of the first learner learns from the logs of all in turn, with one optimizer and one schedule."""
-    first = learners[0]
-    for learner in learners[1:]:
-        learner.copilot = learner.forward = first.copilot
-        learner.optimizer, learner.scheduler = first.optimizer, first.scheduler
+    """The Copilot, the same of all learners, learns from their logs in turn, with the first one's optimizer."""
+    optimizer = learners[0].optimizer
     for step in range(steps):
         learner = learners[step % len(learners)]
-        learner.round = learner.log.sample(documents, learner.generator)  # as many as a round has
-        learner.step(mistakes=[])
+        for _ in range(learner.steps_per_round):
+            optimizer.step(learner.forced, learner.log.sample(documents, learner.generator), learner.max_positions)
+        optimizer.scheduler.step()

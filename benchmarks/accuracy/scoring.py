@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from inputs import completions
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_copilot import CopilotLearner, CopilotLogitsProcessor
 from hf_copilot.model.discrepancy import fuse
-from hf_copilot.training.batch import IGNORE, CopilotBatch
+from hf_copilot.training.records import IGNORE
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "recipes"))
 
@@ -76,13 +75,13 @@ class Rectified:
             return
         learner, config = self.learner, self.learner.copilot.config
         learner.copilot.eval()
-        records = learner.read(inputs, lambda: self.pilot(**inputs))
+        records = learner.forced.read(inputs, lambda: self.pilot(**inputs))
+        learner.close()
         if len(records) != len(inputs["labels"]):
             raise ValueError("A row has no target, or the Pilot's forward on it is not finite: it can't be scored.")
-        dtype = learner.copilot.norm.weight.dtype
-        batch = completions(CopilotBatch.collate(records, learner.embedding, config, learner.device, dtype))
+        batch = learner.forced.collate(records)
         rows = batch.valid.nonzero()[:, 0]  # [Q]
-        for chunk, logits, correction in learner.scores(batch):
+        for chunk, logits, correction in learner.forced.corrections(batch):
             scores = fuse(logits.log_softmax(-1), correction, self.strength, config.fusion)  # [c, V]
             yield rows[chunk], scores, batch.labels[chunk]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
@@ -43,35 +42,26 @@ if CHECKPOINTING not in {argument.name for argument in fields(SFTConfig)}:
 
 @dataclass(frozen=True)
 class Variant:
-    """One Copilot: what differs from the defaults, and what is done to its learner before the first step."""
+    """One Copilot: what differs from the defaults, be it its learner."""
 
     config: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     paper: bool = False
-    change: Callable[[CopilotLearner], None] | None = None
+    learner: type[CopilotLearner] = CopilotLearner
 
     def settings(self) -> dict[str, Any]:
         """To know a kept run by."""
         settings = {"config": self.config, "arguments": self.arguments, "paper": self.paper}
-        return settings | ({"change": self.change.__name__} if self.change else {})
+        return settings | ({"learner": self.learner.__name__} if self.learner is not CopilotLearner else {})
 
     def copilot_config(self) -> CopilotConfig:
         return (CopilotConfig.paper if self.paper else CopilotConfig)(**self.config)
 
     def callback(self, task: Task) -> CopilotCallback:
         arguments = CopilotArguments(**(task.copilot | self.arguments))
-        return ChangingCallback(self.copilot_config(), arguments, self.change)
-
-
-class ChangingCallback(CopilotCallback):
-    def __init__(self, config: CopilotConfig, arguments: CopilotArguments, change: Callable | None):
-        super().__init__(config, arguments)
-        self.change = change
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        super().on_train_begin(*args, **kwargs)
-        if self.change is not None:
-            self.change(self.learner)
+        callback = CopilotCallback(self.copilot_config(), arguments)
+        callback.learner_class = self.learner
+        return callback
 
 
 class Trained(NamedTuple):

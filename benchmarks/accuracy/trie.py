@@ -14,7 +14,8 @@ from scoring import Rectified
 
 from hf_copilot import CopilotConfig
 from hf_copilot.model.discrepancy import fuse, sparse_discrepancy
-from hf_copilot.model.modeling_copilot import interleave, rotary_positions
+from hf_copilot.model.memory import memory_of
+from hf_copilot.model.modeling_copilot import rotary_positions
 from hf_copilot.pilot.tap import PilotStates, PilotTap
 
 
@@ -98,25 +99,20 @@ def _correction(
     copilot, device = model.learner.copilot.eval(), logits.device
     parents, tokens = trie.parents.to(device), trie.tokens.to(device)  # [Q], [Q]
     mistake = sparse_discrepancy(logits[parents], tokens, copilot.config.top_k)  # of the root it is not read
-    reads = sees[start:]  # [Q, n + N]
-    if copilot.config.memory == "tokens":
-        memory, readable = states.input_ids, reads  # [1, n + N], [Q, n + N]
-    else:
-        itself = torch.eye(len(sees), dtype=torch.bool, device=device)[start:]  # [Q, n + N]
-        hidden_reads = reads & ~itself if copilot.config.hidden_state_lag else reads
-        memory = interleave(states.embeddings, states.hidden_states)  # [1, 2(n + N), d_P]
-        readable = torch.stack([reads, hidden_reads], dim=-1).flatten(1)  # [Q, 2(n + N)]
+    memory, reads = memory_of(copilot.config), sees[start:]  # [Q, n + N]
+    itself = torch.eye(len(sees), dtype=torch.bool, device=device)[start:]  # [Q, n + N]
+    reads_state = reads & ~itself if memory.lag else reads  # [Q, n + N]
     is_start = torch.zeros(1, len(tokens), dtype=torch.bool, device=device)
     is_start[:, 0] = True
     output = copilot(
         mistake.indices[None],
         mistake.values[None],
         is_start,
-        memory,
-        readable[None],
+        memory.entries(states.input_ids, states.embeddings, states.hidden_states),  # [1, entries, ...]
+        memory.join(reads[None], reads_state[None], None),  # [1, Q, entries]
         trie.sees.to(device)[None],
         **rotary_positions(copilot.config, positions[None, start:], positions[None]),
         return_logits=True,
-        lent=model.learner.lent,
+        lent=model.learner.forced.lent,
     )
     return output.logits[0].float()

@@ -2,8 +2,8 @@
 
 It knows no Pilot, no hook and no trainer: tensors in, tensors out. Shapes: B rows (documents), m queries (target
 positions), n positions of the Pilot's decoder, S of its encoder, d hidden size, d_P the Pilot's hidden size, V
-vocabulary, k kept entries of a discrepancy, e the width of the matrices E and W of [`Vocabulary`]. The memory
-[X̃ ; h] has 2n entries, or S + n beside an encoder-decoder; that of tokens alone has n.
+vocabulary, k kept entries of a discrepancy, e the width of the matrices E and W of [`Vocabulary`], s entries of the
+memory that are not in the cache yet.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_copilot import CopilotConfig
 from .hub import CopilotPreTrainedModel
+from .memory import memory_of
 
 
 class Vocabulary(NamedTuple):
@@ -31,43 +32,6 @@ class Vocabulary(NamedTuple):
 
     embedding: torch.Tensor
     head: torch.Tensor
-
-
-def interleave(embeddings: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The memory [X̃ ; h] of Eq. 6, by position: `[B, n, d_P]` twice -> `[B, 2n, d_P]` as X̃_0, h_0, X̃_1, h_1, ...
-
-    In this order, which [`memory_mask`] and [`rotary_positions`] count on, a cache can grow and be cut at its end.
-    """
-    return torch.stack([embeddings, hidden_states], dim=2).flatten(1, 2)
-
-
-def memory_mask(
-    config: CopilotConfig, positions: torch.Tensor, visible: torch.Tensor, encoder_visible: torch.Tensor | None = None
-) -> torch.Tensor:
-    """What a query may read, where not padded: X̃ at positions ≤ j (all of an encoder's), h at positions ≤ j − lag; or
-    tokens at positions ≤ j.
-
-    Args:
-        positions: `[B, m]`, the position j of every query in its row.
-        visible: `[B, n]` bool, False at padding.
-        encoder_visible: `[B, S]` bool, likewise, of an encoder.
-
-    Returns:
-        Bool, in the order of the memory: `[B, m, 2n]` as in [`interleave`]; `[B, m, S + n]`, X̃ and then h, beside an
-        encoder-decoder; `[B, m, n]` for tokens.
-    """
-
-    def up_to(last: torch.Tensor) -> torch.Tensor:
-        position = torch.arange(visible.shape[1], device=visible.device)  # [n]
-        return (position <= last[:, :, None]) & visible[:, None]  # [B, m, n]
-
-    if not config.reads_states:
-        return up_to(positions)
-    hidden_states = up_to(positions - config.hidden_state_lag)  # [B, m, n]
-    if config.pilot_is_encoder_decoder:
-        encoder = encoder_visible[:, None].expand(-1, positions.shape[1], -1)  # [B, m, S]
-        return torch.cat([encoder, hidden_states], dim=-1)
-    return torch.stack([up_to(positions), hidden_states], dim=-1).flatten(2)
 
 
 class CopilotRMSNorm(nn.Module):
@@ -88,8 +52,7 @@ def rotary_positions(config: CopilotConfig, queries: torch.Tensor, tokens: torch
     (X̃_i and h_i both at i); none for a Copilot without positions."""
     if config.position_embedding != "rotary":
         return {}
-    memory = tokens.repeat_interleave(2, dim=1) if config.reads_states else tokens  # [B, entries]
-    return {"positions": queries, "memory_positions": memory}
+    return {"positions": queries, "memory_positions": memory_of(config).positions(tokens)}
 
 
 def rotation(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
@@ -365,9 +328,8 @@ class CopilotModel(CopilotPreTrainedModel):
         Args:
             input_indices, input_values: `[B, m, k + 1]`, the discrepancy before each query.
             is_start: `[B, m]` bool, the first query of a run.
-            memory: `[B, s, d_P]`, memory entries that are not in the cache yet: from [`interleave`], or X̃ and then h;
-                with `memory="tokens"` ids `[B, s]`.
-            memory_mask: `[B, m, cached + s]` bool, from [`memory_mask`].
+            memory: `[B, s, d_P]`, or ids `[B, s]` with `memory="tokens"`: from `Memory.entries`.
+            memory_mask: `[B, m, cached + s]` bool, from `Memory.mask`.
             self_mask: `[B, m, cached + m]` bool, which of the Copilot's own states a query reads; None for all.
             positions, memory_positions: `[B, m]` and `[B, s]`, from [`rotary_positions`]; not read without positions.
             past_key_values: Cache from [`new_cache`]; updated in place.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
 from ..version import __version__
 from .head import PilotHead
-from .inspect import find_decoder, find_layers, is_encoder_decoder, unwrap
+from .inspect import find_decoder, find_layers, is_encoder_decoder, is_sharded, unwrap
 from .vocabulary import lent_vocabulary
 
 NO_FINGERPRINT = (  # what to do about it
@@ -82,8 +83,22 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
         UserWarning: If the Pilot is of another architecture than the one that the Copilot was trained beside, or the
             Copilot does not know its tokenizer, so that the one given can't be compared with it.
     """
-    config, base = copilot.config, unwrap(pilot)
+    base = unwrap(pilot)
     find_decoder(base)
+    _check_vocabulary(copilot.config, base, tokenizer)
+    _check_states(copilot.config, base)
+    model_type = base.config.get_text_config().model_type
+    if copilot.config.pilot_model_type not in (None, model_type):
+        warnings.warn(
+            f"The Copilot was trained beside a {copilot.config.pilot_model_type!r} and the Pilot is a "
+            f"{model_type!r}: measure whether it still helps before you rely on it.",
+            stacklevel=2,
+        )
+
+
+def _check_vocabulary(
+    config: CopilotConfig, base: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     rows, known = PilotHead(base).vocab_size, config.tokenizer_fingerprint
     same_tokens = tokenizer is not None and known is not None and same_vocabulary(tokenizer, known)
     if tokenizer is not None and known is not None and not same_tokens:
@@ -100,27 +115,62 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
             f"{NO_FINGERPRINT + ', and ' if known is None else ''}{proof}; else train a Copilot beside this one."
         )
     if tokenizer is not None and known is None:
-        warnings.warn(f"Whether this is the Copilot's tokenizer can't be told: {NO_FINGERPRINT}.", stacklevel=2)
+        warnings.warn(f"Whether this is the Copilot's tokenizer can't be told: {NO_FINGERPRINT}.", stacklevel=3)
+    if config.vocab_projection == "pilot":
+        lent_vocabulary(base, torch.device("meta"))  # raises where it can't
+
+
+def _check_states(config: CopilotConfig, base: nn.Module) -> None:
     if is_encoder_decoder(base) != config.pilot_is_encoder_decoder:
         kinds = {True: "an encoder-decoder", False: "decoder-only"}
         raise ValueError(
             f"The Pilot is {kinds[is_encoder_decoder(base)]} and the Copilot was trained beside one that is "
             f"{kinds[config.pilot_is_encoder_decoder]}: train a Copilot beside this one."
         )
-    text_config = base.config.get_text_config()
-    if config.reads_states:
-        find_layers(base)  # raises where they can't be found
-    if config.reads_states and text_config.hidden_size != config.pilot_hidden_size:
+    if not config.reads_states:
+        return
+    find_layers(base)  # raises where they can't be found
+    hidden_size = base.config.get_text_config().hidden_size
+    if hidden_size != config.pilot_hidden_size:
         raise ValueError(
             f"The Copilot reads hidden states of size {config.pilot_hidden_size} and the Pilot's have "
-            f"{text_config.hidden_size}. Such a Copilot moves between Pilots of one hidden size: train one beside "
+            f"{hidden_size}. Such a Copilot moves between Pilots of one hidden size: train one beside "
             "this one, or one with CopilotConfig(memory='tokens'), which fits every size."
         )
-    if config.vocab_projection == "pilot":
-        lent_vocabulary(base, torch.device("meta"))  # raises where it can't
-    if config.pilot_model_type not in (None, text_config.model_type):
-        warnings.warn(
-            f"The Copilot was trained beside a {config.pilot_model_type!r} and the Pilot is a "
-            f"{text_config.model_type!r}: measure whether it still helps before you rely on it.",
-            stacklevel=2,
+
+
+def check_teacher_forced(copilot: CopilotModel, pilot: nn.Module) -> None:
+    """[`check_pilot`], and that the Copilot can be trained and scored here.
+
+    Raises:
+        NotImplementedError: For a Copilot whose parameters processes share.
+        ValueError: For one with another number of vocabulary rows, be they padding rows of the same tokenizer.
+    """
+    if is_sharded(copilot):
+        raise NotImplementedError(
+            "The Copilot is sharded (fully_shard), but each process must hold it whole: where it is too large, "
+            "train it with an adapter (copilot_peft_config=LoraConfig(...))."
         )
+    rows = PilotHead(pilot).vocab_size
+    if copilot.config.vocab_size != rows:
+        raise ValueError(
+            f"The Copilot has {copilot.config.vocab_size} output rows and the Pilot {rows}: to "
+            "learn or be measured it needs as many. Take a Pilot that has, or build a Copilot with "
+            "copilot_for(pilot); only generation, CopilotLogitsProcessor(..., tokenizer=...), takes other padding "
+            "rows of the same tokenizer."
+        )
+    check_pilot(copilot, pilot)
+
+
+def check_generation(pilot: nn.Module) -> None:
+    """Raise a `NotImplementedError` if a Pilot's `generate` can't be rectified."""
+    if has_virtual_tokens(pilot):
+        raise NotImplementedError(
+            "Rectified generation does not support Pilots with virtual tokens (prompt tuning, prefix tuning, "
+            "p-tuning) yet: fine-tune the Pilot with LoRA or in full."
+        )
+
+
+def has_virtual_tokens(pilot: nn.Module) -> bool:
+    """Whether the Pilot is trained by prompt, prefix or p-tuning."""
+    return isinstance(pilot, PeftModel) and pilot.active_peft_config.is_prompt_learning

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -74,3 +76,13 @@ def find_layers(pilot: nn.Module) -> nn.ModuleList:
 def is_sharded(pilot: nn.Module) -> bool:
     """Whether processes share its parameters (FSDP2, `fully_shard`)."""
     return any(isinstance(module, FSDPModule) for module in pilot.modules())
+
+
+def without_logits(pilot: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward whose logits nobody reads: of one position where the Pilot can leave the others out,
+    as SFTTrainer's own forward makes none. An encoder-decoder makes its decoder's inputs of the labels."""
+    if is_encoder_decoder(pilot):
+        return dict(inputs)
+    can_leave_out = "logits_to_keep" in signature(unwrap(pilot).forward).parameters
+    kept = {name: value for name, value in inputs.items() if name != "labels"}
+    return kept | ({"logits_to_keep": 1} if can_leave_out else {})

@@ -54,6 +54,7 @@ def make_learner(
     args: Any,
     copilot_args: CopilotArguments,
     peft_config: PeftConfig | None = None,
+    learner_class: type[CopilotLearner] = CopilotLearner,
 ) -> CopilotLearner:
     """A learner with the Pilot's seed, schedule and mixed precision, and the Copilot's own learning rate. A schedule
     that follows a metric is replaced by a constant one, with a warning."""
@@ -63,7 +64,7 @@ def make_learner(
         schedule, schedule_kwargs = SchedulerType.CONSTANT_WITH_WARMUP, None
     if copilot_args.copilot_gradient_checkpointing:  # the second name is that of transformers before 5.23
         getattr(copilot, "activation_checkpointing_enable", copilot.gradient_checkpointing_enable)()
-    return CopilotLearner(
+    return learner_class(
         copilot,
         pilot,
         learning_rate=copilot_args.copilot_learning_rate,

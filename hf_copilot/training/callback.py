@@ -59,6 +59,8 @@ class CopilotCallback(TrainerCallback):
             them.
     """
 
+    learner_class = CopilotLearner
+
     def __init__(
         self,
         copilot: CopilotModel | CopilotConfig | str | os.PathLike | None = None,
@@ -111,7 +113,9 @@ class CopilotCallback(TrainerCallback):
         check_arguments(copilot_args)
         if self.learner is None or self.learner.head.pilot is not unwrap(model):  # else it is trained further
             copilot = make_copilot(self.source, model, processing_class)
-            self.learner = make_learner(copilot, model, args, copilot_args, self.copilot_peft_config)
+            self.learner = make_learner(
+                copilot, model, args, copilot_args, self.copilot_peft_config, self.learner_class
+            )
         self.learner.warmup_steps = args.get_warmup_steps(state.max_steps)
         self.learner.start(state.max_steps)
         if state.global_step:

@@ -11,34 +11,33 @@ for batch in loader:
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from torch import nn
-from transformers import get_scheduler
 
-from ..model.configuration_copilot import check_strength
-from ..model.discrepancy import cross_entropy_loss, rmse_loss, row_chunks
-from ..model.modeling_copilot import CopilotModel, Vocabulary
-from ..pilot.compatibility import check_pilot
-from ..pilot.head import PilotEmbedding, PilotHead
-from ..pilot.inspect import eval_mode, is_sharded, isolated_rng
-from ..pilot.tap import PilotStates, PilotTap
-from ..pilot.vocabulary import lent_vocabulary
+from ..model.modeling_copilot import CopilotModel
+from ..pilot.inspect import eval_mode, isolated_rng
 from .adapter import add_adapter, merged_copy
-from .batch import CopilotBatch, group_by_length, make_records
-from .distributed import copy_from_main_process, num_processes, process_index, sum_count, sum_over_processes
-from .metrics import METRICS_OF_STRENGTH, STRENGTHS, calibration_of, no_sums, sums_of
+from .distributed import copy_from_main_process, process_index
+from .metrics import (
+    STRENGTHS,
+    RunningMetrics,
+    choose_strength,
+    empty_sums,
+    measure,
+    over_processes,
+    strengths_to_try,
+)
 from .mistake_log import MistakeLog, MistakeRecord
+from .optimizer import CopilotOptimizer
+from .teacher_forced import TeacherForced
 
 logger = logging.getLogger(__name__)
-
-METRICS = ("pilot_nll", "pilot_token_accuracy", "rectified_nll", "rectified_token_accuracy", "copilot_dropped_mass")
-SKIPS_TO_WARN = 5  # steps in a row
 
 
 class CopilotLearner:
@@ -67,6 +66,8 @@ class CopilotLearner:
         peft_config: Trains the Copilot with this adapter; its new modules are trained in full.
     """
 
+    teacher_forced_class = TeacherForced
+
     def __init__(
         self,
         copilot: CopilotModel,
@@ -86,88 +87,65 @@ class CopilotLearner:
         compile_backend: str | None = None,
         peft_config: PeftConfig | None = None,
     ):
-        self.head, self.embedding = PilotHead(pilot), PilotEmbedding(pilot)
-        if is_sharded(copilot):
-            raise NotImplementedError(
-                "The Copilot is sharded (fully_shard), but each process must hold it whole: where it is too large, "
-                "train it with an adapter (copilot_peft_config=LoraConfig(...))."
-            )
-        if copilot.config.vocab_size != self.head.vocab_size:
-            raise ValueError(
-                f"The Copilot has {copilot.config.vocab_size} output rows and the Pilot {self.head.vocab_size}: to "
-                "learn or be measured it needs as many. Take a Pilot that has, or build a Copilot with "
-                "copilot_for(pilot); only generation, CopilotLogitsProcessor(..., tokenizer=...), takes other padding "
-                "rows of the same tokenizer."
-            )
-        check_pilot(copilot, pilot)
         if steps_per_round < 1:
             raise ValueError(f"steps_per_round={steps_per_round}: must be at least one step (the paper takes 1).")
         if not max_grad_norm >= 0:
             raise ValueError(f"max_grad_norm={max_grad_norm}: must be at least 0, which does not clip.")
-        self.steps_per_round = steps_per_round
-        self.device = self.head.device
-        self.copilot = copilot.to(self.device)
+        self.forced = self.teacher_forced_class(copilot, pilot, autocast_dtype, compile_backend)
+        self.head, self.copilot = self.forced.head, copilot
         with isolated_rng(self.device, seed):
             self.peft_model = add_adapter(copilot, peft_config) if peft_config is not None else None
-        self.forward = torch.compile(copilot, backend=compile_backend, dynamic=True) if compile_backend else copilot
-        self.learning_rate, self.weight_decay, self.max_grad_norm = learning_rate, weight_decay, max_grad_norm
-        self.warmup_steps, self.lr_scheduler_type = warmup_steps, lr_scheduler_type
-        self.lr_scheduler_kwargs = lr_scheduler_kwargs or {}
+        self.warmup_steps = warmup_steps
+        self.make_optimizer = partial(
+            CopilotOptimizer,
+            copilot,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            lr_scheduler_type=lr_scheduler_type,
+            lr_scheduler_kwargs=lr_scheduler_kwargs or {},
+        )
         self.log = log if log is not None else MistakeLog()
-        self.log_dtype, self.seed, self.autocast_dtype = log_dtype, seed, autocast_dtype
+        self.log_dtype, self.steps_per_round, self.seed = log_dtype, steps_per_round, seed
+        self.optimizer: CopilotOptimizer | None = None  # from `start` on
+        self.calibrating: tuple[Sequence[float], torch.Tensor] | None = None  # λ and sums, inside `calibrate`
         self._forget()
-        self.optimizer: torch.optim.Optimizer | None = None  # from `start` on
-        self.calibration: tuple[Sequence[float], torch.Tensor] | None = None  # λ and sums, inside `calibrate`
-        self._listening, self._caught = False, None
-        self.tap = PilotTap(pilot, copilot.config, self._catch, lambda: self._listening)
         if num_training_steps is not None:
             self.start(num_training_steps)
+
+    @property
+    def skipped_steps(self) -> int:
+        """The Copilot's steps that were left out."""
+        return 0 if self.optimizer is None else self.optimizer.skipped_steps
+
+    @property
+    def device(self) -> torch.device:
+        return self.forced.device
 
     def _forget(self) -> None:
         """Begin with an empty log."""
         self.generator = torch.Generator().manual_seed(self.seed + process_index())
-        self.steps = self.skipped_steps = self.skips_in_a_row = 0
+        self.steps = 0
         self.round: list[MistakeRecord] = []
         self.log.clear()
-        self.largest_batch = 1  # positions of the Pilot's largest micro-batch, the bound of the Copilot's own
-        self.sums = {mode: no_sums(self.strengths) for mode in ("train", "eval")}
-        self.loss_sum = torch.zeros((), device=self.device)
-        self.loss_count = 0
+        self.max_positions = 1  # of the Pilot's largest micro-batch, the bound of the Copilot's own
+        self.metrics = RunningMetrics(self.strengths, self.device)
 
     def start(self, num_training_steps: int) -> None:
         """Begin a run: check the Pilot's head, put the hooks in place, build optimizer and schedule, empty the log.
         The Copilot's weights stay; those of the main process are copied to all."""
         self.head.check()
-        self.copilot.vocabulary(self.lent)  # raises where the Pilot can't lend its own
-        self.tap.open()
-        self._follow_pilot()
+        self.copilot.vocabulary(self.forced.lent)  # raises where the Pilot can't lend its own
+        self.forced.tap.open()
+        self.forced.follow_pilot()
         self._forget()
         self.copilot.config.forget_results()
         copy_from_main_process(self.copilot.parameters())
-        decay = [p for p in self.trainable_parameters() if p.ndim > 1]
-        no_decay = [p for p in self.trainable_parameters() if p.ndim <= 1]
-        groups = [{"params": decay, "weight_decay": self.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
-        self.scheduler = get_scheduler(
-            self.lr_scheduler_type,
-            self.optimizer,
-            self.warmup_steps,
-            max(num_training_steps, 1),
-            scheduler_specific_kwargs=self.lr_scheduler_kwargs,
-        )
-
-    def _follow_pilot(self) -> None:
-        """Move the Copilot to where the Pilot is now: FSDP and full evaluation in half precision move it late."""
-        if self.device != self.head.device:
-            self.device = self.head.device
-            self.copilot.to(self.device)
+        self.optimizer = self.make_optimizer(num_training_steps=num_training_steps, warmup_steps=self.warmup_steps)
 
     def close(self) -> None:
         """Remove the hooks from the Pilot; the next `observe` or `evaluate` puts them back."""
-        self.tap.close()
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.copilot.parameters() if parameter.requires_grad]
+        self.forced.close()
 
     # ---- observing -------------------------------------------------------------------------------------------------
 
@@ -181,67 +159,36 @@ class CopilotLearner:
         Raises:
             ValueError: If there are no labels, or the Pilot's decoder does not run inside the block.
         """
-        with self._watch(inputs):
+        with self.forced.watch(inputs):
             yield
-        with self.head.gathered():
-            self.round += self._records_to_log(inputs)
+        self.round += self._records_to_log(inputs)
 
     @contextmanager
     def evaluate(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         """Add the first forward inside the block to the evaluation's metrics; nothing is logged."""
-        with self._watch(inputs):
+        with self.forced.watch(inputs):
             yield
         with self.head.gathered():
-            size = self._caught.positions
-            records = self._records(inputs)
-            if self.calibration is None:
-                self.sums["eval"] += self.score(records, max_positions=size)
+            size = self.forced.positions
+            records = self.forced.records(inputs)
+            if self.calibrating is None:
+                self.metrics.add("eval", measure(self.forced, records, self.strengths, size))
             else:
-                strengths, sums = self.calibration
-                sums += self.score(records, strengths, size)
-
-    def read(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
-        """The records of one forward, neither logged nor measured; the hooks are gone afterwards."""
-        with self._watch(inputs):
-            forward()
-        self.close()
-        with self.head.gathered():
-            return self._records(inputs)
+                strengths, sums = self.calibrating
+                sums += measure(self.forced, records, strengths, size)
 
     @torch.no_grad()
     def visit(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
         """Records for [`step`], as the log holds them, of documents that the Pilot does not train on: it is run in
         [`eval_mode`], and the global random state is left as it was."""
-        with isolated_rng(self.device), eval_mode(self.head.trained), self._watch(inputs):
+        with isolated_rng(self.device), eval_mode(self.head.trained), self.forced.watch(inputs):
             forward()
-        with self.head.gathered():
-            return self._records_to_log(inputs)
-
-    @contextmanager
-    def _watch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        if inputs.get("labels") is None:
-            raise ValueError("The Mistake Log needs the `labels` of the batch that the Pilot is given.")
-        self.tap.open()
-        self._caught, self._listening = None, True
-        try:
-            yield
-        finally:
-            self._listening = False
-        if self._caught is None:
-            raise ValueError("The Pilot's decoder did not run inside the block: is it the Pilot of this learner?")
-        self._follow_pilot()
-
-    def _catch(self, states: PilotStates) -> None:
-        self._caught, self._listening = states, False
-
-    def _records(self, inputs: Mapping[str, Any], **kwargs: Any) -> list[MistakeRecord]:
-        states, self._caught = self._caught, None
-        with self._autocast():
-            return make_records(states, inputs, self.head, self.embedding, self.copilot.config.top_k, **kwargs)
+        return self._records_to_log(inputs)
 
     def _records_to_log(self, inputs: Mapping[str, Any]) -> list[MistakeRecord]:
-        self.largest_batch = max(self.largest_batch, self._caught.positions)
-        return self._records(inputs, dtype=self.log_dtype, device="cpu")
+        self.max_positions = max(self.max_positions, self.forced.positions)
+        with self.head.gathered():
+            return self.forced.records(inputs, self.log_dtype, "cpu")
 
     # ---- learning --------------------------------------------------------------------------------------------------
 
@@ -271,16 +218,22 @@ class CopilotLearner:
             if mistakes is None:
                 mistakes = records
             if mistakes:
-                self._append(mistakes)
+                self.log.append(mistakes)
             for _ in range(self.steps_per_round):
                 drawn = self.log.sample(len(records), self.generator)
-                self._update([self._random_start(record) for record in drawn])
+                self.update([self._random_start(record) for record in drawn])
         self.steps += 1
-        self.scheduler.step()
+        self.optimizer.scheduler.step()
+
+    def update(self, records: Sequence[MistakeRecord]) -> None:
+        """One optimizer step on these documents; see [`CopilotOptimizer.step`]."""
+        loss = self.optimizer.step(self.forced, records, self.max_positions)
+        if loss is not None:
+            self.metrics.add_loss(loss)
 
     def _measure(self, records: list[MistakeRecord]) -> None:
         try:
-            self.sums["train"] += self.score(records)
+            self.metrics.add("train", measure(self.forced, records, self.strengths, self.max_positions))
         except torch.OutOfMemoryError:
             logger.warning("Memory ran out while the Copilot was measured: these documents are not in the metrics.")
 
@@ -303,86 +256,6 @@ class CopilotLearner:
             return record
         return record.starting_at(int(torch.randint(len(record.positions), (), generator=self.generator)))
 
-    def _update(self, records: list[MistakeRecord]) -> None:
-        per_sequence = self.copilot.config.objective == "rmse"
-        count = sum(int(r.is_start.sum()) if per_sequence else len(r.labels) for r in records)
-        total = sum_count(count, self.device)
-        if not total:
-            return
-        self.copilot.train()
-        loss = self._backward(records, total)
-        parameters = self.trainable_parameters()
-        for parameter in parameters if num_processes() > 1 else ():
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        sum_over_processes([loss, *(p.grad for p in parameters if p.grad is not None)])
-        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
-        if bool((loss + norm).isfinite()):
-            self.optimizer.step()
-            self.loss_sum += loss
-            self.loss_count += 1
-            self.skips_in_a_row = 0
-        else:
-            self._skip()
-        self.optimizer.zero_grad()
-
-    def _backward(self, records: list[MistakeRecord], total: int) -> torch.Tensor:
-        """This process's part of the loss, with its gradients; NaN where memory ran out."""
-        loss = torch.zeros((), device=self.device)
-        try:
-            for batch in self.batches(records):
-                with self._autocast():
-                    part = self.batch_loss(batch) / total
-                part.backward()
-                loss += part.detach()
-        except torch.OutOfMemoryError:
-            loss.fill_(torch.nan)
-        return loss
-
-    def _skip(self) -> None:
-        self.skipped_steps += 1
-        self.skips_in_a_row += 1
-        if self.skips_in_a_row == SKIPS_TO_WARN:
-            logger.warning(
-                "The Copilot's step was left out %d times in a row: its loss or gradient is not finite, or its memory "
-                "ran out. The Pilot's training goes on. Lower copilot_learning_rate or copilot_max_grad_norm; for "
-                "memory lower per_device_train_batch_size, or train a smaller Copilot or one with an adapter "
-                "(copilot_peft_config).",
-                SKIPS_TO_WARN,
-            )
-
-    def batches(self, records: list[MistakeRecord], max_positions: int | None = None) -> Iterator[CopilotBatch]:
-        """The records, padded, in groups of at most `max_positions`, by default those of the Pilot's largest
-        micro-batch in training."""
-        max_positions = max_positions or self.largest_batch
-        dtype = self.copilot.norm.weight.dtype
-        has_encoder = self.copilot.config.pilot_is_encoder_decoder
-        for group in group_by_length(records, max_positions, has_encoder):
-            yield CopilotBatch.collate(group, self.embedding, self.copilot.config, self.device, dtype)
-
-    def _outputs(self, batch: CopilotBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """What f = W h is made of at the batch's queries: h `[Q, e]`, in the type of its matrix products, and W
-        `[V, e]`."""
-        lent = self.lent
-        hidden = self.forward(**batch.inputs, lent=lent).last_hidden_state[batch.valid]  # [Q, e]
-        weight = self.copilot.vocabulary(lent).head  # [V, e]
-        return hidden.to(self.autocast_dtype or weight.dtype), weight
-
-    @property
-    def lent(self) -> Vocabulary | None:
-        """The Pilot's matrices as they are now, where the Copilot uses them."""
-        uses_them = self.copilot.config.vocab_projection == "pilot"
-        return lent_vocabulary(self.head.pilot, self.device) if uses_them else None
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
-
-    def batch_loss(self, batch: CopilotBatch) -> torch.Tensor:
-        """The objective, summed: over positions (cross-entropy) or over sequences (RMSE, Eq. 7)."""
-        hidden, weight = self._outputs(batch)  # [Q, e], [V, e]
-        if self.copilot.config.objective == "rmse":
-            return rmse_loss(hidden, weight, batch.target, batch.sequence, batch.num_sequences)
-        return cross_entropy_loss(hidden, weight, lambda rows: self.head(batch.final_states[rows]), batch.labels)
-
     # ---- measuring -------------------------------------------------------------------------------------------------
 
     @property
@@ -403,70 +276,21 @@ class CopilotLearner:
         Raises:
             ValueError: If a λ is negative or not finite, the block measures no labelled token, or for another metric.
         """
-        if metric not in METRICS_OF_STRENGTH:
-            raise ValueError(f"metric={metric!r}: λ is chosen by one of {METRICS_OF_STRENGTH}.")
-        strengths = sorted({0.0, *(check_strength(strength) for strength in strengths)})
-        self.calibration = strengths, no_sums(strengths)
+        strengths = strengths_to_try(strengths, metric)
+        sums = empty_sums(strengths)
+        self.calibrating = strengths, sums
         try:
             yield
-            sums = self.calibration[1]
         finally:
-            self.calibration = None
-        sums = self._over_processes(sums)
+            self.calibrating = None
         config = self.copilot.config
-        config.calibration = calibration_of(sums, strengths, data, metric)
+        config.calibration = choose_strength(over_processes(sums, self.device), strengths, data, metric)
         config.strength = config.calibration["strength"]
-
-    def scores(self, batch: CopilotBatch) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Chunks of the batch's queries: which, the Pilot's logits z and the correction f, each `[c, V]` float32."""
-        with torch.no_grad(), self._autocast():
-            hidden, weight = self._outputs(batch)  # [Q, e], [V, e]
-            weight = weight.to(hidden.dtype)
-        for rows in row_chunks(len(hidden), len(weight)):
-            with torch.no_grad(), self._autocast():
-                chunk = rows, self.head(batch.final_states[rows]), (hidden[rows] @ weight.T).float()
-            yield chunk
-
-    @torch.no_grad()
-    def score(
-        self,
-        records: list[MistakeRecord],
-        strengths: Sequence[float] | None = None,
-        max_positions: int | None = None,
-    ) -> torch.Tensor:
-        """Sums over the records' targets, teacher-forced, at each λ of `strengths`, on the CPU: see [`sums_of`]."""
-        strengths = self.strengths if strengths is None else strengths
-        parts = []
-        was_training = self.copilot.training
-        self.copilot.eval()
-        for batch in self.batches(records, max_positions):
-            labels, dropped = batch.labels, batch.target.dropped  # [Q], [Q]
-            for rows, pilot, correction in self.scores(batch):
-                fusion = self.copilot.config.fusion
-                parts.append(sums_of(pilot, correction, labels[rows], dropped[rows], strengths, fusion))
-        self.copilot.train(was_training)
-        return torch.stack(parts).cpu().double().sum(0) if parts else no_sums(strengths)
-
-    def _over_processes(self, sums: torch.Tensor) -> torch.Tensor:
-        if num_processes() == 1:
-            return sums  # not every device has float64
-        sums = sums.to(self.device)
-        sum_over_processes([sums])
-        return sums
-
-    def forget_metrics(self, mode: str) -> None:
-        """Begin the sums of "train" or "eval" anew, on this process."""
-        self.sums[mode] = no_sums(self.strengths)
 
     def pop_metrics(self, mode: str = "train") -> dict[str, float]:
         """The metrics since the last call, over all processes: means over targets, and in training the mean of the
         Copilot's loss."""
-        sums, self.sums[mode] = self.sums[mode], no_sums(self.strengths)
-        *totals, targets = self._over_processes(sums).flatten().tolist()
-        metrics = {name: total / targets for name, total in zip(METRICS, totals, strict=True)} if targets else {}
-        if mode == "train" and self.loss_count:
-            metrics["copilot_loss"] = self.loss_sum.item() / self.loss_count
-            self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
+        metrics = self.metrics.pop(mode)
         if mode == "train" and self.skipped_steps:
             metrics["copilot_skipped_steps"] = self.skipped_steps
         if mode == "train" and self.log.capped:

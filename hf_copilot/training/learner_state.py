@@ -62,16 +62,16 @@ def save_state(learner: CopilotLearner, directory: str | os.PathLike, mistake_lo
 
 
 def _save_shared(learner: CopilotLearner, folder: Path) -> None:
-    state = learner.optimizer.state_dict()
+    state = learner.optimizer.adamw.state_dict()
     tensors = {f"optimizer.{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
     tensors |= {f"weights.{name}": tensor.detach() for name, tensor in _beside_exported(learner)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
     scalars = {
         "param_groups": state["param_groups"],
-        "scheduler": learner.scheduler.state_dict(),
+        "scheduler": learner.optimizer.scheduler.state_dict(),
         "steps": learner.steps,
         "skipped_steps": learner.skipped_steps,
-        "largest_batch": learner.largest_batch,
+        "largest_batch": learner.max_positions,
         "trained": _what_is_trained(learner),
     }
     (folder / SCALARS).write_text(json.dumps(scalars), encoding="utf-8")
@@ -115,10 +115,10 @@ def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = tensor
-    learner.optimizer.load_state_dict({"state": state, "param_groups": scalars["param_groups"]})
-    learner.scheduler.load_state_dict(scalars["scheduler"])
-    learner.steps, learner.skipped_steps = scalars["steps"], scalars["skipped_steps"]
-    learner.largest_batch = scalars["largest_batch"]
+    learner.optimizer.adamw.load_state_dict({"state": state, "param_groups": scalars["param_groups"]})
+    learner.optimizer.scheduler.load_state_dict(scalars["scheduler"])
+    learner.steps, learner.optimizer.skipped_steps = scalars["steps"], scalars["skipped_steps"]
+    learner.max_positions = scalars["largest_batch"]
     with torch.no_grad():
         for name, parameter in _beside_exported(learner):
             parameter.copy_(tensors[f"weights.{name}"])

@@ -1,25 +1,34 @@
-"""What the Copilot changes: sums over targets at several strengths, and the strength that they speak for."""
+"""Metrics at several λ, and the choice of λ.
+
+λ = 0 is the Pilot alone. Shapes: c targets, s strengths λ, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ..model.configuration_copilot import check_strength
 from ..model.discrepancy import fuse
+from .distributed import num_processes, sum_over_processes
+from .mistake_log import MistakeRecord
+from .teacher_forced import TeacherForced
 
-# λ of the paper's Table 17 and around it; 0 is the Pilot alone
+METRICS = ("pilot_nll", "pilot_token_accuracy", "rectified_nll", "rectified_token_accuracy", "copilot_dropped_mass")
 METRICS_OF_STRENGTH = ("nll", "token_accuracy")
+# λ of the paper's Table 17 and around it
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
 
 
-def no_sums(strengths: Sequence[float]) -> torch.Tensor:
-    """Zeros to add what [`sums_of`] gives, on the CPU."""
+def empty_sums(strengths: Sequence[float]) -> torch.Tensor:
+    """Zeros to add what [`sum_metrics`] gives, on the CPU."""
     return torch.zeros(len(strengths) + 1, 2, dtype=torch.float64)
 
 
-def sums_of(
+def sum_metrics(
     logits: torch.Tensor,
     correction: torch.Tensor,
     labels: torch.Tensor,
@@ -27,8 +36,8 @@ def sums_of(
     strengths: Sequence[float],
     fusion: str,
 ) -> torch.Tensor:
-    """Sums over c targets, `[len(strengths) + 1, 2]` float32: for every λ the negative log-likelihood (nats) and the
-    top-1 hits of the fused distribution; in the last row the probability mass left out of ℓ, and c.
+    """Sums over c targets, `[s + 1, 2]` float32: for every λ the negative log-likelihood (nats) and the top-1 hits of
+    the fused distribution; in the last row the probability mass left out of ℓ, and c.
 
     Args:
         logits, correction: The Pilot's z and the Copilot's f, `[c, V]` float32.
@@ -46,7 +55,74 @@ def sums_of(
     return torch.stack(rows)
 
 
-def calibration_of(sums: torch.Tensor, strengths: Sequence[float], data: str, metric: str = "nll") -> dict[str, Any]:
+@torch.no_grad()
+def measure(
+    forced: TeacherForced,
+    records: Sequence[MistakeRecord],
+    strengths: Sequence[float],
+    max_positions: float = math.inf,
+) -> torch.Tensor:
+    """[`sum_metrics`] over the records' targets, by the Copilot in eval mode, on the CPU."""
+    copilot, parts = forced.copilot, []
+    was_training = copilot.training
+    copilot.eval()
+    for batch in forced.batches(records, max_positions):
+        for rows, logits, correction in forced.corrections(batch):
+            labels, dropped = batch.labels[rows], batch.target.dropped[rows]  # [c], [c]
+            parts.append(sum_metrics(logits, correction, labels, dropped, strengths, copilot.config.fusion))
+    copilot.train(was_training)
+    return torch.stack(parts).cpu().double().sum(0) if parts else empty_sums(strengths)
+
+
+def over_processes(sums: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The sum of what all processes have measured; each must call it."""
+    if num_processes() == 1:
+        return sums  # not every device has float64
+    sums = sums.to(device)
+    sum_over_processes([sums])
+    return sums
+
+
+class RunningMetrics:
+    """The sums of training and of evaluation since they were last asked for."""
+
+    def __init__(self, strengths: Sequence[float], device: torch.device):
+        self.device = device
+        self.sums = {mode: empty_sums(strengths) for mode in ("train", "eval")}
+        self.loss_sum = torch.zeros((), device=device)
+        self.loss_count = 0
+
+    def add(self, mode: str, sums: torch.Tensor) -> None:
+        self.sums[mode] += sums
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """The Copilot's loss of one step, over all processes."""
+        self.loss_sum += loss
+        self.loss_count += 1
+
+    def forget(self, mode: str) -> None:
+        self.sums[mode] = torch.zeros_like(self.sums[mode])
+
+    def pop(self, mode: str) -> dict[str, float]:
+        """Means over targets, and in training the mean of the Copilot's loss; every process must call it."""
+        *totals, targets = over_processes(self.sums[mode], self.device).flatten().tolist()
+        self.forget(mode)
+        metrics = {name: total / targets for name, total in zip(METRICS, totals, strict=True)} if targets else {}
+        if mode == "train" and self.loss_count:
+            metrics["copilot_loss"] = self.loss_sum.item() / self.loss_count
+            self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
+        return metrics
+
+
+def strengths_to_try(strengths: Sequence[float], metric: str) -> list[float]:
+    """These λ and 0, in order; raises a `ValueError` for one that is negative or not finite, or for an unknown
+    metric."""
+    if metric not in METRICS_OF_STRENGTH:
+        raise ValueError(f"metric={metric!r}: λ is chosen by one of {METRICS_OF_STRENGTH}.")
+    return sorted({0.0, *(check_strength(strength) for strength in strengths)})
+
+
+def choose_strength(sums: torch.Tensor, strengths: Sequence[float], data: str, metric: str = "nll") -> dict[str, Any]:
     """Means over targets at every λ, and the best λ by one of them: `"nll"`, the least negative log-likelihood, or
     `"token_accuracy"`, the most top-1 hits, and of equals the least negative log-likelihood.
 
@@ -64,12 +140,13 @@ def calibration_of(sums: torch.Tensor, strengths: Sequence[float], data: str, me
 def best_strength(calibration: dict[str, Any], metric: str) -> float:
     """λ with the least `"nll"`, or with the highest `"token_accuracy"`, of equals that with the least NLL."""
     figures = zip(calibration["nll"], calibration["token_accuracy"], calibration["strengths"], strict=True)
-    by_accuracy = metric == "token_accuracy"
-    return min((-accuracy * by_accuracy, nll, strength) for nll, accuracy, strength in figures)[-1]
+    if metric == "token_accuracy":
+        return min((-accuracy, nll, strength) for nll, accuracy, strength in figures)[-1]
+    return min((nll, strength) for nll, _, strength in figures)[-1]
 
 
-def results_of(calibration: dict[str, Any]) -> dict[str, float]:
+def results_at_chosen(calibration: dict[str, Any]) -> dict[str, float]:
     """The evaluation's metrics at the λ that was chosen."""
-    strengths, metrics = calibration["strengths"], ("nll", "token_accuracy")
+    strengths = calibration["strengths"]
     at = {"pilot": strengths.index(0.0), "rectified": strengths.index(calibration["strength"])}
-    return {f"{name}_{metric}": calibration[metric][i] for name, i in at.items() for metric in metrics}
+    return {f"{name}_{metric}": calibration[metric][i] for name, i in at.items() for metric in METRICS_OF_STRENGTH}

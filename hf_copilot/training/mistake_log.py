@@ -5,12 +5,15 @@ Shapes of one record: n positions (up to the last target), m targets, k kept ent
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -74,10 +77,19 @@ class MistakeLog:
         self.nbytes += sum(record.nbytes for record in records)
         while len(self.rounds) > self.max_rounds:
             self._drop(self.rounds.popleft())
+        was_capped = self.capped
         while self.nbytes > self.max_bytes and len(self) > 1:
             self.capped = True
             oldest = self.rounds[0]
             self._drop(self.rounds.popleft() if len(self.rounds) > 1 else [oldest.pop(0)])
+        if self.capped and not was_capped:
+            logger.warning(
+                "The Mistake Log has reached %d MiB and keeps %d rounds of %d: raise its bound in bytes "
+                "(copilot_log_max_bytes) to keep more.",
+                self.max_bytes // 2**20,
+                len(self.rounds),
+                self.max_rounds,
+            )
 
     def _drop(self, records: list[MistakeRecord]) -> None:
         self.nbytes -= sum(record.nbytes for record in records)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
-from torch import nn
-
-from ..pilot.inspect import is_encoder_decoder, unwrap
 
 
 class Holdout:
@@ -28,16 +24,6 @@ class Holdout:
         """The inputs of batch `index`; counted over all processes, it depends on nothing else."""
         start = index * self.batch_size
         return self.collate([self.rows[i % len(self.rows)] for i in range(start, start + self.batch_size)])
-
-
-def without_logits(pilot: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward whose logits nobody reads: of one position where the Pilot can leave the others out,
-    as SFTTrainer's own forward makes none. An encoder-decoder makes its decoder's inputs of the labels."""
-    if is_encoder_decoder(pilot):
-        return dict(inputs)
-    can_leave_out = "logits_to_keep" in inspect.signature(unwrap(pilot).forward).parameters
-    kept = {name: value for name, value in inputs.items() if name != "labels"}
-    return kept | ({"logits_to_keep": 1} if can_leave_out else {})
 
 
 def split_holdout(rows: Any, share: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -21,7 +21,7 @@ from trl import SFTTrainer
 from ..generation.logits_processor import CopilotLogitsProcessor
 from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
-from ..pilot.inspect import is_encoder_decoder
+from ..pilot.inspect import is_encoder_decoder, without_logits
 from .assembly import (
     after_first_visit,
     check_data,
@@ -33,7 +33,6 @@ from .assembly import (
     make_learner,
     save_weights,
 )
-from .batch import find_documents
 from .checkpoint import (
     STATE_FOLDER,
     WEIGHTS_FOLDER,
@@ -42,10 +41,12 @@ from .checkpoint import (
     newest_whole_checkpoint,
     write_manifest,
 )
+from .learner import CopilotLearner
 from .learner_state import load_state, save_state
-from .metrics import STRENGTHS, results_of
+from .metrics import STRENGTHS, results_at_chosen
 from .mistake_log import MistakeRecord
-from .mistake_source import Holdout, split_holdout, without_logits
+from .mistake_source import Holdout, split_holdout
+from .records import find_documents
 from .report import describe_start, table_of_training
 from .training_args import AUTO_STRENGTHS, CopilotArguments, least_is_best
 
@@ -82,6 +83,8 @@ class CopilotMixin:
             `copilot_peft_config` every access merges the adapter into a new copy.
         learner (`CopilotLearner`): What trains it.
     """
+
+    learner_class = CopilotLearner
 
     def __init__(
         self,
@@ -125,6 +128,7 @@ class CopilotMixin:
             self.args,
             self.copilot_args,
             copilot_peft_config,
+            self.learner_class,
         )
         self._copilot_checkpoint: str | None = None
         self.holdout = self._make_holdout() if self.copilot_args.copilot_mistake_source == "holdout" else None
@@ -260,8 +264,8 @@ class CopilotMixin:
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        self.learner.forget_metrics("eval")
-        if self.learner.calibration is not None:
+        self.learner.metrics.forget("eval")
+        if self.learner.calibrating is not None:
             prediction_loss_only = True  # nothing is generated, no logits are gathered
         try:
             output = super().evaluation_loop(
@@ -294,7 +298,7 @@ class CopilotMixin:
         rows = [f"{len(part)} rows" if hasattr(part, "__len__") else "a stream" for part in parts]
         with self.learner.calibrate(strengths, " and ".join(rows), metric):
             self.evaluate(eval_dataset, metric_key_prefix="calibration")
-        self.learner.copilot.config.results = results_of(self.learner.copilot.config.calibration)
+        self.learner.copilot.config.results = results_at_chosen(self.learner.copilot.config.calibration)
         return self.learner.copilot.config.calibration
 
     def log(self, logs, start_time=None):

@@ -1,0 +1,232 @@
+"""Follows a running `generate`: which row continues which, which tokens are new, what is padding. No Copilot in it.
+
+Its state hangs on content alone: a row of this call continues the row of the last call that has the same tokens (and
+the same encoder output), so beams, kept caches and several `generate` calls in a row need no hint from outside.
+Shapes: R rows, n tokens so far, t of them in one forward, S positions of the encoder, d_P the Pilot's hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..pilot.tap import PilotStates
+
+UNKNOWN_CALL = (
+    "The processor was called with tokens that its Pilot has not just been run on. It rectifies "
+    "`pilot.generate(input_ids, logits_processor=[processor])` of the one Pilot that it is attached to; assisted "
+    "decoding, prompt lookup, guidance_scale and inputs_embeds call processors for other tokens and are not supported "
+    "(leave assistant_model, prompt_lookup_num_tokens and guidance_scale out). If it was detached, make a new one. A "
+    "Pilot in training mode with gradient checkpointing generates without its cache: call pilot.eval() first. "
+    "One whose cache holds no positions (state-space models) needs use_cache=False."
+)
+UNSEEN_CACHE = (
+    "The Pilot's cache holds tokens whose states (or padding, behind the sliding window of a static cache) "
+    "this processor has not seen: make the processor before the cache is filled, with all of its rows (not "
+    "one that is repeated later), and one for each conversation that has a cache of its own, or call generate "
+    "without a kept cache."
+)
+
+
+class Piece(NamedTuple):
+    """Consecutive positions that are new to the memory: the arguments of `Memory.entries`."""
+
+    input_ids: torch.Tensor  # [R, t]
+    embeddings: torch.Tensor | None  # X̃, [R, t, d_P], or [R, S, d_P] of an encoder
+    hidden_states: torch.Tensor | None  # h, [R, t, d_P]
+    is_first: bool  # whether they are the first positions
+
+
+@dataclass
+class Step:
+    """How one call goes on from the last one."""
+
+    ids: torch.Tensor  # [R, n]
+    continues: bool  # whether every row has one token more than a row of the last call
+    rows: (
+        torch.Tensor | None
+    )  # [R], the row of the last call that each row goes on from; None if all kept their places
+    kept: int  # the positions whose memory stays, in that order of rows
+    pieces: list[Piece]  # the others
+    next_logits: torch.Tensor  # [R, V], the Pilot's
+    visible: torch.Tensor  # [R, n] bool, False at padding
+    encoder_visible: torch.Tensor | None  # [R, S] bool, likewise, of an encoder
+
+
+class Follower:
+    """Takes the forwards of a Pilot, and says at every call of a processor how it goes on from the last one.
+
+    Args:
+        needs_states: Whether the memory is of states, which only forwards show. Else it is of tokens, which can be
+            read again.
+        device: Of what it gives.
+    """
+
+    def __init__(self, needs_states: bool, device: torch.device):
+        self.needs_states, self.device = needs_states, device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.pending: list[PilotStates] = []  # forwards of the Pilot since the last call
+        self.ids: torch.Tensor | None = None  # [R, n] tokens of the last call
+        self.visible: torch.Tensor | None = None  # [R, n] bool, which of them are not padding
+        self.group: torch.Tensor | None = None  # [R] rows of one group began the run with the same content
+        self.encoder_output: torch.Tensor | None = None  # [R, S, d_P], of an encoder-decoder
+
+    def take(self, states: PilotStates) -> None:
+        """Hear of a forward of the Pilot."""
+        if self.pending and states.past_length != self.pending[-1].past_length + self.pending[-1].length:
+            self.pending = []  # of a forward that nobody asked about
+        if self.pending:
+            self.pending[-1].next_logits = None  # nobody asked for them
+        self.pending.append(states)
+
+    def follow(self, input_ids: torch.Tensor) -> Step:
+        """How a call for the token after `input_ids` `[R, n]` goes on from the last call.
+
+        Raises:
+            ValueError: If these are not the tokens that the Pilot has just been run on.
+        """
+        pending, self.pending = self.pending, []
+        ids = input_ids.to(self.device)  # [R, n]
+        is_next = self._is_next(ids) and self._has_same_encoder(pending)
+        rows = self._parents(ids, ids.shape[1] - 1) if is_next else None  # [R]
+        continues = rows is not None
+        forwards = self._chain(pending, ids, continues)
+        past = forwards[0].past_length
+        if past and not continues:
+            rows = self._parents(ids, past)
+        rows = self._arrange(rows)
+        before = self.visible[:, :past] if continues else self._visible_before(forwards[0])  # [R, past]
+        visible = torch.cat([before, *(self._visible(s, s.past_length) for s in forwards)], dim=1)  # [R, n]
+        self.ids, self.visible = ids, visible
+        encoder_visible = self._read_encoder(forwards[-1])
+        if not continues:
+            self.group = self._groups()
+        kept = self._kept(past, continues)
+        logits = forwards[-1].next_logits.to(self.device)  # [R, V]
+        return Step(ids, continues, rows, kept, self._pieces(forwards, kept), logits, visible, encoder_visible)
+
+    def _kept(self, past: int, continues: bool) -> int:
+        if self.needs_states:
+            return past
+        return self.ids.shape[1] - 1 if continues else 0
+
+    def _pieces(self, forwards: list[PilotStates], kept: int) -> list[Piece]:
+        if not self.needs_states:
+            return [Piece(self.ids[:, kept:], None, None, kept == 0)]
+        return [Piece(s.input_ids, s.embeddings, s.hidden_states, s.past_length == 0) for s in forwards]
+
+    # ---- which tokens ----------------------------------------------------------------------------------------------
+
+    def _chain(self, pending: list[PilotStates], ids: torch.Tensor, continues: bool) -> list[PilotStates]:
+        """The forwards, last ones first to be looked at, that lead from tokens whose memory is known to `ids`."""
+        if not pending or pending[-1].next_logits is None:
+            raise ValueError(UNKNOWN_CALL)
+        start = ids.shape[1]
+        for count, states in enumerate(reversed(pending), 1):
+            if not self._ends_with(states, ids[:, :start]):
+                break
+            start = states.past_length
+            if start == 0 or continues or self._is_enough(states) or self._parents(ids, start) is not None:
+                return pending[-count:]
+        raise ValueError(UNKNOWN_CALL if start == ids.shape[1] else UNSEEN_CACHE)
+
+    def _ends_with(self, states: PilotStates, ids: torch.Tensor) -> bool:
+        """Whether a forward was run on the last of these tokens `[R, n]`, at their positions."""
+        tokens, known = ids[:, states.past_length :], states.input_ids
+        if known is None or known.shape != tokens.shape:
+            return False
+        return torch.equal(known.to(tokens.device), tokens)
+
+    def _is_enough(self, states: PilotStates) -> bool:
+        """Whether the memory can be made of token ids and this forward's mask alone."""
+        return not self.needs_states and not self._hides_past(states)
+
+    # ---- which rows ------------------------------------------------------------------------------------------------
+
+    def _is_next(self, ids: torch.Tensor) -> bool:
+        return self.ids is not None and ids.shape[1] == self.ids.shape[1] + 1
+
+    def _has_same_encoder(self, pending: list[PilotStates]) -> bool:
+        """Whether the last forward read the encoder output of the last call; beams keep to their prompt's rows."""
+        if self.encoder_output is None or not pending:
+            return True
+        old, new = self.encoder_output, pending[-1].embeddings
+        return old.shape == new.shape and (old.data_ptr() == new.data_ptr() or torch.equal(old, new))
+
+    def _parents(self, ids: torch.Tensor, length: int) -> torch.Tensor | None:
+        """For every row the row of the last call with the same first `length` tokens: `[R]`, or None if some row has
+        none. Beams keep to the rows of their prompt, so a row's parent is in the group of its own place: rows with
+        the same tokens and other padding are not confused."""
+        if self.ids is None or self.ids.shape[1] < length:
+            return None
+        old, new = self.ids[:, :length], ids[:, :length]
+        if old.shape == new.shape and torch.equal(old, new):
+            return torch.arange(len(new), device=new.device)
+        _, content = torch.unique(torch.cat([old, new]), dim=0, return_inverse=True)  # [R_old + R]
+        same = content[len(old) :, None] == content[None, : len(old)]  # [R, R_old]
+        if len(new) == len(old):
+            same &= self.group[:, None] == self.group[None]
+        if not bool(same.any(-1).all()):
+            return None
+        return same.int().argmax(-1)  # [R]
+
+    def _arrange(self, rows: torch.Tensor | None) -> torch.Tensor | None:
+        """Put the rows of the state in the order of this call; gives the order back, or None if it was that."""
+        if rows is None or torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+            return None
+        self.visible, self.ids, self.group = self.visible[rows], self.ids[rows], self.group[rows]
+        return rows
+
+    def _groups(self) -> torch.Tensor:
+        """Rows that begin with the same content have one number: `[R]`."""
+        content = self.ids.masked_fill(~self.visible, -1)  # [R, n]
+        if self.encoder_output is not None:
+            _, encoder = torch.unique(self.encoder_output.flatten(1), dim=0, return_inverse=True)  # [R]
+            content = torch.cat([content, encoder.to(content.device)[:, None]], dim=1)  # [R, n + 1]
+        return torch.unique(content, dim=0, return_inverse=True)[1]
+
+    # ---- what is padding -------------------------------------------------------------------------------------------
+
+    def _read_encoder(self, states: PilotStates) -> torch.Tensor | None:
+        """Keep a forward's encoder output, if it has one; which of its positions are not padding, `[R, S]` bool."""
+        if states.encoder_length is None:
+            return None
+        self.encoder_output = states.embeddings
+        mask = states.encoder_attention_mask
+        if mask is None:
+            return torch.ones(states.embeddings.shape[:2], dtype=torch.bool, device=self.device)
+        return mask.to(self.device) != 0
+
+    def _visible_before(self, states: PilotStates) -> torch.Tensor:
+        """Which positions before the first forward of a run are not padding, `[R, past]` bool.
+
+        As its mask has them now: a row that ended early in the last run is padded behind its end. Where a window hides
+        them, as they were.
+        """
+        past = states.past_length
+        return self.visible[:, :past] if past and self._hides_past(states) else self._visible(states, 0)[:, :past]
+
+    def _hides_past(self, states: PilotStates) -> bool:
+        """Whether a forward's mask does not go back to the first position, since a window slides."""
+        return self._visible(states, 0).shape[1] < states.past_length + states.length
+
+    def _visible(self, states: PilotStates, start: int) -> torch.Tensor:
+        """Which positions from `start` to the end n of one forward are not padding, by its mask in whatever form it
+        came: `[R, n - start]` bool, or the last of them, where a window slides."""
+        mask: Any = states.attention_mask
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention", next(iter(mask.values())))
+        n = states.past_length + states.length
+        if mask is None:
+            visible = torch.ones(len(states.last_hidden_state), n - start, dtype=torch.bool)
+        elif mask.ndim == 2:
+            visible = mask[:, start:n] != 0
+        else:  # [R, 1, t, n or more], bool or additive: visible to any query
+            columns = mask[:, 0, :, :n][..., -(n - start) :]  # a sliding window has fewer than n
+            visible = (columns if mask.dtype == torch.bool else columns == 0).any(1)
+        return visible.to(self.device)

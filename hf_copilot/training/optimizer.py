@@ -1,0 +1,125 @@
+"""The Copilot's optimizer steps: gradients of a draw over micro-batches and processes; what fails is left out."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from ..model.modeling_copilot import CopilotModel
+from .distributed import num_processes, sum_count, sum_over_processes
+from .mistake_log import MistakeRecord
+from .teacher_forced import TeacherForced
+
+logger = logging.getLogger(__name__)
+
+SKIPS_TO_WARN = 5  # steps in a row
+
+
+class CopilotOptimizer:
+    """AdamW and its schedule, for the parameters of a Copilot that learn; matrices alone decay.
+
+    Args:
+        copilot: Whose parameters these are.
+        num_training_steps: Rounds of the schedule.
+        learning_rate, weight_decay, max_grad_norm: Of AdamW; a norm of 0 does not clip.
+        warmup_steps, lr_scheduler_type, lr_scheduler_kwargs: Of its schedule, as in transformers.
+    """
+
+    def __init__(
+        self,
+        copilot: CopilotModel,
+        *,
+        num_training_steps: int,
+        learning_rate: float,
+        weight_decay: float,
+        max_grad_norm: float,
+        warmup_steps: int,
+        lr_scheduler_type: str,
+        lr_scheduler_kwargs: dict[str, Any],
+    ):
+        self.copilot, self.max_grad_norm = copilot, max_grad_norm
+        self.skipped_steps = self.skips_in_a_row = 0
+        decay = [p for p in self.parameters() if p.ndim > 1]
+        no_decay = [p for p in self.parameters() if p.ndim <= 1]
+        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+        self.scheduler = get_scheduler(
+            lr_scheduler_type,
+            self.adamw,
+            warmup_steps,
+            max(num_training_steps, 1),
+            scheduler_specific_kwargs=lr_scheduler_kwargs,
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.copilot.parameters() if parameter.requires_grad]
+
+    def step(
+        self, forced: TeacherForced, records: Sequence[MistakeRecord], max_positions: float = math.inf
+    ) -> torch.Tensor | None:
+        """One step on these documents of this process and those of the others; gives the loss, a mean over targets or
+        sequences, or None if it was left out: without a target, or where the loss or gradient is not finite, or memory
+        ran out, in any process.
+
+        Args:
+            forced: Gives the loss.
+            max_positions: Of one micro-batch.
+        """
+        per_sequence = self.copilot.config.objective == "rmse"
+        count = sum(int(r.is_start.sum()) if per_sequence else len(r.labels) for r in records)
+        total = sum_count(count, forced.device)
+        if not total:
+            return None
+        self.copilot.train()
+        loss = self._backward(forced, records, total, max_positions)
+        norm = self._sum_gradients(loss)
+        is_finite = bool((loss + norm).isfinite())
+        if is_finite:
+            self.adamw.step()
+            self.skips_in_a_row = 0
+        else:
+            self._skip()
+        self.adamw.zero_grad()
+        return loss if is_finite else None
+
+    def _backward(
+        self, forced: TeacherForced, records: Sequence[MistakeRecord], total: int, max_positions: float
+    ) -> torch.Tensor:
+        """This process's part of the loss, with its gradients; NaN where memory ran out."""
+        loss = torch.zeros((), device=forced.device)
+        try:
+            for batch in forced.batches(records, max_positions):
+                with forced.autocast():
+                    part = forced.loss(batch) / total
+                part.backward()
+                loss += part.detach()
+        except torch.OutOfMemoryError:
+            loss.fill_(torch.nan)
+        return loss
+
+    def _sum_gradients(self, loss: torch.Tensor) -> torch.Tensor:
+        """Sum loss and gradients over the processes, one of which may have had no document; clip; the norm before."""
+        parameters = self.parameters()
+        if num_processes() > 1:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        sum_over_processes([loss, *(p.grad for p in parameters if p.grad is not None)])
+        return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
+
+    def _skip(self) -> None:
+        self.skipped_steps += 1
+        self.skips_in_a_row += 1
+        if self.skips_in_a_row == SKIPS_TO_WARN:
+            logger.warning(
+                "The Copilot's step was left out %d times in a row: its loss or gradient is not finite, or its memory "
+                "ran out. The Pilot's training goes on. Lower copilot_learning_rate or copilot_max_grad_norm; for "
+                "memory lower per_device_train_batch_size, or train a smaller Copilot or one with an adapter "
+                "(copilot_peft_config).",
+                SKIPS_TO_WARN,
+            )

@@ -1,0 +1,261 @@
+"""One teacher-forced pass of Pilot and Copilot over labelled rows: what training minimises and what scoring measures.
+
+Shapes: B rows, Q queries (targets) of a batch, c of them in a chunk, s strengths λ, V vocabulary, e the width of the
+Copilot's output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..model.configuration_copilot import check_strength
+from ..model.discrepancy import cross_entropy_loss, fuse, rmse_loss, row_chunks
+from ..model.modeling_copilot import CopilotModel, CopilotOutput, Vocabulary
+from ..pilot.compatibility import check_teacher_forced
+from ..pilot.head import PilotEmbedding, PilotHead
+from ..pilot.inspect import eval_mode, without_logits
+from ..pilot.tap import PilotStates, PilotTap
+from ..pilot.vocabulary import lent_vocabulary
+from .batch import CopilotBatch, group_by_length, pad
+from .mistake_log import MistakeRecord
+from .records import IGNORE, make_records
+
+
+class TeacherForced:
+    """The records of a Pilot's forward, the Copilot's f at their targets, and its loss.
+
+        with TeacherForced(copilot, pilot) as forced:
+            with forced.watch(inputs):
+                pilot(**inputs)
+            for batch in forced.batches(forced.records(inputs)):
+                for rows, logits, correction in forced.corrections(batch):
+                    ...
+
+    Args:
+        copilot: Moved to the device of the Pilot's head.
+        pilot: Wrapped or not; it is only read.
+        autocast_dtype: Runs the Copilot under autocast in this type; None for its own.
+        compile_backend: Compiles the Copilot's forward with this backend of `torch.compile`; None does not.
+
+    Raises:
+        ValueError, NotImplementedError: If the two do not fit; see [`check_teacher_forced`].
+    """
+
+    def __init__(
+        self,
+        copilot: CopilotModel,
+        pilot: nn.Module,
+        autocast_dtype: torch.dtype | None = None,
+        compile_backend: str | None = None,
+    ):
+        check_teacher_forced(copilot, pilot)
+        self.head, self.embedding = PilotHead(pilot), PilotEmbedding(pilot)
+        self.device = self.head.device
+        self.copilot, self.autocast_dtype = copilot.to(self.device), autocast_dtype
+        self.compiled = torch.compile(copilot, backend=compile_backend, dynamic=True) if compile_backend else copilot
+        self._listening, self._caught = False, None
+        self.tap = PilotTap(pilot, copilot.config, self._catch, lambda: self._listening)
+
+    def __enter__(self) -> TeacherForced:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hooks from the Pilot; the next [`watch`] puts them back."""
+        self.tap.close()
+
+    def follow_pilot(self) -> None:
+        """Move the Copilot to where the Pilot is now: FSDP and full evaluation in half precision move it late."""
+        if self.device != self.head.device:
+            self.device = self.head.device
+            self.copilot.to(self.device)
+
+    # ---- the Pilot -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Read the first forward of the Pilot inside the block.
+
+        Raises:
+            ValueError: If there are no labels, or the Pilot's decoder does not run inside the block.
+        """
+        if inputs.get("labels") is None:
+            raise ValueError("The Mistake Log needs the `labels` of the batch that the Pilot is given.")
+        self.tap.open()
+        self._caught, self._listening = None, True
+        try:
+            yield
+        finally:
+            self._listening = False
+        if self._caught is None:
+            raise ValueError("The Pilot's decoder did not run inside the block: is it the Pilot of this learner?")
+        self.follow_pilot()
+
+    def _catch(self, states: PilotStates) -> None:
+        self._caught, self._listening = states, False
+
+    @property
+    def positions(self) -> int:
+        """Those of the forward that [`watch`] has read, padding included."""
+        return self._caught.positions
+
+    def records(
+        self, inputs: Mapping[str, Any], dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    ) -> list[MistakeRecord]:
+        """The records of the forward that [`watch`] has read; see [`make_records`]. Of a sharded Pilot inside
+        `head.gathered()`."""
+        states, self._caught = self._caught, None
+        with self.autocast():
+            return make_records(states, inputs, self.head, self.embedding, self.copilot.config.top_k, dtype, device)
+
+    def read(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
+        """The records of one forward."""
+        with self.watch(inputs):
+            forward()
+        with self.head.gathered():
+            return self.records(inputs)
+
+    # ---- the Copilot -----------------------------------------------------------------------------------------------
+
+    def batches(self, records: Sequence[MistakeRecord], max_positions: float = math.inf) -> Iterator[CopilotBatch]:
+        """The records, padded, in groups of like length with at most `max_positions`."""
+        for group in group_by_length(records, max_positions, self.copilot.config.pilot_is_encoder_decoder):
+            yield self.collate(group)
+
+    def collate(self, records: Sequence[MistakeRecord]) -> CopilotBatch:
+        """All records in one batch, in their order."""
+        dtype = self.copilot.norm.weight.dtype
+        return CopilotBatch.collate(records, self.embedding, self.copilot.config, self.device, dtype)
+
+    @property
+    def lent(self) -> Vocabulary | None:
+        """The Pilot's matrices as they are now, where the Copilot uses them."""
+        uses_them = self.copilot.config.vocab_projection == "pilot"
+        return lent_vocabulary(self.head.pilot, self.device) if uses_them else None
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def forward(self, batch: CopilotBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What f = W h is made of at the batch's queries: h `[Q, e]`, in the type of its matrix products, and W
+        `[V, e]`."""
+        lent = self.lent
+        hidden = self.run(**batch.inputs, lent=lent).last_hidden_state[batch.valid]  # [Q, e]
+        weight = self.copilot.vocabulary(lent).head  # [V, e]
+        return hidden.to(self.autocast_dtype or weight.dtype), weight
+
+    def run(self, **inputs: Any) -> CopilotOutput:
+        """[`CopilotModel.forward`], compiled or not."""
+        return self.compiled(**inputs)
+
+    def loss(self, batch: CopilotBatch) -> torch.Tensor:
+        """The objective, summed: over positions (cross-entropy) or over sequences (RMSE, Eq. 7)."""
+        hidden, weight = self.forward(batch)  # [Q, e], [V, e]
+        if self.copilot.config.objective == "rmse":
+            return rmse_loss(hidden, weight, batch.target, batch.sequence, batch.num_sequences)
+        return cross_entropy_loss(hidden, weight, lambda rows: self.head(batch.final_states[rows]), batch.labels)
+
+    def corrections(self, batch: CopilotBatch) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Chunks of the batch's queries: which, the Pilot's logits z and the correction f, each `[c, V]` float32."""
+        with torch.no_grad(), self.autocast():
+            hidden, weight = self.forward(batch)  # [Q, e], [V, e]
+            weight = weight.to(hidden.dtype)
+        for rows in row_chunks(len(hidden), len(weight)):
+            with torch.no_grad(), self.autocast():
+                chunk = rows, self.head(batch.final_states[rows]), (hidden[rows] @ weight.T).float()
+            yield chunk
+
+
+class RowScore(NamedTuple):
+    """The m labelled tokens of one row at s strengths."""
+
+    log_likelihoods: torch.Tensor  # [s, m] float32, log p̃ of the labels, in nats
+    is_likeliest: torch.Tensor  # [s, m] bool, whether the label is the fused distribution's first choice
+
+
+@torch.no_grad()
+def score(
+    pilot: nn.Module,
+    copilot: CopilotModel,
+    rows: Sequence[Mapping[str, Any]],
+    strengths: Sequence[float] | None = None,
+    batch_size: int = 16,
+) -> list[RowScore]:
+    """Likelihoods of labelled tokens by the Pilot and by Pilot + Copilot, teacher-forced.
+
+        before, after = score(pilot, copilot, [{"input_ids": ids, "labels": labels}])[0].log_likelihoods.sum(1)
+
+    Both models are run in eval mode, and are as they were afterwards.
+
+    Args:
+        pilot: A causal LM or an encoder-decoder, wrapped or not.
+        rows: `input_ids` and `labels` (−100 where there is none) of each, without padding, as for the Pilot's own
+            loss. A token without one before it has no likelihood, and is left out.
+        strengths: λ; by default 0, the Pilot alone, and the Copilot's own.
+        batch_size: Rows in one forward.
+
+    Returns:
+        One [`RowScore`] for each row, on the CPU.
+
+    Raises:
+        ValueError: If the Copilot does not fit the Pilot, a λ is negative or not finite, or a forward is not finite.
+    """
+    chosen = [0.0, copilot.config.strength] if strengths is None else [check_strength(s) for s in strengths]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    scores: dict[int, RowScore] = {}
+    with TeacherForced(copilot, pilot) as forced, eval_mode(pilot), eval_mode(copilot):
+        for start in range(0, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            scores |= zip(picked, _score_batch(forced, [rows[i] for i in picked], chosen), strict=True)
+    return [scores[i] for i in range(len(rows))]
+
+
+def _score_batch(
+    forced: TeacherForced, rows: Sequence[Mapping[str, Any]], strengths: Sequence[float]
+) -> list[RowScore]:
+    config, pilot = forced.copilot.config, forced.head.trained
+    inputs = _padded(rows, pilot.get_input_embeddings().weight.device)
+    labels = inputs["labels"] if config.pilot_is_encoder_decoder else inputs["labels"][:, 1:]  # [B, T], or one less
+    counts = (labels != IGNORE).sum(1).tolist()
+    with forced.watch(inputs):
+        pilot(**without_logits(pilot, inputs))
+    parts = [torch.empty(2, len(strengths), 0)]
+    with forced.head.gathered():
+        records = forced.records(inputs)
+        if len(records) != sum(count > 0 for count in counts):
+            raise ValueError("The Pilot's forward on a row is not finite, so it can't be scored.")
+        for batch in [forced.collate(records)] if records else []:
+            for queries, logits, correction in forced.corrections(batch):
+                parts.append(_figures(logits, correction, batch.labels[queries], strengths, config.fusion))
+    figures = torch.cat(parts, dim=-1).split(counts, dim=-1)  # B x [2, s, m]
+    return [RowScore(likelihoods, likeliest.bool()) for likelihoods, likeliest in figures]
+
+
+def _figures(
+    logits: torch.Tensor, correction: torch.Tensor, labels: torch.Tensor, strengths: Sequence[float], fusion: str
+) -> torch.Tensor:
+    """log p̃ of the labels `[c]`, and whether they are the likeliest, at every λ: `[2, s, c]` on the CPU."""
+    pilot, figures = logits.log_softmax(-1), []  # [c, V]
+    for strength in strengths:
+        fused = fuse(pilot, correction, strength, fusion)  # [c, V]
+        likelihoods = fused.gather(-1, labels[:, None])[:, 0]  # [c]
+        figures.append(torch.stack([likelihoods, (fused.argmax(-1) == labels).float()]))
+    return torch.stack(figures, dim=1).cpu()
+
+
+def _padded(rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Rows as a batch, padded on the right."""
+    ids, labels = ([torch.as_tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
+    return {
+        "input_ids": pad(ids, device),
+        "attention_mask": pad([torch.ones_like(row) for row in ids], device),
+        "labels": pad(labels, device, IGNORE),
+    }

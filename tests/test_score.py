@@ -1,0 +1,84 @@
+"""`score`: likelihoods of labelled tokens without a learner, in any order and any batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import teacher_forced, tiny_pilot, tiny_seq2seq, trained_like
+
+from hf_copilot import CopilotConfig, score
+
+ROWS = [  # a prompt and a completion; two completions; no prompt; nothing labelled
+    {"input_ids": [5, 9, 12, 20, 21, 2], "labels": [-100, -100, -100, 20, 21, 2]},
+    {"input_ids": [5, 9, 12, 30, 31, 7, 8], "labels": [-100, 9, -100, -100, 31, 7, 8]},
+    {"input_ids": [11, 12, 13], "labels": [11, 12, 13]},
+    {"input_ids": [11, 12, 13], "labels": [-100, -100, -100]},
+]
+CONFIGS = {"tokens": {}, "states": {"memory": "pilot"}, "lent": {"vocab_projection": "pilot"}}
+
+
+@pytest.fixture(params=CONFIGS)
+def copilot(request, pilot):
+    return trained_like(pilot, CopilotConfig(**CONFIGS[request.param]))
+
+
+def test_the_pilots_likelihoods_are_its_own(pilot, copilot):
+    for row, found in zip(ROWS, score(pilot, copilot, ROWS, strengths=[0.0]), strict=True):
+        ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])[1:]
+        logits = pilot(input_ids=ids[None]).logits[0, :-1][labels != -100]  # [m, V]
+        expected = logits.log_softmax(-1).gather(1, labels[labels != -100, None])[:, 0]
+        torch.testing.assert_close(found.log_likelihoods[0], expected.detach(), rtol=1e-4, atol=1e-5)
+        assert torch.equal(found.is_likeliest[0], logits.argmax(-1) == labels[labels != -100])
+
+
+def test_the_rectified_are_those_of_the_training_path(pilot, copilot):
+    row, strength = ROWS[0], 0.7
+    (found,) = score(pilot, copilot, [row], strengths=[strength])
+    ids = torch.tensor(row["input_ids"])
+    f = teacher_forced(copilot, pilot, ids, prompt_length=3)[:-1]  # [m, V]
+    logits = pilot(input_ids=ids[None]).logits[0, 2:-1]
+    expected = (logits + strength * f).log_softmax(-1).gather(1, ids[3:, None])[:, 0]
+    torch.testing.assert_close(found.log_likelihoods[0], expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_batches_change_nothing(pilot, copilot, batch_size):
+    together = score(pilot, copilot, ROWS, batch_size=batch_size)
+    alone = [score(pilot, copilot, [row])[0] for row in ROWS]
+    for a, b in zip(together, alone, strict=True):
+        assert a.log_likelihoods.shape[0] == 2
+        torch.testing.assert_close(a.log_likelihoods, b.log_likelihoods, rtol=1e-4, atol=1e-4)
+    assert [score.log_likelihoods.shape[1] for score in together] == [3, 4, 2, 0]
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_beside_an_encoder_decoder(family):
+    pilot = tiny_seq2seq(family).eval()
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [9, 10, 2]}, {"input_ids": [5, 6], "labels": [9, -100, 11, 12, 2]}]
+    found = score(pilot, trained_like(pilot, CopilotConfig(init="random")), rows, strengths=[0.0, 1.0])
+    for row, own in zip(rows, found, strict=True):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        logits = pilot(input_ids=ids, labels=labels).logits[0].log_softmax(-1)
+        expected = logits[labels[0] != -100].gather(1, labels[labels != -100][:, None])[:, 0]
+        torch.testing.assert_close(own.log_likelihoods[0], expected.detach(), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[0].log_likelihoods[0], found[0].log_likelihoods[1], atol=1e-3)
+
+
+def test_both_models_are_as_they_were(pilot, copilot):
+    pilot.train(), copilot.train()
+    modes, state = [module.training for module in pilot.modules()], torch.get_rng_state()
+    score(pilot, copilot, ROWS)
+    assert copilot.training and [module.training for module in pilot.modules()] == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pilot.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_can_not_be_scored_raises(pilot, copilot):
+    with pytest.raises(ValueError, match="finite"):
+        score(pilot, copilot, ROWS, strengths=[-1.0])
+    with pytest.raises(ValueError, match="decoder-only"):
+        score(tiny_seq2seq(), copilot, ROWS)
+    broken = tiny_pilot()
+    broken.get_input_embeddings().weight.data[20] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        score(broken, copilot, ROWS)
