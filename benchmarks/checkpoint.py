@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
-from hf_copilot.training.learner_state import save_state
+from hf_copilot.training.checkpoint import save_state
 from hf_copilot.training.mistake_log import MistakeRecord
 
 ADAPTERS = {"lora": LoraConfig(r=32, target_modules="all-linear"), "full": None}

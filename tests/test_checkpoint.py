@@ -156,7 +156,7 @@ def test_a_torn_checkpoint_does_not_push_out_a_whole_one(tmp_path, straight):
 
 
 @pytest.mark.parametrize(
-    "at", ["hf_copilot.training.learner_state.save_file", "hf_copilot.training.checkpoint.json.dumps"]
+    "at", ["hf_copilot.training.checkpoint.save_file", "hf_copilot.training.checkpoint.json.dumps"]
 )
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, straight, monkeypatch, at):
     def full(*args, **kwargs):

@@ -12,6 +12,7 @@ from tiny import QUIET, addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trai
 from transformers import TrainingArguments
 
 from hf_copilot import CopilotCallback, CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer
+from hf_copilot.pilot.compatibility import check_trainer
 
 TESTS = Path(__file__).parent
 TABLE = (TESTS.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")
@@ -57,7 +58,7 @@ def test_unsupported_training_raises(tmp_path, monkeypatch, owner, attribute, va
     owners = {"trainer": trainer, "state": trainer.accelerator.state}
     monkeypatch.setattr(owners[owner], attribute, value, raising=False)
     with pytest.raises(NotImplementedError, match=message):
-        trainer._check_supported(None)
+        check_trainer(trainer, None)
 
 
 def test_an_encoder_decoder_in_the_trainer_of_decoders_raises(tmp_path):

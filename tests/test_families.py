@@ -32,9 +32,8 @@ HEAD = """# Families of Pilots
 
 Each of these trains (`CopilotTrainer`, or `CopilotSeq2SeqTrainer` for encoder-decoders), generates with beams, where
 the Copilot's f of every step is the training path's, saves and loads, with a Copilot of each kind of memory that is
-named: `tests/test_families.py`, which also wrote this table. "Pilot's decoder" means that the Copilot can start from
-the Pilot's own weights; where it says "random", ask for it with `CopilotConfig(init="random")`: the default raises an
-error that says so.
+named: `tests/test_families.py`, which also wrote this table. By default (`CopilotConfig(init=None)`) the Copilot
+starts from the Pilot's own layers where its block is the Copilot's, and from random weights elsewhere.
 
 | family | class | the Copilot starts from | and reads |
 |---|---|---|---|
@@ -96,13 +95,7 @@ def make_pilot(family: str) -> PreTrainedModel:
 
 
 def start_of(pilot: PreTrainedModel) -> str:
-    """Whether the Copilot can take over the Pilot's weights."""
-    try:
-        copilot_for(pilot)
-    except ValueError as error:
-        assert "init='random'" in str(error)
-        return "random"
-    return "Pilot's decoder"
+    return {"pilot": "Pilot's layers", "random": "random weights"}[copilot_for(pilot).config.init]
 
 
 def row_of(family: str) -> str:
@@ -135,7 +128,7 @@ def test_a_family(family, memory, tmp_path):
     row = row_of(family)
     assert row in TABLE.read_text(encoding="utf-8").splitlines(), "python tests/test_families.py writes the table"
     pilot = make_pilot(family)
-    trainer = trained(pilot, tmp_path, CopilotConfig(init="random" if "random" in row else "pilot", memory=memory))
+    trainer = trained(pilot, tmp_path, CopilotConfig(memory=memory))
     assert trainer.learner.skipped_steps == 0 and trainer.copilot.lm_head.weight.abs().sum() > 0
     trainer.save_model()
     loaded = CopilotModel.from_pretrained(tmp_path / "copilot")

@@ -44,6 +44,20 @@ def test_imports_make_no_circle():
     assert len(order) == len(FILES)
 
 
+LINES = {"file": 350, "class": 250, "function": 40}  # at most, docstrings counted
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rooms_are_short(name):
+    path = PACKAGE / Path(*name.split(".")).with_suffix(".py")
+    sizes = {("file", name): len(path.read_text(encoding="utf-8").splitlines())}
+    for node in ast.walk(FILES[name]):
+        kind = {ast.ClassDef: "class", ast.FunctionDef: "function"}.get(type(node))
+        if kind is not None:
+            sizes[kind, node.name] = node.end_lineno - node.lineno + 1
+    assert not {where: size for where, size in sizes.items() if size > LINES[where[0]]}
+
+
 ON_IMPORT = """
 import sys, torch, transformers, peft
 flag = torch._dynamo.config.skip_nnmodule_hook_guards

@@ -11,7 +11,7 @@ from tiny import MEMORIES, OBJECTIVES, VOCAB_SIZE, assert_same, tiny_pilot, tiny
 
 from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
 from hf_copilot.training.batch import MIN_FULL_POSITIONS, MIN_LENGTH_RATIO, CopilotBatch, group_by_length
-from hf_copilot.training.learner_state import load_state
+from hf_copilot.training.checkpoint import load_state
 from hf_copilot.training.metrics import measure
 from hf_copilot.training.mistake_log import MistakeRecord
 from hf_copilot.training.records import find_documents

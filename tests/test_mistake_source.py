@@ -60,7 +60,7 @@ def test_the_pilot_is_the_parents(tmp_path, source):
 
 def test_a_holdout_is_logged_and_never_trained_on(tmp_path):
     trainer = make_trainer(tmp_path, "holdout", copilot_holdout=0.25)
-    assert (len(trainer.train_dataset), len(trainer.holdout.rows)) == (12, 4)
+    assert (len(trainer.train_dataset), len(trainer.lifecycle.source.rows)) == (12, 4)
     trained = {tuple(row["input_ids"]) for row in trainer.train_dataset}
     trainer.train()
     assert len(trainer.learner.log.rounds) == 6
@@ -86,7 +86,7 @@ def test_a_holdout_is_seen_by_a_pilot_in_eval_mode(tmp_path):
     for seed in (1, 2):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        looks.append(trainer.other_mistakes())
+        looks.append(trainer.lifecycle.source.records(trainer.learner, trainer.state))
         assert torch.equal(state, torch.get_rng_state())
     assert len(looks[0]) == len(looks[1]) == 4
     assert all(torch.equal(a.hidden_states, b.hidden_states) for a, b in zip(*looks, strict=True))
@@ -116,7 +116,9 @@ def test_a_holdout_is_not_what_is_evaluated(tmp_path):
     settings = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}
     trainer = make_trainer(tmp_path, "holdout", **settings)
     trainer.eval_dataset = trainer.train_dataset
-    assert len(trainer.get_eval_dataloader().dataset) == len(trainer.train_dataset) != len(trainer.holdout.rows)
+    assert (
+        len(trainer.get_eval_dataloader().dataset) == len(trainer.train_dataset) != len(trainer.lifecycle.source.rows)
+    )
 
 
 def test_first_visits_that_are_lost_raise(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import HfApi
 from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import SHAPE, VOCAB_SIZE, tiny_pilot, tiny_tokenizer, trained_like
+from tiny import SHAPE, VOCAB_SIZE, assert_same, tiny_pilot, tiny_tokenizer, trained_like
 from transformers import AutoConfig, AutoModel, BertConfig, BertForMaskedLM
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotModel, check_pilot, copilot_for
@@ -95,7 +95,7 @@ def test_weights_come_through_other_adapters(pilot, make_config):
 
 def test_a_block_that_the_source_has_not_raises(pilot):
     with pytest.raises(ValueError, match="hidden_act='gelu'.*has 'silu'.*init='random'"):
-        copilot_for(pilot, CopilotConfig(hidden_act="gelu"))
+        copilot_for(pilot, CopilotConfig(hidden_act="gelu", init="pilot"))
     with pytest.raises(ValueError, match=f"vocab_size=7, but the Pilot has {VOCAB_SIZE}"):
         copilot_for(pilot, CopilotConfig(vocab_size=7))
     with pytest.raises(ValueError, match="pilot_hidden_size=7, but the Pilot has 32"):
@@ -105,22 +105,32 @@ def test_a_block_that_the_source_has_not_raises(pilot):
     assert again.config.attention_bias == copilot_for(pilot).config.attention_bias
 
 
+def test_the_default_starts_from_the_pilots_layers_where_they_fit(pilot):
+    assert copilot_for(pilot).config.init == "pilot"
+    assert_same(copilot_for(pilot), copilot_for(pilot, CopilotConfig(init="pilot")))
+    for other in ({"hidden_act": "gelu"}, {"hidden_size": 16, "num_attention_heads": 2}):
+        copilot = copilot_for(pilot, CopilotConfig(**other))
+        assert copilot.config.init == "random" and copilot.config.to_dict().items() >= other.items()
+    with pytest.raises(ValueError, match="vocab_size=7"):  # of no Copilot beside this Pilot
+        copilot_for(pilot, CopilotConfig(vocab_size=7))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_a_family_that_cant_be_taken_over_names_the_way_out(family):
     pilot = tiny_pilot(family)
     with pytest.raises(ValueError, match="init='random'"):
-        copilot_for(pilot)
-    assert copilot_for(pilot, CopilotConfig(init="random")).config.hidden_size == 32
+        copilot_for(pilot, CopilotConfig(init="pilot"))
+    assert copilot_for(pilot).config.init == "random"
 
 
 def test_other_heads_than_those_of_the_weights_name_the_way_out():
     with pytest.raises(ValueError, match="num_attention_heads=8, but its source.*init='random'"):
-        copilot_for(tiny_pilot(num_key_value_heads=4), CopilotConfig(num_attention_heads=8))
+        copilot_for(tiny_pilot(num_key_value_heads=4), CopilotConfig(num_attention_heads=8, init="pilot"))
 
 
 def test_a_width_that_does_not_fit_names_the_way_out():
     with pytest.raises(ValueError, match="init='random'"):
-        copilot_for(tiny_pilot(), CopilotConfig(hidden_size=16, num_attention_heads=2))
+        copilot_for(tiny_pilot(), CopilotConfig(hidden_size=16, num_attention_heads=2, init="pilot"))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(None, 2, 8), (4, 2, 8), (8, 8, 4), (1, 1, 32)])

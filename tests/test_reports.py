@@ -1,4 +1,4 @@
-"""What the user sees: one line at the start, a table at the end, and every metric in Trainer's integrations."""
+"""What the user sees: four lines at the start, a table at the end, and every metric in Trainer's integrations."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_trackio_shows_every_metric(tmp_path):
     assert set().union(*rows) >= EXPECTED
 
 
-def test_the_line_at_the_start(tmp_path):
+def test_the_lines_at_the_start(tmp_path):
     trainer = train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(32), copilot_log_rounds=7)
     learner = trainer.learner
     (pilot_all, _), (own_all, own_trained) = count_parameters(trainer.model), count_parameters(learner.copilot)
-    line = describe_start(learner)
-    assert "\n" not in line and "7 rounds" in line
-    assert re.findall(r"([\d.]+)M parameters", line) == [f"{pilot_all / 1e6:.1f}", f"{own_all / 1e6:.1f}"]
-    assert own_trained == own_all and "per generated token" in line
+    lines = describe_start(learner)
+    assert "7 rounds" in lines and "starts from the Pilot's own layers" in lines
+    assert re.findall(r"([\d.]+)M parameters", lines) == [f"{pilot_all / 1e6:.1f}", f"{own_all / 1e6:.1f}"]
+    assert own_trained == own_all and "per generated token" in lines
 
 
 def test_line_and_table_are_printed_when_bars_are_on(tmp_path, capsys):

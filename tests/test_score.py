@@ -55,7 +55,7 @@ def test_batches_change_nothing(pilot, copilot, batch_size):
 def test_beside_an_encoder_decoder(family):
     pilot = tiny_seq2seq(family).eval()
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [9, 10, 2]}, {"input_ids": [5, 6], "labels": [9, -100, 11, 12, 2]}]
-    found = score(pilot, trained_like(pilot, CopilotConfig(init="random")), rows, strengths=[0.0, 1.0])
+    found = score(pilot, trained_like(pilot), rows, strengths=[0.0, 1.0])
     for row, own in zip(rows, found, strict=True):
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         logits = pilot(input_ids=ids, labels=labels).logits[0].log_softmax(-1)

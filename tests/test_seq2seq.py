@@ -31,6 +31,7 @@ from hf_copilot import (
     check_pilot,
     copilot_for,
 )
+from hf_copilot.pilot.compatibility import check_trainer
 from hf_copilot.pilot.head import PilotHead
 
 IDS = torch.tensor([[5, 15, 6, 17, 2, 0], [8, 15, 9, 9, 17, 2], [7, 15, 11, 17, 2, 0]])
@@ -188,7 +189,8 @@ def test_a_layer_taken_over_computes_what_the_pilots_layer_computes(kind):
 
 def test_bart_names_the_way_out():
     with pytest.raises(ValueError, match="init='random'"):
-        copilot_for(tiny_seq2seq("bart"))
+        copilot_for(tiny_seq2seq("bart"), CopilotConfig(init="pilot"))
+    assert copilot_for(tiny_seq2seq("bart")).config.init == "random"
 
 
 def test_padding_of_the_encoder_is_not_read(family):
@@ -324,7 +326,7 @@ def test_fsdp_raises(tmp_path, monkeypatch):
     trainer = make(CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, tmp_path)
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     with pytest.raises(NotImplementedError, match="encoder-decoders"):
-        trainer._check_supported(None)
+        check_trainer(trainer, None)
 
 
 def test_predicting_without_generation_raises(tmp_path):

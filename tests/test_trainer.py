@@ -25,8 +25,7 @@ from hf_copilot import (
     CopilotSFTConfig,
     CopilotTrainer,
 )
-from hf_copilot.training.checkpoint import TORN
-from hf_copilot.training.learner_state import written_beside
+from hf_copilot.training.checkpoint import TORN, written_beside
 
 DROPOUT = {"attention_dropout": 0.1}
 
@@ -542,3 +541,26 @@ def test_settings_of_an_adapted_copilot_are_live(tmp_path):
     )
     trainer.copilot.config.strength = 0.5
     assert trainer.copilot.config.strength == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("copilot_steps_per_round", 0),
+        ("copilot_learning_rate", -1.0),
+        ("copilot_learning_rate", float("nan")),
+        ("copilot_weight_decay", -0.1),
+        ("copilot_max_grad_norm", -1.0),
+        ("copilot_log_rounds", 0),
+        ("copilot_log_max_bytes", 0),
+    ],
+)
+def test_a_number_out_of_range_raises_where_it_is_given(name, value):
+    with pytest.raises(ValueError, match="at least"):
+        CopilotArguments(**{name: value})
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
+def test_a_holdout_that_is_no_share_raises(share):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        CopilotArguments(copilot_mistake_source="holdout", copilot_holdout=share)

@@ -140,7 +140,7 @@ class Rectifier:
         was_training = self.copilot.training
         if was_training:
             self.copilot.eval()
-        output = self.copilot(**inputs, past_key_values=self.cache, return_logits=True, lent=self.lent)
+        output = self.copilot(**inputs, cache=self.cache, return_logits=True, lent=self.lent)
         if was_training:
             self.copilot.train()
         return output.logits[:, 0].float()

@@ -46,9 +46,10 @@ class CopilotConfig(PreTrainedConfig):
     Any `ValueError` names the field and the values that it takes.
 
     Parameters:
-        init (`str`, defaults to `"pilot"`):
+        init (`str`, *optional*):
             Where the weights come from: `"pilot"` (the Pilot's own decoder), `"random"`, or the path or Hub id of
-            another checkpoint of the same vocabulary (a 1B decoder for an 8B Pilot).
+            another checkpoint of the same vocabulary (a 1B decoder for an 8B Pilot). `None` becomes `"pilot"` where
+            the Pilot's block is the Copilot's, and `"random"` elsewhere, when a Copilot is built.
         num_hidden_layers (`int`, *optional*, defaults to `2`):
             Layers of the Copilot, spread evenly over the decoder that it starts from; `None` takes all of them.
         hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, hidden_act, rms_norm_eps,
@@ -111,7 +112,7 @@ class CopilotConfig(PreTrainedConfig):
 
     model_type = "copilot"
 
-    init: str = "pilot"
+    init: str | None = None
     vocab_size: int | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None
@@ -189,8 +190,8 @@ class CopilotConfig(PreTrainedConfig):
                 "position_embedding='rotary' has no positions for an encoder's output: use position_embedding='none'."
             )
         if self.memory == "tokens":
-            self._check_tokens()
-        self._check_heads()
+            _check_tokens(self)
+        _check_heads(self)
         minimum = 2 if self.pattern == 1 and not self.pilot_is_encoder_decoder else 1
         if self.num_hidden_layers is not None and self.num_hidden_layers < minimum:
             raise ValueError(
@@ -202,46 +203,10 @@ class CopilotConfig(PreTrainedConfig):
             raise ValueError(f"top_k={self.top_k}: must be at least 1.")
         check_strength(self.strength)
 
-    def _check_heads(self) -> None:
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: must be at least 1. Where hidden_size is smaller than the number "
-                    "of the Pilot's heads, give num_attention_heads."
-                )
-        if heads is not None and kv_heads is not None and heads % kv_heads:
-            raise ValueError(
-                f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}: every key head "
-                "serves as many query heads."
-            )
-        if self.position_embedding == "rotary" and self.head_dim is not None and self.head_dim % 2:
-            raise ValueError(
-                f"position_embedding='rotary' turns pairs of dimensions, and head_dim={self.head_dim} is odd: choose "
-                "an even one, or position_embedding='none'."
-            )
-
-    def _check_tokens(self) -> None:
-        if self.pilot_is_encoder_decoder:
-            raise ValueError(
-                "memory='tokens' reads the tokens of one decoder, and the Pilot is an encoder-decoder: use "
-                "memory='pilot'."
-            )
-        if self.vocab_projection == "pilot":
-            raise ValueError(
-                "memory='tokens' reads nothing inside the Pilot, and vocab_projection='pilot' uses its embedding and "
-                "head: use vocab_projection='own', or memory='pilot'."
-            )
-        idle = [name for name in _OF_STATES if getattr(self, name) != getattr(CopilotConfig, name)]
-        if idle:
-            raise ValueError(
-                f"{idle} choose the Pilot's states, which memory='tokens', the default, does not read: leave them "
-                "out, or use memory='pilot'."
-            )
-
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> CopilotConfig:
-        """As in transformers; a Copilot that was built before there was a choice reads states without positions.
+        """As in transformers; a Copilot that was built before there was a choice starts from its Pilot, and reads
+        states without positions.
 
         Raises:
             ValueError: If these are the settings of another kind of model, or of a format that is newer than this
@@ -263,7 +228,7 @@ class CopilotConfig(PreTrainedConfig):
                 f"{FORMAT_VERSION}: pip install -U hf_copilot."
             )
         is_built = config_dict.get("vocab_size") is not None
-        before = {"memory": "pilot", "position_embedding": "none"} if is_built else {}
+        before = {"init": "pilot", "memory": "pilot", "position_embedding": "none"} if is_built else {}
         unknown = {name: value for name, value in before.items() if config_dict.get(name) is None}
         current = {"format_version": FORMAT_VERSION}
         return super().from_dict(config_dict | unknown | current, **kwargs)
@@ -318,3 +283,41 @@ def check_strength(strength: float) -> float:
     if not (math.isfinite(strength) and strength >= 0):
         raise ValueError(f"strength={strength}: λ must be finite and >= 0 (0 switches the Copilot off).")
     return strength
+
+
+def _check_heads(config: CopilotConfig) -> None:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(
+                f"{name}={getattr(config, name)}: must be at least 1. Where hidden_size is smaller than the number "
+                "of the Pilot's heads, give num_attention_heads."
+            )
+    if heads is not None and kv_heads is not None and heads % kv_heads:
+        raise ValueError(
+            f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}: every key head "
+            "serves as many query heads."
+        )
+    if config.position_embedding == "rotary" and config.head_dim is not None and config.head_dim % 2:
+        raise ValueError(
+            f"position_embedding='rotary' turns pairs of dimensions, and head_dim={config.head_dim} is odd: choose "
+            "an even one, or position_embedding='none'."
+        )
+
+
+def _check_tokens(config: CopilotConfig) -> None:
+    if config.pilot_is_encoder_decoder:
+        raise ValueError(
+            "memory='tokens' reads the tokens of one decoder, and the Pilot is an encoder-decoder: use memory='pilot'."
+        )
+    if config.vocab_projection == "pilot":
+        raise ValueError(
+            "memory='tokens' reads nothing inside the Pilot, and vocab_projection='pilot' uses its embedding and "
+            "head: use vocab_projection='own', or memory='pilot'."
+        )
+    idle = [name for name in _OF_STATES if getattr(config, name) != getattr(CopilotConfig, name)]
+    if idle:
+        raise ValueError(
+            f"{idle} choose the Pilot's states, which memory='tokens', the default, does not read: leave them "
+            "out, or use memory='pilot'."
+        )

@@ -34,19 +34,6 @@ class Vocabulary(NamedTuple):
     head: torch.Tensor
 
 
-class CopilotRMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * w, computed in float32."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
-
-
 def rotary_positions(config: CopilotConfig, queries: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     """The arguments of [`CopilotModel.forward`] that say where queries `[B, m]` and the memory's tokens `[B, s]` stand
     (X̃_i and h_i both at i); none for a Copilot without positions."""
@@ -85,14 +72,15 @@ class CopilotAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.attention_bias)
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.attention_output_bias)
         if config.qk_norm:
-            self.q_norm = CopilotRMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = CopilotRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
         else:
-            self.q_norm = self.k_norm = nn.Identity()
+            self.q_norm = self.k_norm = None
 
-    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, s, heads * head_dim]` -> `[B, s, heads, head_dim]`"""
-        return x.unflatten(-1, (-1, self.head_dim))
+    def split_heads(self, x: torch.Tensor, norm: nn.RMSNorm | None = None) -> torch.Tensor:
+        """`[B, s, heads * head_dim]` -> `[B, heads, s, head_dim]`, normed where there is a norm."""
+        heads = x.unflatten(-1, (-1, self.head_dim))
+        return (heads if norm is None else norm(heads.to(norm.weight.dtype))).transpose(1, 2)
 
     def forward(
         self,
@@ -111,11 +99,11 @@ class CopilotAttention(nn.Module):
             cache: Keys and values of earlier calls; these are appended to it.
             rotations: Of queries and source, from [`rotation`]; None without positions.
         """
-        q = self.q_norm(self.split_heads(self.q_proj(queries))).transpose(1, 2)  # [B, heads, m, head_dim]
-        k = self.k_norm(self.split_heads(self.k_proj(source))).transpose(1, 2)  # [B, kv_heads, s, head_dim]
+        q = self.split_heads(self.q_proj(queries), self.q_norm)  # [B, heads, m, head_dim]
+        k = self.split_heads(self.k_proj(source), self.k_norm)  # [B, kv_heads, s, head_dim]
         if rotations is not None:
             q, k = rotated(q, rotations[0]), rotated(k, rotations[1])
-        v = self.split_heads(self.v_proj(source)).transpose(1, 2)  # [B, kv_heads, s, head_dim]
+        v = self.split_heads(self.v_proj(source))  # [B, kv_heads, s, head_dim]
         if cache is not None:
             k, v = cache.update(k, v, self.cache_index)  # [B, kv_heads, cached + s, head_dim]
         mask = None if mask is None else mask[:, None]  # [B, 1, m, cached + s]
@@ -153,14 +141,14 @@ class CopilotLayer(GradientCheckpointingLayer):
     def __init__(self, config: CopilotConfig, layer_type: str, cache_index: int):
         super().__init__()
         self.layer_type = layer_type
-        self.input_layernorm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = CopilotAttention(config, cache_index)
         if layer_type != "self":
-            self.memory_layernorm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.memory_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if layer_type == "both":
-            self.cross_layernorm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.cross_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.cross_attention = CopilotAttention(config, cache_index)
-        self.post_attention_layernorm = CopilotRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = CopilotMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -214,7 +202,9 @@ class CopilotModel(CopilotPreTrainedModel):
     def __init__(self, config: CopilotConfig):
         config.choose()
         super().__init__(config)
-        sizes = ["hidden_size", "vocab_size"] + ["pilot_hidden_size"] * config.reads_states
+        sizes = ["hidden_size", "vocab_size"]
+        if config.reads_states:
+            sizes.append("pilot_hidden_size")
         missing = [name for name in sizes if getattr(config, name) is None]
         if missing:
             raise ValueError(
@@ -231,7 +221,7 @@ class CopilotModel(CopilotPreTrainedModel):
         self.layers = nn.ModuleList(
             CopilotLayer(config, kind, cache_index=types[:i].count(kind)) for i, kind in enumerate(types)
         )
-        self.norm = CopilotRMSNorm(size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(size, config.rms_norm_eps)
         self.output_proj = nn.Identity() if own else nn.Linear(size, pilot_size, bias=False)
         self.lm_head = nn.Linear(size, config.vocab_size, bias=False) if own else None
         self.post_init()
@@ -247,7 +237,7 @@ class CopilotModel(CopilotPreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std)
-        elif isinstance(module, CopilotRMSNorm):
+        elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -319,35 +309,33 @@ class CopilotModel(CopilotPreTrainedModel):
         self_mask: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         memory_positions: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         return_logits: bool = False,
         lent: Vocabulary | None = None,
     ) -> CopilotOutput:
         """
         Args:
-            input_indices, input_values: `[B, m, k + 1]`, the discrepancy before each query.
-            is_start: `[B, m]` bool, the first query of a run.
+            input_indices, input_values, is_start: As in [`embed`].
             memory: `[B, s, d_P]`, or ids `[B, s]` with `memory="tokens"`: from `Memory.entries`.
             memory_mask: `[B, m, cached + s]` bool, from `Memory.mask`.
-            self_mask: `[B, m, cached + m]` bool, which of the Copilot's own states a query reads; None for all.
+            self_mask: `[B, m, cached + m]` bool, which of its own states a query reads; None for all.
             positions, memory_positions: `[B, m]` and `[B, s]`, from [`rotary_positions`]; not read without positions.
-            past_key_values: Cache from [`new_cache`]; updated in place.
+            cache: From [`new_cache`]; updated in place.
             inputs_embeds: `[B, m, d]` instead of what [`embed`] makes of the first three.
             return_logits: Also give f = W h, `[B, m, V]`.
             lent: The Pilot's E and W, for `vocab_projection="pilot"`.
 
         Raises:
-            ValueError: If what this Copilot's config asks for is missing: positions, or the Pilot's matrices.
+            ValueError: If positions or the Pilot's matrices, which the config asks for, are missing.
         """
-        dtype, vocabulary = self.norm.weight.dtype, self.vocabulary(lent)
+        vocabulary, memory = self.vocabulary(lent), self.embed_memory(memory)  # [B, s, d]
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_indices, input_values, is_start, vocabulary.embedding)
-        hidden_states = inputs_embeds.to(dtype)  # [B, m, d]
-        memory = self.embed_memory(memory)  # [B, s, d]
+        hidden_states = inputs_embeds.to(self.norm.weight.dtype)  # [B, m, d]
         rotations = self._rotations(positions, memory_positions)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, memory, memory_mask, self_mask, past_key_values, rotations)
+            hidden_states = layer(hidden_states, memory, memory_mask, self_mask, cache, rotations)
         hidden_states = self.output_proj(self.norm(hidden_states))  # [B, m, e]
         head = vocabulary.head
         return CopilotOutput(hidden_states, F.linear(hidden_states.to(head.dtype), head) if return_logits else None)

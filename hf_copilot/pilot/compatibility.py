@@ -7,13 +7,17 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
 from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
@@ -54,7 +58,7 @@ def is_hub_id(name: str) -> bool:
 def describe_pilot(config: CopilotConfig, pilot: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Write into a Copilot's config what [`check_pilot`] compares and its card names; no folders of this machine."""
     base = unwrap(pilot).config
-    if not is_hub_id(config.init):
+    if config.init is not None and not is_hub_id(config.init):
         config.init = Path(config.init).name
     config.pilot_model_type = base.get_text_config().model_type
     config.base_model_name_or_path = base.name_or_path if is_hub_id(base.name_or_path) else None
@@ -174,3 +178,96 @@ def check_generation(pilot: nn.Module) -> None:
 def has_virtual_tokens(pilot: nn.Module) -> bool:
     """Whether the Pilot is trained by prompt, prefix or p-tuning."""
     return isinstance(pilot, PeftModel) and pilot.active_peft_config.is_prompt_learning
+
+
+def check_callback_arguments(copilot_args: Any) -> None:
+    """Raise a `ValueError` for [`CopilotArguments`] that a [`CopilotCallback`] can't follow."""
+    if copilot_args.copilot_strength != "config" or copilot_args.copilot_predict:
+        raise ValueError(
+            "CopilotCallback sees no evaluation: copilot_strength='auto' or 'auto_accuracy' and copilot_predict "
+            "need a trainer of hf_copilot. Calibrate with callback.learner.calibrate()."
+        )
+    if copilot_args.copilot_mistake_source == "holdout":
+        raise ValueError(
+            "CopilotCallback can't hold rows out of the Pilot's training: use a trainer of hf_copilot for "
+            "copilot_mistake_source='holdout', or 'first_visit'."
+        )
+
+
+def check_callback(args: TrainingArguments, pilot: nn.Module) -> None:
+    """Raise a `NotImplementedError` if a [`CopilotCallback`] can't follow the training of a Pilot."""
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise NotImplementedError(
+            "CopilotCallback runs in one process on one GPU: launch it with plain `python`, and make one GPU "
+            "visible with CUDA_VISIBLE_DEVICES, or use CopilotTrainer or CopilotSeq2SeqTrainer, which take "
+            "several processes."
+        )
+    if has_virtual_tokens(pilot):
+        raise NotImplementedError(
+            "CopilotCallback does not see the token ids of a Pilot with virtual tokens (prompt tuning, prefix "
+            "tuning, p-tuning): use CopilotTrainer."
+        )
+
+
+def check_trainer(trainer: Trainer, copilot_peft_config: PeftConfig | None) -> None:
+    """Raise if a Copilot can't be trained in this trainer, before its first step.
+
+    Raises:
+        NotImplementedError: For a way to spread or make the model, or a kind of model, that is not supported.
+        ValueError: For arguments that do not go together.
+    """
+    _check_processes(trainer, type(trainer).__name__)
+    _check_model(trainer, type(trainer).__name__)
+    if copilot_peft_config is not None and trainer.args.save_only_model and trainer.args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end needs the Copilot's adapter, which save_only_model leaves out of checkpoints: "
+            "set save_only_model=False."
+        )
+
+
+def _check_processes(trainer: Trainer, name: str) -> None:
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise NotImplementedError(
+            f"{name} does not support context, sequence or tensor parallelism: a process must see "
+            "whole sequences and the whole head. Use DDP (torchrun or accelerate launch, without a "
+            "parallelism_config)."
+        )
+    if trainer.is_fsdp_enabled and is_encoder_decoder(trainer.model):
+        raise NotImplementedError(
+            "FSDP is not supported for encoder-decoders, whose embeddings are shared by several modules: use one "
+            "process or DDP."
+        )
+    if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
+        raise NotImplementedError(
+            f"{name} does not support DeepSpeed or FSDP1: use FSDP2 "
+            "(fsdp_config={'fsdp_version': 2}), or DDP with LoRA or gradient checkpointing."
+        )
+    if trainer.args.n_gpu > 1:
+        raise NotImplementedError(
+            f"{name} does not support several GPUs in one process (DataParallel): launch it with "
+            "torchrun or accelerate, or make one GPU visible with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def _check_model(trainer: Trainer, name: str) -> None:
+    if trainer.model_init is not None:
+        raise NotImplementedError(
+            f"{name} does not support model_init (and with it hyperparameter_search): its Copilot "
+            "belongs to one model. Make a trainer for each model."
+        )
+    if is_encoder_decoder(trainer.model) and not trainer.takes_encoder_decoders:
+        raise NotImplementedError(
+            f"{name} is for decoder-only models, as SFTTrainer is: use CopilotSeq2SeqTrainer for "
+            f"{type(trainer.model).__name__}."
+        )
+    if getattr(trainer, "_is_vlm", False):
+        raise NotImplementedError(f"{name} is for language models; this is a vision-language model: use SFTTrainer.")
+
+
+def check_data(argument: str, data: Any) -> None:
+    """Raise a `ValueError` for a data set without rows."""
+    parts = data if isinstance(data, dict) else {"": data}
+    for name, part in parts.items():
+        if hasattr(part, "__len__") and len(part) == 0:
+            raise ValueError(f"`{argument}` {name} is empty: it has no rows to train on or to measure.")

@@ -40,6 +40,10 @@ COPILOT_NAMES = {  # of a layer's parameters, by the source's; applied one after
 }
 
 
+class DoesNotFit(ValueError):
+    """The weights of a source can't be taken over into the Copilot that is asked for."""
+
+
 def copilot_for(
     pilot: nn.Module, config: CopilotConfig | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> CopilotModel:
@@ -47,7 +51,8 @@ def copilot_for(
 
     Args:
         pilot: A causal LM or an encoder-decoder, PEFT-wrapped and quantised ones included.
-        config: Sizes left at None come from the source that `config.init` names. Not changed.
+        config: Sizes left at None come from the source that `config.init` names. Not changed; `init=None` becomes
+            `"pilot"` or `"random"` in the Copilot's own.
         tokenizer: The Pilot's. Its fingerprint goes into the Copilot's config, by which [`check_pilot`] tells whether
             another Pilot has the same tokens.
 
@@ -55,8 +60,8 @@ def copilot_for(
         A float32 Copilot on the CPU, in training mode.
 
     Raises:
-        ValueError: If weights can't be taken over from the source, or the config asks for another kind of block than
-            the source's, or other sizes than the Pilot's; the message names the way out.
+        ValueError: If weights can't be taken over from the source that `init` names, or the config asks for another
+            kind of block than the source's, or other sizes than the Pilot's; the message names the way out.
     """
     config = copy.deepcopy(config) if config is not None else CopilotConfig()
     base = unwrap(pilot)
@@ -68,32 +73,43 @@ def copilot_for(
         config.pilot_hidden_size = None
     if config.vocab_projection == "pilot":
         lent_vocabulary(base, torch.device("meta"))  # raises where it can't
-    if config.init == "random":
-        _fill_sizes(config, base)
-        copilot = _build(config)
-    else:
-        copilot = _take_over(config, _source(config, base))
+    copilot = _start(config, base)
     describe_pilot(copilot.config, pilot, tokenizer)
     return copilot
 
 
-def _source(config: CopilotConfig, base: nn.Module) -> nn.Module:
-    """The decoder that the Copilot starts from."""
+def _start(config: CopilotConfig, base: nn.Module) -> CopilotModel:
+    """The Copilot with its first weights."""
+    if config.init is None:
+        return _start_where_it_fits(config, base)
+    if config.init == "random":
+        _fill_sizes(config, base)
+        return _build(config)
     if config.init == "pilot":
-        return base
+        return _take_over(config, base)
     loader = AutoModelForSeq2SeqLM if config.pilot_is_encoder_decoder else AutoModelForCausalLM
-    return loader.from_pretrained(config.init)
+    return _take_over(config, loader.from_pretrained(config.init))
+
+
+def _start_where_it_fits(config: CopilotConfig, base: nn.Module) -> CopilotModel:
+    """From the Pilot's layers where its block is the Copilot's, else from random weights."""
+    from_pilot = copy.deepcopy(config)
+    from_pilot.init, config.init = "pilot", "random"
+    try:
+        return _start(from_pilot, base)
+    except DoesNotFit:
+        return _start(config, base)
 
 
 def _take_over(config: CopilotConfig, source: nn.Module) -> CopilotModel:
     """A Copilot whose layers, norm and embedding are the source's; heads, start vector and alignment are new."""
-    layers = find_layers(source)
     source_config = source.config.get_text_config()
-    states = [block_state(layer) for layer in layers]
     if source_config.model_type not in FAMILIES:
-        raise ValueError(_no_way(config, f"the family {source_config.model_type!r} is not among {FAMILIES}"))
+        raise DoesNotFit(_no_way(config, f"the family {source_config.model_type!r} is not among {FAMILIES}"))
+    layers = find_layers(source)
+    states = [block_state(layer) for layer in layers]
     if "mlp.up_proj.weight" not in states[0]:
-        raise ValueError(_no_way(config, "its weights are stored in a form that is not known (quantised?)"))
+        raise DoesNotFit(_no_way(config, "its weights are stored in a form that is not known (quantised?)"))
     for name, value in _block_settings(source_config, states[0]).items():
         _set_as_in(f"its source (init={config.init!r})", config, name, value, ", or use init='random'")
     config.intermediate_size = config.intermediate_size or len(states[0]["mlp.up_proj.weight"])
@@ -116,7 +132,7 @@ def _set_as_in(owner: str, config: CopilotConfig, name: str, value: Any, way_out
     """Set a field that another model decides, or raise if a user has decided otherwise."""
     given = getattr(config, name)
     if given not in (getattr(CopilotConfig, name), value):
-        raise ValueError(f"CopilotConfig.{name}={given!r}, but {owner} has {value!r}: leave it out{way_out}.")
+        raise DoesNotFit(f"CopilotConfig.{name}={given!r}, but {owner} has {value!r}: leave it out{way_out}.")
     setattr(config, name, value)
 
 
@@ -186,7 +202,8 @@ def is_quantized(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def dequantized(linear: nn.Linear) -> torch.Tensor:
-    """The weight `[out, in]` of a quantised layer, whatever the kind: what it makes of the identity matrix."""
+    """The weight `[out, in]` of a quantised layer, whatever the kind: what it makes of the identity matrix. (PEFT's
+    `dequantize_module_weight` knows no 8-bit weight that no forward has been through.)"""
     was_training = linear.training
     linear.train()  # bitsandbytes repacks weights on a CPU for inference, and can't train on them any more
     zero, identity = torch.zeros(1, linear.in_features), torch.eye(linear.in_features)
@@ -229,7 +246,7 @@ def _load(module: nn.Module, state: dict[str, torch.Tensor], config: CopilotConf
         name for name in own.keys() & state.keys() if own[name].shape != state[name].shape
     ]
     if wrong:
-        raise ValueError(_no_way(config, f"these weights do not fit the Copilot's layer: {wrong}"))
+        raise DoesNotFit(_no_way(config, f"these weights do not fit the Copilot's layer: {wrong}"))
     module.load_state_dict(state)
 
 
@@ -239,7 +256,7 @@ def _copy_embedding(copilot: CopilotModel, embedding: torch.Tensor) -> None:
     weight = copilot.embed_tokens.weight  # [V, d]
     rows = min(len(weight), len(embedding))
     if abs(len(weight) - len(embedding)) > 0.01 * len(weight):
-        raise ValueError(
+        raise DoesNotFit(
             f"init={copilot.config.init!r} has {len(embedding)} token rows and the Pilot {len(weight)}: this is "
             "another vocabulary. Start from a checkpoint of the Pilot's own family."
         )

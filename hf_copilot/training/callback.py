@@ -6,45 +6,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainingArguments
 
 from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
+from ..pilot.compatibility import check_callback, check_callback_arguments
 from ..pilot.forward_arguments import ForwardArguments
 from ..pilot.inspect import unwrap
-from .assembly import (
-    after_first_visit,
-    check_first_visit,
-    is_logging_step,
-    load_checkpoint,
-    make_copilot,
-    make_learner,
-    save_weights,
-)
-from .checkpoint import STATE_FOLDER
+from .checkpoint import STATE_FOLDER, save_state, save_weights
 from .learner import CopilotLearner
-from .learner_state import save_state
-from .training_args import AUTO_STRENGTHS, CopilotArguments
+from .lifecycle import CopilotLifecycle, make_copilot, make_learner
+from .training_args import CopilotArguments
 
 
-def check_arguments(copilot_args: CopilotArguments) -> None:
-    """Raise a `ValueError` for what a callback can't do."""
-    if copilot_args.copilot_strength in AUTO_STRENGTHS or copilot_args.copilot_predict:
-        raise ValueError(
-            "CopilotCallback sees no evaluation: copilot_strength='auto' or 'auto_accuracy' and copilot_predict "
-            "need a trainer of hf_copilot. Calibrate with callback.learner.calibrate()."
-        )
-    if copilot_args.copilot_mistake_source == "holdout":
-        raise ValueError(
-            "CopilotCallback can't hold rows out of the Pilot's training: use a trainer of hf_copilot for "
-            "copilot_mistake_source='holdout', or 'first_visit'."
-        )
-
-
-class CopilotCallback(TrainerCallback):
+class CopilotCallback(CopilotLifecycle):
     """Co-trains a Copilot in any `transformers.Trainer`: `Trainer(..., callbacks=[CopilotCallback()])`.
 
     It reads the labels and masks that the Pilot's forward is given in training. What a callback can't do, and
@@ -67,12 +44,9 @@ class CopilotCallback(TrainerCallback):
         copilot_args: CopilotArguments | None = None,
         copilot_peft_config: PeftConfig | None = None,
     ):
-        self.source = copilot
-        self.copilot_args = copilot_args
-        if copilot_args is not None:
-            check_arguments(copilot_args)
-        self.copilot_peft_config = copilot_peft_config
-        self.learner: CopilotLearner | None = None
+        self.given, self.given_args, self.copilot_peft_config = copilot, copilot_args, copilot_peft_config
+        super().__init__(None, copilot_args if copilot_args is not None else CopilotArguments())
+        check_callback_arguments(self.copilot_args)
         self.handles: list[RemovableHandle] = []
         self._watch: Any = None
 
@@ -83,11 +57,6 @@ class CopilotCallback(TrainerCallback):
             raise ValueError("There is no Copilot before training has begun.")
         return self.learner.exported()
 
-    def _arguments(self, args: TrainingArguments) -> CopilotArguments:
-        """Those that were given, or the trainer's own, or the defaults."""
-        own = args if isinstance(args, CopilotArguments) else CopilotArguments()
-        return self.copilot_args if self.copilot_args is not None else own
-
     def close(self) -> None:
         """Remove all hooks from the Pilot; call it yourself if training ended with an exception."""
         for handle in self.handles:
@@ -97,31 +66,19 @@ class CopilotCallback(TrainerCallback):
             self.learner.close()
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise NotImplementedError(
-                "CopilotCallback runs in one process on one GPU: launch it with plain `python`, and make one GPU "
-                "visible with CUDA_VISIBLE_DEVICES, or use CopilotTrainer or CopilotSeq2SeqTrainer, which take "
-                "several processes."
-            )
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            raise NotImplementedError(
-                "CopilotCallback does not see the token ids of a Pilot with virtual tokens (prompt tuning, prefix "
-                "tuning, p-tuning): use CopilotTrainer."
-            )
+        check_callback(args, model)
         self.close()
-        copilot_args = self._arguments(args)
-        check_arguments(copilot_args)
+        if self.given_args is None and isinstance(args, CopilotArguments):
+            self.use(args)
+        check_callback_arguments(self.copilot_args)
         if self.learner is None or self.learner.head.pilot is not unwrap(model):  # else it is trained further
-            copilot = make_copilot(self.source, model, processing_class)
+            copilot = make_copilot(self.given, model, processing_class)
             self.learner = make_learner(
-                copilot, model, args, copilot_args, self.copilot_peft_config, self.learner_class
+                copilot, model, args, self.copilot_args, self.copilot_peft_config, self.learner_class
             )
-        self.learner.warmup_steps = args.get_warmup_steps(state.max_steps)
-        self.learner.start(state.max_steps)
         if state.global_step:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            load_checkpoint(self.learner, checkpoint, copilot_args.copilot_start_fresh)
-        check_first_visit(self.learner, copilot_args, state)
+            self.checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        super().on_train_begin(args, state, control, **kwargs)
         base = unwrap(model)
         self.forward_arguments = ForwardArguments(base)
         self.handles = [
@@ -147,9 +104,6 @@ class CopilotCallback(TrainerCallback):
         if watch is not None and output is not None:
             watch.__exit__(None, None, None)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.learner.step(is_logging_step(args, state, control), after_first_visit(self._arguments(args), state))
-
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and "loss" in logs:
             metrics = self.learner.pop_metrics()
@@ -159,7 +113,7 @@ class CopilotCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         save_weights(self.learner, checkpoint)
-        save_state(self.learner, checkpoint / STATE_FOLDER, self._arguments(args).copilot_save_mistake_log)
+        save_state(self.learner, checkpoint / STATE_FOLDER, self.copilot_args.copilot_save_mistake_log)
 
     def on_train_end(self, args, state, control, **kwargs):
         save_weights(self.learner, args.output_dir)

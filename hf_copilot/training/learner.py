@@ -34,7 +34,7 @@ from .metrics import (
     strengths_to_try,
 )
 from .mistake_log import MistakeLog, MistakeRecord
-from .optimizer import CopilotOptimizer
+from .optimizer import CopilotOptimizer, check_ranges
 from .teacher_forced import TeacherForced
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,7 @@ class CopilotLearner:
     With several processes (DDP) each has its own log and draws; losses, gradients and metrics are summed over them, so
     every process must call `start`, `step` and `pop_metrics`. The Copilots stay the same on all.
 
-    `exported().save_pretrained(...)` saves the Copilot; [`hf_copilot.training.learner_state`] saves and loads what a
-    run that goes on needs besides.
+    `exported().save_pretrained(...)` saves the Copilot; `hf_copilot.training.checkpoint` all that a run goes on from.
 
     Args:
         copilot: Trained in place; moved to the device of the Pilot's head.
@@ -87,24 +86,15 @@ class CopilotLearner:
         compile_backend: str | None = None,
         peft_config: PeftConfig | None = None,
     ):
-        if steps_per_round < 1:
-            raise ValueError(f"steps_per_round={steps_per_round}: must be at least one step (the paper takes 1).")
-        if not max_grad_norm >= 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm}: must be at least 0, which does not clip.")
+        check_ranges(steps_per_round, learning_rate, weight_decay, max_grad_norm)
         self.forced = self.teacher_forced_class(copilot, pilot, autocast_dtype, compile_backend)
         self.head, self.copilot = self.forced.head, copilot
         with isolated_rng(self.device, seed):
             self.peft_model = add_adapter(copilot, peft_config) if peft_config is not None else None
         self.warmup_steps = warmup_steps
-        self.make_optimizer = partial(
-            CopilotOptimizer,
-            copilot,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-            lr_scheduler_type=lr_scheduler_type,
-            lr_scheduler_kwargs=lr_scheduler_kwargs or {},
-        )
+        settings = {"lr_scheduler_type": lr_scheduler_type, "lr_scheduler_kwargs": lr_scheduler_kwargs or {}}
+        settings |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
+        self.make_optimizer = partial(CopilotOptimizer, copilot, **settings)
         self.log = log if log is not None else MistakeLog()
         self.log_dtype, self.steps_per_round, self.seed = log_dtype, steps_per_round, seed
         self.optimizer: CopilotOptimizer | None = None  # from `start` on
@@ -170,12 +160,8 @@ class CopilotLearner:
             yield
         with self.head.gathered():
             size = self.forced.positions
-            records = self.forced.records(inputs)
-            if self.calibrating is None:
-                self.metrics.add("eval", measure(self.forced, records, self.strengths, size))
-            else:
-                strengths, sums = self.calibrating
-                sums += measure(self.forced, records, strengths, size)
+            strengths, sums = self.calibrating or (self.strengths, self.metrics.sums["eval"])
+            sums += measure(self.forced, self.forced.records(inputs), strengths, size)
 
     @torch.no_grad()
     def visit(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
@@ -225,17 +211,17 @@ class CopilotLearner:
         self.steps += 1
         self.optimizer.scheduler.step()
 
+    def _measure(self, records: list[MistakeRecord]) -> None:
+        try:
+            self.metrics.sums["train"] += measure(self.forced, records, self.strengths, self.max_positions)
+        except torch.OutOfMemoryError:
+            logger.warning("Memory ran out while the Copilot was measured: these documents are not in the metrics.")
+
     def update(self, records: Sequence[MistakeRecord]) -> None:
         """One optimizer step on these documents; see [`CopilotOptimizer.step`]."""
         loss = self.optimizer.step(self.forced, records, self.max_positions)
         if loss is not None:
             self.metrics.add_loss(loss)
-
-    def _measure(self, records: list[MistakeRecord]) -> None:
-        try:
-            self.metrics.add("train", measure(self.forced, records, self.strengths, self.max_positions))
-        except torch.OutOfMemoryError:
-            logger.warning("Memory ran out while the Copilot was measured: these documents are not in the metrics.")
 
     def _append(self, records: list[MistakeRecord]) -> None:
         was_capped = self.log.capped

@@ -92,9 +92,6 @@ class RunningMetrics:
         self.loss_sum = torch.zeros((), device=device)
         self.loss_count = 0
 
-    def add(self, mode: str, sums: torch.Tensor) -> None:
-        self.sums[mode] += sums
-
     def add_loss(self, loss: torch.Tensor) -> None:
         """The Copilot's loss of one step, over all processes."""
         self.loss_sum += loss

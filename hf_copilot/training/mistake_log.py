@@ -47,6 +47,12 @@ class MistakeRecord:
         return replace(self, **{name: getattr(self, name)[first:] for name in names})
 
 
+def check_bounds(max_rounds: int, max_bytes: int) -> None:
+    """Raise a `ValueError` for a log that could hold nothing."""
+    if max_rounds < 1 or max_bytes < 1:
+        raise ValueError(f"A Mistake Log of {max_rounds} rounds and {max_bytes} bytes: both must be at least 1.")
+
+
 class MistakeLog:
     """Ring buffer of the last rounds (a round is one optimizer step of the Pilot), on the CPU.
 
@@ -56,8 +62,7 @@ class MistakeLog:
     """
 
     def __init__(self, max_rounds: int = 128, max_bytes: int = 2**30):
-        if max_rounds < 1 or max_bytes < 1:
-            raise ValueError(f"max_rounds={max_rounds} and max_bytes={max_bytes} must both be at least 1.")
+        check_bounds(max_rounds, max_bytes)
         self.max_rounds, self.max_bytes = max_rounds, max_bytes
         self.rounds: deque[list[MistakeRecord]] = deque()
         self.clear()

@@ -21,6 +21,18 @@ logger = logging.getLogger(__name__)
 SKIPS_TO_WARN = 5  # steps in a row
 
 
+def check_ranges(
+    steps_per_round: int, learning_rate: float, weight_decay: float, max_grad_norm: float, prefix: str = ""
+) -> None:
+    """Raise a `ValueError` for a number that no training can have."""
+    if steps_per_round < 1:
+        raise ValueError(f"{prefix}steps_per_round={steps_per_round}: must be at least one step (the paper takes 1).")
+    numbers = {"learning_rate": learning_rate, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
+    for name, value in numbers.items():
+        if not value >= 0:
+            raise ValueError(f"{prefix}{name}={value}: must be at least 0 (a norm of 0 does not clip).")
+
+
 class CopilotOptimizer:
     """AdamW and its schedule, for the parameters of a Copilot that learn; matrices alone decay.
 

@@ -1,4 +1,4 @@
-"""What a user is told: one line when training starts, a table when it ends."""
+"""What a user is told: four lines when training starts, a table when it ends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
+from ..model.configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
 
 QUANTITIES = (("nll", "NLL per token", ".4f"), ("token_accuracy", "token accuracy", ".1%"))
@@ -44,13 +45,25 @@ def describe_start(learner: CopilotLearner) -> str:
     pilot, copilot, log = learner.head.pilot, learner.copilot, learner.log
     (pilot_all, pilot_trained), (own_all, own_trained) = count_parameters(pilot), count_parameters(copilot)
     share = multiplied_parameters(copilot) / multiplied_parameters(pilot)
-    return (
-        f"Pilot: {pilot_all / 1e6:,.1f}M parameters, {pilot_trained / 1e6:,.1f}M trained. "
-        f"Copilot: {own_all / 1e6:,.1f}M parameters, {own_trained / 1e6:,.1f}M trained. "
-        f"Mistake Log: {log.max_rounds} rounds, at most {log.max_bytes / 1e6:,.0f} MB. "
-        f"Expected extra time: {share:.0%} of the Pilot's per generated token, {share:.0%} times the share of "
-        "labelled tokens per training step."
+    return "\n".join(
+        [
+            f"Pilot: {pilot_all / 1e6:,.1f}M parameters, {pilot_trained / 1e6:,.1f}M trained.",
+            f"Copilot: {own_all / 1e6:,.1f}M parameters, {own_trained / 1e6:,.1f}M trained; starts from "
+            f"{first_weights(copilot.config)}.",
+            f"Mistake Log: {log.max_rounds} rounds, at most {log.max_bytes / 1e6:,.0f} MB.",
+            f"Expected extra time: {share:.0%} of the Pilot's per generated token, {share:.0%} times the share of "
+            "labelled tokens per training step.",
+        ]
     )
+
+
+def first_weights(config: CopilotConfig) -> str:
+    """What they were taken from."""
+    if config.init == "pilot":
+        return "the Pilot's own layers"
+    if config.init in (None, "random"):
+        return "random weights"
+    return config.init
 
 
 def table_of_training(

@@ -10,10 +10,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from accelerate.utils import send_to_device
 from peft import PeftConfig
 from rich.console import Console
-from transformers import LogitsProcessorList, Seq2SeqTrainer, TrainerCallback
+from transformers import LogitsProcessorList, Seq2SeqTrainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import SFTTrainer
@@ -21,33 +20,25 @@ from trl import SFTTrainer
 from ..generation.logits_processor import CopilotLogitsProcessor
 from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
-from ..pilot.inspect import is_encoder_decoder, without_logits
-from .assembly import (
-    after_first_visit,
-    check_data,
-    check_first_visit,
-    is_logging_step,
-    load_checkpoint,
-    load_weights,
-    make_copilot,
-    make_learner,
-    save_weights,
-)
+from ..pilot.compatibility import check_data, check_trainer
 from .checkpoint import (
     STATE_FOLDER,
     WEIGHTS_FOLDER,
     begin_checkpoint,
     check_whole,
+    load_state,
+    load_weights,
     newest_whole_checkpoint,
+    save_state,
+    save_weights,
     write_manifest,
 )
 from .learner import CopilotLearner
-from .learner_state import load_state, save_state
+from .lifecycle import TrainerLifecycle, make_copilot, make_learner
 from .metrics import STRENGTHS, results_at_chosen
-from .mistake_log import MistakeRecord
-from .mistake_source import Holdout, split_holdout
+from .mistake_source import hold_out
 from .records import find_documents
-from .report import describe_start, table_of_training
+from .report import table_of_training
 from .training_args import AUTO_STRENGTHS, CopilotArguments, least_is_best
 
 logger = logging.get_logger(__name__)
@@ -57,22 +48,6 @@ CARD_LINE = (
     "(https://huggingface.co/papers/2505.16270), which rectifies it while it generates: see "
     f"[`{WEIGHTS_FOLDER}/`]({WEIGHTS_FOLDER}/README.md).\n"
 )
-
-
-class CopilotSteps(TrainerCallback):
-    """Steps the learner of a [`CopilotMixin`] after every optimizer step, before logging, evaluation and saving."""
-
-    def __init__(self, trainer: CopilotMixin):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.start_copilot(state.max_steps)
-        if state.is_world_process_zero and not args.disable_tqdm:
-            Console().print(describe_start(self.trainer.learner), highlight=False)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        mistakes = self.trainer.other_mistakes()
-        self.trainer.learner.step(is_logging_step(args, state, control), mistakes)
 
 
 class CopilotMixin:
@@ -85,6 +60,7 @@ class CopilotMixin:
     """
 
     learner_class = CopilotLearner
+    takes_encoder_decoders = False
 
     def __init__(
         self,
@@ -105,8 +81,28 @@ class CopilotMixin:
             raise ValueError("A streamed data set is empty: it has no rows to train on or to measure.") from error
         if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
             raise ValueError("No row of `train_dataset` has a labelled token: look at its masks and at max_length.")
-        self._check_supported(copilot_peft_config)
+        check_trainer(self, copilot_peft_config)
         self.copilot_args = self.args if isinstance(self.args, CopilotArguments) else CopilotArguments()
+        self._check_arguments()
+        self.learner = make_learner(
+            make_copilot(copilot, self.model, self.processing_class),
+            self.model,
+            self.args,
+            self.copilot_args,
+            copilot_peft_config,
+            self.learner_class,
+        )
+        self.lifecycle = TrainerLifecycle(self.learner, self.copilot_args)
+        if self.copilot_args.copilot_mistake_source == "holdout":
+            self.lifecycle.source = hold_out(self, self.copilot_args.copilot_holdout)
+        self.add_callback(self.lifecycle)
+
+    @property
+    def copilot(self) -> CopilotModel:
+        return self.learner.exported()
+
+    def _check_arguments(self) -> None:
+        """Raise a `ValueError` for arguments that do not go together, warn where they do harm."""
         if self.copilot_args.copilot_predict and not getattr(self.args, "predict_with_generate", False):
             raise ValueError(
                 "copilot_predict=True needs CopilotSeq2SeqTrainer with predict_with_generate=True; elsewhere generate "
@@ -122,89 +118,6 @@ class CopilotMixin:
                 f"metric_for_best_model={self.args.metric_for_best_model!r} is best where it is least, and "
                 "greater_is_better=True keeps the checkpoint where it is greatest: set greater_is_better=False."
             )
-        self.learner = make_learner(
-            make_copilot(copilot, self.model, self.processing_class),
-            self.model,
-            self.args,
-            self.copilot_args,
-            copilot_peft_config,
-            self.learner_class,
-        )
-        self._copilot_checkpoint: str | None = None
-        self.holdout = self._make_holdout() if self.copilot_args.copilot_mistake_source == "holdout" else None
-        self.add_callback(CopilotSteps(self))
-
-    @property
-    def copilot(self) -> CopilotModel:
-        return self.learner.exported()
-
-    def _make_holdout(self) -> Holdout:
-        share, batch_size = self.copilot_args.copilot_holdout, self.args.per_device_train_batch_size
-        self.train_dataset, rows = split_holdout(self.train_dataset, share, self.args.seed)
-        loader = self.get_test_dataloader(rows)  # that of evaluation may be kept, and given out again
-        return Holdout(loader.dataset, loader.collate_fn, batch_size)
-
-    def other_mistakes(self) -> list[MistakeRecord] | None:
-        """What the log is given instead of this round's own records; None for these."""
-        if self.holdout is None:
-            return after_first_visit(self.copilot_args, self.state)
-        batch = self.holdout.batch(self.learner.steps * self.args.world_size + self.args.process_index)
-        inputs = send_to_device(batch, self.args.device)
-        with self.compute_loss_context_manager():
-            return self.learner.visit(inputs, lambda: self.model(**without_logits(self.model, inputs)))
-
-    def _check_supported(self, copilot_peft_config: PeftConfig | None) -> None:
-        """Raise, before the first step, for what is not supported yet."""
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and parallelism.non_data_parallel_size > 1:
-            raise NotImplementedError(
-                f"{type(self).__name__} does not support context, sequence or tensor parallelism: a process must see "
-                "whole sequences and the whole head. Use DDP (torchrun or accelerate launch, without a "
-                "parallelism_config)."
-            )
-        if self.model_init is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__} does not support model_init (and with it hyperparameter_search): its Copilot "
-                "belongs to one model. Make a trainer for each model."
-            )
-        if isinstance(self, SFTTrainer) and is_encoder_decoder(self.model):
-            raise NotImplementedError(
-                f"{type(self).__name__} is for decoder-only models, as SFTTrainer is: use CopilotSeq2SeqTrainer for "
-                f"{type(self.model).__name__}."
-            )
-        if self.is_fsdp_enabled and is_encoder_decoder(self.model):
-            raise NotImplementedError(
-                "FSDP is not supported for encoder-decoders, whose embeddings are shared by several modules: use one "
-                "process or DDP."
-            )
-        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
-            raise NotImplementedError(
-                f"{type(self).__name__} does not support DeepSpeed or FSDP1: use FSDP2 "
-                "(fsdp_config={'fsdp_version': 2}), or DDP with LoRA or gradient checkpointing."
-            )
-        if self.args.n_gpu > 1:
-            raise NotImplementedError(
-                f"{type(self).__name__} does not support several GPUs in one process (DataParallel): launch it with "
-                "torchrun or accelerate, or make one GPU visible with CUDA_VISIBLE_DEVICES."
-            )
-        if copilot_peft_config is not None and self.args.save_only_model and self.args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end needs the Copilot's adapter, which save_only_model leaves out of checkpoints: "
-                "set save_only_model=False."
-            )
-        if getattr(self, "_is_vlm", False):
-            raise NotImplementedError(
-                f"{type(self).__name__} is for language models; this is a vision-language model: use SFTTrainer."
-            )
-
-    def start_copilot(self, max_steps: int) -> None:
-        """Begin the learner's schedule, and take it up from the checkpoint that the Pilot resumes from."""
-        self.learner.warmup_steps = self.args.get_warmup_steps(max_steps)
-        self.learner.start(max_steps)
-        if self._copilot_checkpoint is not None:
-            load_checkpoint(self.learner, self._copilot_checkpoint, self.copilot_args.copilot_start_fresh)
-            self._copilot_checkpoint = None
-        check_first_visit(self.learner, self.copilot_args, self.state)
 
     # ---- training and evaluation -----------------------------------------------------------------------------------
 
@@ -330,7 +243,7 @@ class CopilotMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._copilot_checkpoint = checkpoint
+        self.lifecycle.checkpoint = checkpoint
 
     def _load_best_model(self):
         super()._load_best_model()
@@ -392,6 +305,8 @@ class CopilotSeq2SeqTrainer(CopilotMixin, Seq2SeqTrainer):
 
     Takes every argument of Seq2SeqTrainer, and `copilot` and `copilot_peft_config` of [`CopilotTrainer`].
     """
+
+    takes_encoder_decoders = True
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

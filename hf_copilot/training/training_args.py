@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, fields
 from transformers import Seq2SeqTrainingArguments
 from trl import SFTConfig
 
+from .mistake_log import check_bounds
+from .optimizer import check_ranges
+
 FIXED_STRENGTH = " For a fixed λ set CopilotConfig(strength=...) or CopilotLogitsProcessor(strength=...)."
 AUTO_STRENGTHS = {"auto": "nll", "auto_accuracy": "token_accuracy"}  # the metric that λ is chosen by
 
@@ -50,7 +53,7 @@ class CopilotArguments:
             fresh one instead of raising an error.
 
     Raises:
-        ValueError: For a value that is not among a field's choices, or one that would do nothing.
+        ValueError: For a value that is not among a field's choices or out of its range, or one that would do nothing.
     """
 
     copilot_learning_rate: float = field(
@@ -118,6 +121,16 @@ class CopilotArguments:
             if choices is not None and getattr(self, option.name) not in choices:
                 hint = FIXED_STRENGTH if option.name == "copilot_strength" else ""
                 raise ValueError(f"{option.name}={getattr(self, option.name)!r}: choose one of {choices}.{hint}")
+        check_ranges(
+            self.copilot_steps_per_round,
+            self.copilot_learning_rate,
+            self.copilot_weight_decay,
+            self.copilot_max_grad_norm,
+            prefix="copilot_",
+        )
+        check_bounds(self.copilot_log_rounds, self.copilot_log_max_bytes)
+        if not 0 < self.copilot_holdout < 1:
+            raise ValueError(f"copilot_holdout={self.copilot_holdout}: it is a share between 0 and 1.")
         if self.copilot_holdout != CopilotArguments.copilot_holdout and self.copilot_mistake_source != "holdout":
             raise ValueError(
                 f"copilot_holdout={self.copilot_holdout} holds nothing out while copilot_mistake_source="

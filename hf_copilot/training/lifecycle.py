@@ -1,0 +1,128 @@
+"""The life of a Copilot in a training run: made from arguments, started, stepped after every step of the Pilot."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from rich.console import Console
+from transformers import (
+    IntervalStrategy,
+    SchedulerType,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from ..model.configuration_copilot import CopilotConfig
+from ..model.modeling_copilot import CopilotModel
+from ..pilot.compatibility import check_pilot, describe_pilot
+from ..pilot.copilot_for import copilot_for
+from .checkpoint import load_checkpoint
+from .learner import CopilotLearner
+from .mistake_log import MistakeLog
+from .mistake_source import FirstVisit, TrainingErrors
+from .report import describe_start
+from .training_args import CopilotArguments
+
+logger = logging.get_logger(__name__)
+
+
+def make_copilot(
+    copilot: CopilotModel | CopilotConfig | str | os.PathLike | None, pilot: torch.nn.Module, tokenizer: Any = None
+) -> CopilotModel:
+    """The Copilot to train beside a Pilot: the one that is given (a model, a path or Hub id), or a new one by its
+    config."""
+    if copilot is None or isinstance(copilot, CopilotConfig):
+        return copilot_for(pilot, copilot, tokenizer)
+    if isinstance(copilot, str | os.PathLike):
+        copilot = CopilotModel.from_pretrained(copilot)
+    if not isinstance(copilot, CopilotModel):
+        raise TypeError(f"copilot={copilot!r}: pass None, a CopilotConfig, a CopilotModel, a path or a Hub id.")
+    check_pilot(copilot, pilot, tokenizer)
+    describe_pilot(copilot.config, pilot, tokenizer)
+    return copilot.float().train()
+
+
+def make_learner(
+    copilot: CopilotModel,
+    pilot: torch.nn.Module,
+    args: Any,
+    copilot_args: CopilotArguments,
+    peft_config: PeftConfig | None = None,
+    learner_class: type[CopilotLearner] = CopilotLearner,
+) -> CopilotLearner:
+    """A learner with the Pilot's seed, schedule and mixed precision, and the Copilot's own learning rate. A schedule
+    that follows a metric is replaced by a constant one, with a warning."""
+    schedule, schedule_kwargs = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    if schedule in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        logger.warning(f"lr_scheduler_type={schedule.value!r} follows the Pilot's metric: the Copilot's is constant.")
+        schedule, schedule_kwargs = SchedulerType.CONSTANT_WITH_WARMUP, None
+    if copilot_args.copilot_gradient_checkpointing:  # the second name is that of transformers before 5.23
+        getattr(copilot, "activation_checkpointing_enable", copilot.gradient_checkpointing_enable)()
+    return learner_class(
+        copilot,
+        pilot,
+        learning_rate=copilot_args.copilot_learning_rate,
+        weight_decay=copilot_args.copilot_weight_decay,
+        max_grad_norm=copilot_args.copilot_max_grad_norm,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=schedule_kwargs,
+        log=MistakeLog(copilot_args.copilot_log_rounds, copilot_args.copilot_log_max_bytes),
+        log_dtype=getattr(torch, copilot_args.copilot_log_dtype),
+        steps_per_round=copilot_args.copilot_steps_per_round,
+        seed=args.seed,
+        autocast_dtype=torch.bfloat16 if args.bf16 else None,
+        compile_backend=(args.torch_compile_backend or "inductor") if copilot_args.copilot_torch_compile else None,
+        peft_config=peft_config,
+    )
+
+
+def is_logging_step(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
+    """Whether Trainer logs after this step; with `logging_strategy="epoch"` it says so only later."""
+    return control.should_log or (args.logging_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch))
+
+
+class CopilotLifecycle(TrainerCallback):
+    """Starts a learner with the training of its Pilot, and steps it after every optimizer step, before logging,
+    evaluation and saving.
+
+    Attributes:
+        learner: The one that is stepped.
+        checkpoint: What the next training resumes from, if it does.
+        source: Whose errors are logged.
+    """
+
+    def __init__(self, learner: CopilotLearner | None, copilot_args: CopilotArguments):
+        self.learner, self.checkpoint = learner, None
+        self.use(copilot_args)
+
+    def use(self, copilot_args: CopilotArguments) -> None:
+        """Follow these arguments from now on."""
+        self.copilot_args = copilot_args
+        is_first_visit = copilot_args.copilot_mistake_source == "first_visit"
+        self.source = FirstVisit() if is_first_visit else TrainingErrors()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.learner.warmup_steps = args.get_warmup_steps(state.max_steps)
+        self.learner.start(state.max_steps)
+        if self.checkpoint is not None:
+            load_checkpoint(self.learner, self.checkpoint, self.copilot_args.copilot_start_fresh)
+            self.checkpoint = None
+        self.source.check(self.learner, state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.learner.step(is_logging_step(args, state, control), self.source.records(self.learner, state))
+
+
+class TrainerLifecycle(CopilotLifecycle):
+    """Says what is trained."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero and not args.disable_tqdm:
+            Console().print(describe_start(self.learner), highlight=False)
