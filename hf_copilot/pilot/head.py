@@ -71,12 +71,10 @@ class PilotHead:
         weight = self.gathered_parameters.get("weight", head.weight)  # [V, d_P]
         with torch.no_grad():
             hidden = hidden.to(weight.device, weight.dtype)
-            sharded = (
-                isinstance(head, FSDPModule) or self.gathered_parameters
-            )  # a call would open its group without a backward
-            logits = (
-                F.linear(hidden, weight, self.gathered_parameters.get("bias", head.bias)) if sharded else head(hidden)
-            ).float()
+            if isinstance(head, FSDPModule) or self.gathered_parameters:  # a call opens its group
+                logits = F.linear(hidden, weight, self.gathered_parameters.get("bias", head.bias)).float()
+            else:
+                logits = head(hidden).float()
             if self.scale != 1.0:
                 logits = logits * self.scale
             if self.softcap is not None:
