@@ -38,7 +38,7 @@ def test_every_table_is_on_a_page_and_a_wrong_figure_is_seen():
     assert wrong != PAGES["README.md"] == BENCH["rewritten"](wrong)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+@pytest.mark.parametrize("page", BENCH["PAGES"])
 def test_tables_of_figures_are_written_by_the_script_or_marked(page):
     """A table with figures in it stands between markers, or below one that says that it is written by hand."""
     text = BENCH["BETWEEN"].sub("", PAGES[page])
@@ -65,6 +65,36 @@ def test_files_that_are_named_exist_and_hold_what_is_named(page):
         texts = [text for file, text in files.items() if f"/{file}".endswith(f"/{name}")]
         assert texts, name
         assert not inside or any(re.search(rf"(def|class) {inside}\b", text) for text in texts), (name, inside)
+
+
+def test_the_layout_names_every_file_once():
+    layout = PAGES["CONTRIBUTING.md"].partition("## How the code is laid out")[2].partition("\n## ")[0]
+    named = re.findall(r"`(\w+\.py)`", layout)
+    files = [path.name for path in (ROOT / "hf_copilot").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(named) == sorted(files)
+
+
+def test_every_test_file_is_run_for_some_change():
+    """But for the two that always run."""
+    named = set(re.findall(r"test_\w+\.py", PAGES["CONTRIBUTING.md"]))
+    assert {path.name for path in TESTS.glob("test_*.py")} == named
+
+
+def sentence_lengths(page: str) -> list[int]:
+    """Words of each sentence: no code blocks, tables or titles; a code span is one word."""
+    text = re.sub(r"```.*?```|<!--.*?-->", "", page, flags=re.S)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "code", text))
+    blocks = [block.strip() for block in re.split(r"\n\s*\n|\n(?=- |\d+\. |#|\|)", text)]
+    prose = [" ".join(block.split()) for block in blocks if block and block[0] not in "|#"]
+    sentences = [part for block in prose for part in re.split(r"(?<=[.?!])\*{0,2} +", block)]
+    counts = [sum(any(c.isalnum() for c in word) for word in sentence.split()) for sentence in sentences]
+    return [count for count in counts if count]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_sentences_are_short(page):
+    lengths = sentence_lengths(PAGES[page])
+    assert sum(lengths) / len(lengths) <= 20
 
 
 def test_the_summaries_of_what_works_are_one():
