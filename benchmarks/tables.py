@@ -130,6 +130,60 @@ def t5() -> str:
     return table(("T5, MAWPS", "right", "NLL"), rows)
 
 
+# ---- beside a pretrained Pilot -------------------------------------------------------------------------------------
+
+
+class Search:
+    """The arms of one search on MAWPS, by name."""
+
+    def __init__(self, name: str):
+        found = read(f"pretrained/{name}")
+        self.timing = found["timings"]["mawps"]
+        self.arms = {arm["name"]: arm for arm in found["arms"]}
+
+    def seconds(self, found: dict[str, Any]) -> float:
+        """Steps times the seconds of a step that was timed with nothing else running: the Pilot's, and what a Copilot
+        adds."""
+        step = self.timing["pilots"][found["arm"]["pilot"]["method"]]["pilot"]
+        copilot = found["arm"]["copilot"]
+        if copilot is not None:
+            key = copilot["shape"], copilot["steps"]
+            (times,) = (t for t in self.timing["copilots"] if (t["shape"], t["steps"]) == key)
+            step += times["observe"] + times["copilot"]
+        return step * found["steps"]
+
+    def cells(self, pilot: str, copilot: str) -> list[str]:
+        """Seconds; NLL at the λ that was chosen, that λ, and NLL at λ = 1; right answers at both."""
+        found = self.arms[f"mawps {pilot} {copilot} seed0"]
+        chosen, nll, right = found["chosen"]["nll"], found["test"]["nll"], {}
+        for greedy in found["greedy"]:
+            right[tuple(greedy["weights"])] = share(mean(greedy["right"]))
+        alone = [f"{self.seconds(found):.0f} s", f"{nll[found['grid'].index(chosen)]:.3f}"]
+        if found["arm"]["copilot"] is None:
+            return [*alone, "", "", right[tuple(chosen)], ""]
+        full = found["grid"].index([1.0, 1.0])
+        return [*alone, f"{chosen[1]:g}", f"{nll[full]:.3f}", right[tuple(chosen)], right[1.0, 1.0]]
+
+
+def pretrained() -> str:
+    found, lent = Search("search_h100"), "+ state Copilot, the Pilot's vocabulary"
+    arms = {
+        "token-0.0005-s4": "+ token Copilot",
+        "token-0.0005-s1": "+ token Copilot, one step in a round",
+        "state, lag 1-0.0005-s4": "+ state Copilot",
+        "state, lag 1, lent vocabulary-0.001-s4": lent,
+    }
+    rows = []
+    for rate, title in {"0.0003": "3e-4, a poor one", "0.002": "2e-3, the best of four on validation rows"}.items():
+        rows.append([title, "Pilot alone", *found.cells(f"lora-{rate}-x1.5", "alone")])
+        for copilot, name in arms.items():
+            if f"mawps lora-{rate}-x1.5 {copilot} seed0" in found.arms:
+                rows.append(["", name, *found.cells(f"lora-{rate}-x1.5", copilot)])
+        rows.append(["", "Pilot alone, 3 epochs", *found.cells(f"lora-{rate}-x3", "alone")])
+    figures = ("training", "NLL, λ chosen", "λ", "NLL, λ = 1", "right, λ chosen", "right, λ = 1")
+    return table(("rate of the Pilot", "arm", *figures), rows)
+
+
 # ---- what it costs --------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +325,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "times": times,
     "strengths": strengths,
     "t5": t5,
+    "pretrained": pretrained,
     "cost-training": cost_of_training,
     "cost-generation": cost_of_generation,
     "positions": positions,

@@ -75,9 +75,9 @@ def test_the_layout_names_every_file_once():
 
 
 def test_every_test_file_is_run_for_some_change():
-    """But for the two that always run."""
-    named = set(re.findall(r"test_\w+\.py", PAGES["CONTRIBUTING.md"]))
-    assert {path.name for path in TESTS.glob("test_*.py")} == named
+    """Those of the benchmarks by the end of their names."""
+    files = {path.name for path in TESTS.glob("test_*.py") if not path.stem.endswith("_bench")}
+    assert files <= set(re.findall(r"test_\w+\.py", PAGES["CONTRIBUTING.md"]))
 
 
 def sentence_lengths(page: str) -> list[int]:
