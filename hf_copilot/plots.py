@@ -63,6 +63,7 @@ def rectified_token(
                     "correction": correction[at],
                     "rectified": after[at],
                 }
+    learner.close()
     return best
 
 

@@ -108,7 +108,6 @@ TEARS = {
     "cut_log": lambda folder: cut(folder / "copilot_state" / "mistake_log-0.safetensors"),
     "cut_pilot": lambda folder: cut(folder / "model.safetensors"),
     "cut_optimizer": lambda folder: cut(folder / "optimizer.pt"),
-    "no_random_state": lambda folder: (folder / "rng_state.pth").unlink(),
 }
 
 
@@ -132,12 +131,24 @@ def test_a_torn_checkpoint_is_named_and_passed_over(tmp_path, straight, caplog, 
     assert_same_run(straight, resumed)
 
 
+def test_what_trainer_resumes_without_is_said(tmp_path, straight, caplog):
+    """A file that was removed to save disk, and one that was edited: no torn checkpoint."""
+    folder = copy_of(straight, tmp_path / "run") / "checkpoint-6"
+    (folder / "optimizer.pt").unlink()
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("{", '{"note": "moved", ', 1))
+    make_trainer(folder.parent).train(resume_from_checkpoint=True)
+    assert "has lost ['optimizer.pt']" in caplog.text and "_torn" not in caplog.text
+
+
 def test_no_whole_checkpoint_raises(tmp_path, straight):
     folder = copy_of(straight, tmp_path / "run")
     for checkpoint in folder.glob("checkpoint-*"):
         (checkpoint / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    before = sorted(folder.iterdir())
+    with pytest.raises(ValueError, match="no whole checkpoint.*checkpoint-4: trainer_state.json"):
         make_trainer(folder).train(resume_from_checkpoint=True)
+    assert sorted(folder.iterdir()) == before  # nothing is renamed for nothing
 
 
 def test_a_torn_checkpoint_does_not_push_out_a_whole_one(tmp_path, straight):

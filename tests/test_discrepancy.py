@@ -174,3 +174,18 @@ def test_no_buffer_of_positions_by_vocabulary(monkeypatch):
         for gram in (True, False):
             d.rmse_loss(hidden, weight, target, torch.zeros_like(labels), 1, gram=gram).backward()
     assert largest <= max(d.CHUNK_ELEMENTS, vocab * width) < positions * vocab / 10
+
+
+@pytest.mark.parametrize("fusion", ["logit", "probability"])
+@pytest.mark.parametrize("ban", [-torch.inf, torch.finfo(torch.float32).min, -1e6, "the others are lifted"])
+def test_what_is_banned_by_any_number_stays_banned(fusion, ban):
+    generator = torch.Generator().manual_seed(0)
+    scores, f = torch.randn(4, 9, generator=generator), torch.rand(4, 9, generator=generator)
+    allowed = torch.tensor([2, 5])
+    if ban == "the others are lifted":
+        banned = scores.index_add(1, allowed, torch.full((4, 2), 999.0))
+    else:
+        banned = torch.full_like(scores, ban).index_copy(1, allowed, scores[:, allowed])
+    fused = d.fuse(banned, f, 1.0, fusion)
+    assert torch.isin(fused.argmax(-1), allowed).all()
+    assert fused.softmax(-1)[:, allowed].sum(-1).allclose(torch.ones(4))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import logging
 
 import pytest
 import torch
+from rich.table import Table
 from test_data import train
 from tiny import addition, assert_same
 from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotLearner, CopilotSFTConfig, CopilotTrainer
+from hf_copilot.training.report import show
 from hf_copilot.training.teacher_forced import TeacherForced
 
 
@@ -72,3 +75,32 @@ def test_a_smaller_batch_is_found_and_the_run_begins_anew(tmp_path, monkeypatch)
     trainer = train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(32), **settings)
     assert calls[0] == 4 and calls[-1] < 4
     assert trainer.learner.steps == 4 and len(trainer.learner.log.rounds) == 4
+
+
+class OwnLoss(CopilotTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As subclasses of SFTTrainer have it, without super()."""
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+
+def test_a_run_in_which_nothing_is_observed_raises_at_its_first_round(tmp_path):
+    with pytest.raises(ValueError, match="super\\(\\).compute_loss"):
+        train(OwnLoss, CopilotSFTConfig, tmp_path, addition(32))
+
+
+class Unwritable(io.TextIOWrapper):
+    def write(self, text):
+        raise BrokenPipeError("closed")
+
+
+@pytest.mark.parametrize("stream", [io.TextIOWrapper(io.BytesIO(), encoding="cp1252"), Unwritable(io.BytesIO())])
+def test_no_run_ends_for_a_failure_to_print(monkeypatch, stream):
+    monkeypatch.setattr("sys.stdout", stream)
+    table = Table(title="λ = 0.5")
+    table.add_row("Mistake Log")
+    show(table)
+    if isinstance(stream, Unwritable):
+        return
+    stream.flush()
+    assert b"= 0.5" in stream.buffer.getvalue() and b"Mistake Log" in stream.buffer.getvalue()

@@ -34,7 +34,7 @@ def grown(ids, *tokens):
 
 @pytest.fixture(params=[True, False], ids=["states", "tokens"])
 def follower(request):
-    return Follower(request.param, torch.device("cpu"))
+    return Follower(request.param)
 
 
 def new_tokens(step):
@@ -79,7 +79,7 @@ def test_rows_of_other_prompts_are_not_confused(follower):
 
 def test_rows_do_not_go_on_from_another_prompt():
     """Rows of one length that have changed places between prompts are no beams."""
-    follower = Follower(False, torch.device("cpu"))
+    follower = Follower(False)
     call(follower, PROMPTS)
     call(follower, grown(PROMPTS, 11, 12), past=4)
     assert not call(follower, grown(grown(PROMPTS.flip(0), 12, 11), 1, 1), past=5).continues
@@ -126,7 +126,7 @@ def test_tokens_that_the_pilot_was_not_run_on_raise(follower, asked):
 
 
 def test_another_encoder_output_begins_anew():
-    follower, encoder = Follower(True, torch.device("cpu")), torch.randn(2, 3, WIDTH)
+    follower, encoder = Follower(True), torch.randn(2, 3, WIDTH)
     mask = torch.ones(2, 4, dtype=torch.long)
     first = call(follower, PROMPTS, mask=mask, encoder=encoder)
     assert first.encoder_visible.all() and first.encoder_visible.shape == (2, 3)

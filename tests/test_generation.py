@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 import warnings
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import (
 from versions import CACHE
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor
+from hf_copilot.pilot import tap
 
 NEW_TOKENS = 8
 PROMPT = torch.tensor([[5, 15, 6, 17], [8, 15, 9, 17], [7, 15, 11, 17]])
@@ -308,8 +310,9 @@ def test_going_on_with_beams(pilot, config):
 
 
 @torch._dynamo.config.patch(skip_nnmodule_hook_guards=True)  # nobody has opened a tap yet
-def test_a_compiled_static_cache(pilot, config):
+def test_a_compiled_static_cache(pilot, config, monkeypatch):
     """As on a GPU, where transformers compiles the forward: before there is a processor, and with several of them."""
+    monkeypatch.setattr(tap, "compiled_without_guards", True)
     compiling = CompileConfig(mode="default", backend="eager")
     compiling._compile_all_devices = True
     settings = {"cache_implementation": "static", "compile_config": compiling}
@@ -577,3 +580,51 @@ def test_continuous_batching_gives_no_unrectified_text(pilot):
     with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor:
         out = generate(pilot, processor, PROMPT[:1], **settings)
     assert torch.as_tensor(out).flatten().tolist() == PROMPT[0].tolist()
+
+
+def test_a_decoding_loop_with_gradients_is_named(pilot):
+    ids = PROMPT[:1]
+    with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor:
+        logits = pilot(ids).logits[:, -1]
+        with pytest.raises(ValueError, match="no_grad"):
+            processor(ids, logits.float())
+        with torch.no_grad():
+            logits = pilot(ids).logits[:, -1]
+        assert processor(ids, logits.float()).shape == logits.shape
+
+
+def test_a_failed_step_leaves_nothing_behind(pilot, config, monkeypatch):
+    """No memory, or Ctrl-C, inside the Copilot: the next call begins anew, and is not fed what belongs to no call."""
+    copilot, ids = trained_like(pilot, config), PROMPT[:1]
+    expected = Recorder(copilot, pilot)
+    generate(pilot, expected, ids)
+    expected.detach()
+    with Recorder(copilot, pilot) as processor:
+        run, calls = processor.rectifier._run, []
+
+        def fails_once(inputs):
+            calls.append(1)
+            if len(calls) == 3:
+                raise torch.OutOfMemoryError("no memory")
+            return run(inputs)
+
+        monkeypatch.setattr(processor.rectifier, "_run", fails_once)
+        with pytest.raises(torch.OutOfMemoryError):
+            generate(pilot, processor, ids)
+        processor.calls.clear()
+        generate(pilot, processor, ids)
+        assert len(processor.calls) == len(expected.calls)
+        for (_, found), (_, wanted) in zip(processor.calls, expected.calls, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+def test_processors_in_threads_compile_nothing_anew(pilot, monkeypatch):
+    """The setting that has compiled forwards look for hooks is a thread's, what is compiled the process's."""
+    resets, copilot = [], trained_like(pilot)
+    monkeypatch.setattr(tap, "compiled_without_guards", True)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    threads = [threading.Thread(target=lambda: CopilotLogitsProcessor(copilot, pilot).detach()) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert resets == [1]

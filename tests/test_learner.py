@@ -14,7 +14,7 @@ from hf_copilot.training.batch import MIN_FULL_POSITIONS, MIN_LENGTH_RATIO, Copi
 from hf_copilot.training.checkpoint import load_state
 from hf_copilot.training.metrics import measure
 from hf_copilot.training.mistake_log import MistakeRecord
-from hf_copilot.training.records import find_documents
+from hf_copilot.training.records import find_documents, random_start
 
 FLOAT = {"log_dtype": torch.float32}
 
@@ -152,9 +152,9 @@ def test_what_a_query_may_read(pilot):
 def test_whole_documents_start_anywhere_and_prompts_do_not(pilot):
     learner = CopilotLearner(copilot_for(pilot), pilot)
     records = observe(learner, pilot, padded_batch())
-    starts = {int(learner._random_start(records[2]).positions[0]) for _ in range(60)}
+    starts = {int(random_start(records[2], learner.generator, False).positions[0]) for _ in range(60)}
     assert starts == {0, 1, 2, 3, 4}
-    assert learner._random_start(records[0]) is records[0]
+    assert random_start(records[0], learner.generator, False) is records[0]
 
 
 def test_groups_stay_within_the_bound(pilot):
@@ -306,8 +306,26 @@ def test_a_schedule_with_settings(pilot):
         lr_scheduler_kwargs={"min_lr": 0.25},
     )
     for _ in range(2):
+        observe(learner, pilot, padded_batch())
         learner.step()
     assert learner.optimizer.scheduler.get_last_lr() == pytest.approx([0.25, 0.25])
+
+
+def test_a_pilot_that_changed_before_the_start_raises(pilot):
+    learner = CopilotLearner(copilot_for(pilot), pilot)
+    pilot.resize_token_embeddings(VOCAB_SIZE + 5)
+    with pytest.raises(ValueError, match=f"{VOCAB_SIZE} output rows and the Pilot {VOCAB_SIZE + 5}"):
+        learner.start(1)
+
+
+def test_a_round_without_a_forward_raises(pilot):
+    learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=2)
+    with pytest.raises(ValueError, match="No forward of the Pilot was observed"):
+        learner.step()
+    observe(learner, pilot, padded_batch())
+    learner.step()
+    with pytest.raises(ValueError, match="No forward of the Pilot was observed"):
+        learner.step()
 
 
 def round_of(documents, positions=4):

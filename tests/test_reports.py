@@ -46,7 +46,7 @@ def test_the_lines_at_the_start(tmp_path):
     learner = trainer.learner
     (pilot_all, _), (own_all, own_trained) = count_parameters(trainer.model), count_parameters(learner.copilot)
     lines = describe_start(learner)
-    assert "7 rounds" in lines and "starts from the Pilot's own layers" in lines
+    assert "7 rounds" in lines and "first weights: the Pilot's own layers" in lines
     assert re.findall(r"([\d.]+)M parameters", lines) == [f"{pilot_all / 1e6:.1f}", f"{own_all / 1e6:.1f}"]
     assert own_trained == own_all and "per generated token" in lines
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import teacher_forced, tiny_pilot, tiny_seq2seq, trained_like
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_copilot import CopilotConfig, score
 
@@ -73,7 +74,23 @@ def test_both_models_are_as_they_were(pilot, copilot):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_quantised_pilot_is_scored_without_its_dropout(pilot, tmp_path):
+    """bitsandbytes' layers stay in training mode; nothing else does."""
+    pilot = tiny_pilot(hidden_size=64, intermediate_size=64, attention_dropout=0.5)
+    pilot.save_pretrained(tmp_path)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map="cpu"
+    ).train()
+    copilot = trained_like(pilot)
+    first, second = (score(quantised, copilot, ROWS[:1])[0].log_likelihoods for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_what_can_not_be_scored_raises(pilot, copilot):
+    with pytest.raises(ValueError, match="Row 1 has 3 tokens and 2 labels"):
+        score(pilot, copilot, [ROWS[0], {"input_ids": [5, 6, 7], "labels": [6, 7]}])
+    with pytest.raises(ValueError, match="Row 0 has 0 tokens"):
+        score(pilot, copilot, [{"input_ids": [], "labels": []}])
     with pytest.raises(ValueError, match="finite"):
         score(pilot, copilot, ROWS, strengths=[-1.0])
     with pytest.raises(ValueError, match="decoder-only"):

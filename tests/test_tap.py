@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import pickle
 from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import tiny_pilot
+from tiny import assert_same, tiny_pilot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from versions import CHECKPOINTING
 
-from hf_copilot import CopilotConfig
+from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
 from hf_copilot.pilot.head import PilotHead
 from hf_copilot.pilot.inspect import find_layers
 from hf_copilot.pilot.tap import PilotTap
@@ -137,6 +139,49 @@ def test_the_hooks_of_a_copied_pilot_are_silent(pilot):
     assert len(records) == 1
     held = [hook.__self__ for module in copied.modules() for hook in module._forward_hooks.values()]
     assert held and all(copy_of.sink is copy_of.layers is None for copy_of in held)
+
+
+def test_the_hooks_of_a_saved_pilot_are_silent(pilot):
+    """`torch.save`, pickling, a spawned process: with a processor, and in a training loop."""
+    copilot = copilot_for(pilot)
+    learner = CopilotLearner(copilot, pilot, num_training_steps=1)
+    with CopilotLogitsProcessor(copilot, pilot) as processor:
+        pickle.dumps(processor)
+        loaded = pickle.loads(pickle.dumps(pilot))
+    learner.close()
+    held = [hook.__self__ for module in loaded.modules() for hook in module._forward_hooks.values()]
+    assert held and all(tap.sink is tap.layers is None for tap in held)
+    assert torch.equal(loaded(input_ids=IDS).logits, pilot(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_adapter_on_the_head_draws_as_without_us(dropout):
+    """The head is called once more for ℓ, in training: without its dropout, so that random states stay the same."""
+
+    def weights(with_copilot):
+        config = LoraConfig(r=4, lora_dropout=dropout, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        pilot = get_peft_model(tiny_pilot(), config).train()
+        learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=3) if with_copilot else None
+        optimizer = torch.optim.AdamW([p for p in pilot.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(3):
+            inputs = {"input_ids": IDS, "labels": IDS}
+            with learner.observe(inputs) if learner else contextlib.nullcontext():
+                loss = pilot(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if learner:
+                learner.step()
+        return pilot
+
+    assert_same(weights(True), weights(False))
+
+
+def test_a_head_without_a_weight_is_named(pilot):
+    pilot.lm_head = nn.Sequential(pilot.lm_head)
+    with pytest.raises(ValueError, match="Sequential without a `weight`"):
+        PilotHead(pilot)
 
 
 SCALED = {

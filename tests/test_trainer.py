@@ -41,7 +41,7 @@ def train(trainer_class, tmp_path, data="prompt-completion", peft=None, pilot=No
     trainer = trainer_class(
         model=pilot if pilot is not None else tiny_pilot(**DROPOUT),
         args=config_class(**settings(tmp_path, **changes)),
-        train_dataset=addition(64, form=data),
+        train_dataset=addition(64, form=data) if isinstance(data, str) else data,
         processing_class=tiny_tokenizer(),
         peft_config=peft,
         **extra,
@@ -541,6 +541,25 @@ def test_settings_of_an_adapted_copilot_are_live(tmp_path):
     )
     trainer.copilot.config.strength = 0.5
     assert trainer.copilot.config.strength == 0.5
+
+
+def rows_of_a_stream():
+    yield from addition(32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        (addition(32), {"max_steps": -1, "num_train_epochs": 1.5}),
+        (addition(32), {"max_steps": 10}),
+        (IterableDataset.from_generator(rows_of_a_stream), {"max_steps": 16}),
+    ],
+    ids=["part of an epoch", "steps", "stream"],
+)
+def test_every_entry_that_trainer_logs_has_our_metrics(tmp_path, rows, settings):
+    trainer = train(CopilotTrainer, tmp_path, data=rows, logging_strategy="epoch", **settings)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2 and all("rectified_nll" in entry for entry in entries)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class Piece(NamedTuple):
     """Consecutive positions that are new to the memory: the arguments of `Memory.entries`."""
 
     input_ids: torch.Tensor  # [R, t]
-    embeddings: torch.Tensor | None  # X̃, [R, t, d_P], or [R, S, d_P] of an encoder
+    embeddings: torch.Tensor | None  # X̃, [R, t, d_P], or [R, S, d_P] of an encoder with the first positions
     hidden_states: torch.Tensor | None  # h, [R, t, d_P]
     is_first: bool  # whether they are the first positions
 
@@ -61,11 +61,10 @@ class Follower:
     Args:
         needs_states: Whether the memory is of states, which only forwards show. Else it is of tokens, which can be
             read again.
-        device: Of what it gives.
     """
 
-    def __init__(self, needs_states: bool, device: torch.device):
-        self.needs_states, self.device = needs_states, device
+    def __init__(self, needs_states: bool):
+        self.needs_states = needs_states
         self.reset()
 
     def reset(self) -> None:
@@ -84,14 +83,14 @@ class Follower:
             self.pending[-1].next_logits = None  # nobody asked for them
         self.pending.append(states)
 
-    def follow(self, input_ids: torch.Tensor) -> Step:
-        """How a call for the token after `input_ids` `[R, n]` goes on from the last call.
+    def follow(self, ids: torch.Tensor) -> Step:
+        """How a call for the token after `ids` `[R, n]` goes on from the last call; all that it gives is on their
+        device.
 
         Raises:
             ValueError: If these are not the tokens that the Pilot has just been run on.
         """
-        pending, self.pending = self.pending, []
-        ids = input_ids.to(self.device)  # [R, n]
+        pending, self.pending, self.device = self.pending, [], ids.device
         is_next = self._is_next(ids) and self._has_same_encoder(pending)
         rows = self._parents(ids, ids.shape[1] - 1) if is_next else None  # [R]
         continues = rows is not None
@@ -118,7 +117,10 @@ class Follower:
     def _pieces(self, forwards: list[PilotStates], kept: int) -> list[Piece]:
         if not self.needs_states:
             return [Piece(self.ids[:, kept:], None, None, kept == 0)]
-        return [Piece(s.input_ids, s.embeddings, s.hidden_states, s.past_length == 0) for s in forwards]
+        pieces = [Piece(s.input_ids, s.embeddings, s.hidden_states, s.past_length == 0) for s in forwards]
+        if self.encoder_output is None:
+            return pieces
+        return [piece if piece.is_first else piece._replace(embeddings=None) for piece in pieces]  # X̃ is kept already
 
     # ---- which tokens ----------------------------------------------------------------------------------------------
 

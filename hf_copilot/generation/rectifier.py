@@ -19,6 +19,11 @@ from ..pilot.tap import PilotTap
 from ..pilot.vocabulary import lent_vocabulary
 from .follower import Follower, Piece, Step
 
+WITH_GRADIENT = (
+    "The Pilot's last forward computed gradients, as in training, and a CopilotLogitsProcessor reads none of these: "
+    "put torch.no_grad() around your decoding loop, as `generate` does."
+)
+
 
 class Rectifier:
     """The Copilot's side of a `generate` call.
@@ -34,8 +39,9 @@ class Rectifier:
     def __init__(self, copilot: CopilotModel, pilot: nn.Module):
         check_generation(pilot)
         self.copilot, self.config, self.memory = copilot, copilot.config, memory_of(copilot.config)
-        self.follower = Follower(self.memory.reads_states, copilot.device)
-        self.tap = PilotTap(pilot, self.config, self.follower.take, lambda: not torch.is_grad_enabled())
+        self.follower = Follower(self.memory.reads_states)
+        self.was_with_gradient = False  # the Pilot's last forward, which is one of training then
+        self.tap = PilotTap(pilot, self.config, self.follower.take, self._listens)
         self.tap.open()
         self.reset()
 
@@ -52,6 +58,10 @@ class Rectifier:
         self.tap.close()
         self.reset()
 
+    def _listens(self) -> bool:
+        self.was_with_gradient = torch.is_grad_enabled()
+        return not self.was_with_gradient
+
     @torch.no_grad()
     def correction(self, input_ids: torch.Tensor) -> torch.Tensor:
         """f for the token after `input_ids` `[R, n]`: `[R, V]` float32.
@@ -59,7 +69,16 @@ class Rectifier:
         Raises:
             ValueError: If these are not the tokens that the Pilot has just been run on.
         """
-        step = self.follower.follow(input_ids)
+        if self.was_with_gradient:
+            raise ValueError(WITH_GRADIENT)
+        step = self.follower.follow(input_ids.to(self.copilot.device))
+        try:
+            return self._rectify(step)
+        except BaseException:  # no memory, Ctrl-C: what is kept belongs to no call
+            self.reset()
+            raise
+
+    def _rectify(self, step: Step) -> torch.Tensor:
         self._keep_rows(step)
         if not step.continues:
             self._begin_run()

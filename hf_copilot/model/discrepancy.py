@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**24  # entries of one [chunk, V] float32 buffer: 64 MiB
 PROBABILITY_FLOOR = 1e-9  # fused probabilities are clamped here (Eq. 8 can turn negative)
+BANNED_LOG_PROBABILITY = -100.0  # below it a token is banned, by whatever number: no Pilot is as sure by itself
 
 
 class SparseDiscrepancy(NamedTuple):
@@ -181,7 +182,8 @@ def fuse(scores: torch.Tensor, correction: torch.Tensor, strength: float, fusion
 
     `"logit"`: s + λf − (lse(s + λf) − lse(s)). `"probability"` (Eq. 8): p̃ = max(p̂ + λf, floor), put back on the scale
     of s. Either way the result is normalised where s was (log-probabilities stay log-probabilities), raw logits stay
-    raw logits, and tokens banned with −inf stay banned, be it all of a row. A row of s that holds NaN keeps it.
+    raw logits, and tokens banned with −inf stay banned, be it all of a row; in probability space so do those that a
+    large finite number bans. A row of s that holds NaN keeps it.
     """
     if strength == 0:
         return scores
@@ -190,9 +192,10 @@ def fuse(scores: torch.Tensor, correction: torch.Tensor, strength: float, fusion
         fused = scores + strength * correction  # [..., V]
         total = fused.logsumexp(-1, keepdim=True)  # [..., 1]
     else:
-        pilot = (scores - normalizer).exp()  # [..., V] p̂
+        log_pilot = scores - normalizer  # [..., V]
+        pilot = log_pilot.exp()  # [..., V] p̂
         fused = torch.maximum(pilot + strength * correction, pilot.clamp_max(PROBABILITY_FLOOR))
-        fused = fused.masked_fill(scores == -torch.inf, 0.0)
+        fused = fused.masked_fill((scores == -torch.inf) | (log_pilot < BANNED_LOG_PROBABILITY), 0.0)
         total, fused = fused.sum(-1, keepdim=True).log(), fused.log()  # [..., 1], [..., V]
     shift = normalizer - total  # [..., 1]; a row without a token left has none
     return fused + shift.masked_fill(normalizer == -torch.inf, 0.0)

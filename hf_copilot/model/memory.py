@@ -85,6 +85,9 @@ class TokenMemory(Memory):
     def entries(self, input_ids, embeddings, hidden_states, is_first=True):
         return input_ids  # [B, n]
 
+    def mask(self, queries, visible, encoder_visible=None):
+        return up_to(queries, visible)  # [B, m, n]
+
     def join(self, reads_token, reads_state, encoder_visible):
         return reads_token  # [B, m, n]
 

@@ -201,6 +201,7 @@ class CopilotModel(CopilotPreTrainedModel):
 
     def __init__(self, config: CopilotConfig):
         config.resolve_defaults()
+        config.init = config.init or "random"
         super().__init__(config)
         sizes = ["hidden_size", "vocab_size"]
         if config.reads_states:
@@ -291,7 +292,7 @@ class CopilotModel(CopilotPreTrainedModel):
         that the Copilot has no row for (a padding row of its Pilot) is read as the start vector."""
         dtype, last = self.norm.weight.dtype, self.config.vocab_size - 1
         if self.config.reads_states:
-            return self.memory_proj(memory.to(dtype))
+            return self.memory_proj(memory.to(dtype)).to(dtype)  # autocast gives another
         embedded = F.embedding(memory.clamp(max=last), self.embed_tokens.weight)  # [B, s, d]
         return torch.where(memory[..., None] > last, self.start.weight, embedded).to(dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from .compatibility import describe_pilot
 from .head import PilotHead
 from .inspect import find_decoder, find_layers, is_encoder_decoder, isolated_rng, unwrap
 from .vocabulary import lent_vocabulary
+
+logger = logging.getLogger(__name__)
 
 # Families whose block is the Copilot's own: pre-norm RMSNorm, MLP, attention (T5's relative positions left out).
 LLAMA_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -92,12 +95,15 @@ def _start(config: CopilotConfig, base: nn.Module) -> CopilotModel:
 
 
 def _start_where_it_fits(config: CopilotConfig, base: nn.Module) -> CopilotModel:
-    """From the Pilot's layers where its block is the Copilot's, else from random weights."""
+    """From the Pilot's layers where its block is the Copilot's, else from random weights: with a warning, where it is
+    a setting of the user's that does not fit."""
     from_pilot = copy.deepcopy(config)
     from_pilot.init, config.init = "pilot", "random"
     try:
         return _start(from_pilot, base)
-    except DoesNotFit:
+    except DoesNotFit as reason:
+        if base.config.get_text_config().model_type in FAMILIES:
+            logger.warning(f"The Copilot starts from random weights, not from the Pilot's layers: {reason}")
         return _start(config, base)
 
 

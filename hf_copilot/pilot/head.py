@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .inspect import eval_mode, find_decoder, is_encoder_decoder, is_sharded, isolated_rng, unwrap
+from .inspect import eval_mode, find_decoder, is_encoder_decoder, is_sharded, isolated_rng, unwrap, without_dropout
 
 
 class PilotEmbedding:
@@ -50,8 +50,15 @@ class PilotHead:
 
     def __init__(self, pilot: nn.Module):
         self.trained, self.pilot = extract_model_from_parallel(pilot, keep_torch_compile=False), unwrap(pilot)
-        if self.pilot.get_output_embeddings() is None:
+        head = self.pilot.get_output_embeddings()
+        if head is None:
             raise ValueError(f"{type(self.pilot).__name__} has no output head (`get_output_embeddings()` is None).")
+        if not isinstance(getattr(head, "weight", None), torch.Tensor):
+            raise ValueError(
+                f"The output head of {type(self.pilot).__name__} is a {type(head).__name__} without a `weight` of its "
+                "own: hf_copilot reads the vocabulary's size and device there. Wrap the head's forward, not the "
+                "module, or give the wrapper a property `weight`."
+            )
         config = self.pilot.config.get_text_config()
         self.scale = _logit_scale(config)
         self.softcap = getattr(config, "final_logit_softcapping", None)
@@ -74,7 +81,8 @@ class PilotHead:
             if isinstance(head, FSDPModule) or self.gathered_parameters:  # a call opens its group
                 logits = F.linear(hidden, weight, self.gathered_parameters.get("bias", head.bias)).float()
             else:
-                logits = head(hidden).float()
+                with without_dropout(head):  # of an adapter; its draws are the Pilot's training's
+                    logits = head(hidden).float()
             if self.scale != 1.0:
                 logits = logits * self.scale
             if self.softcap is not None:

@@ -34,15 +34,31 @@ def isolated_rng(device: torch.device, seed: int | None = None) -> Iterator[None
 
 @contextmanager
 def eval_mode(pilot: nn.Module) -> Iterator[None]:
-    """The Pilot in eval mode inside, each module as it was afterwards. A quantised one is put into training mode, its
-    dropout with it: bitsandbytes repacks it on a CPU for inference, and it could not be trained any more."""
+    """The Pilot in eval mode inside, each module as it was afterwards. Layers of bitsandbytes stay in training mode:
+    on a CPU they repack their weights for inference, and could not be trained any more."""
     modes = [(module, module.training) for module in pilot.modules()]
-    pilot.train(getattr(unwrap(pilot), "is_quantized", False))
+    pilot.eval()
+    for module, _ in modes:
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.training = True
     try:
         yield
     finally:
         for module, was_training in modes:
             module.training = was_training
+
+
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """No dropout in the module inside, which draws from the global random state; every other mode stays."""
+    active = [child for child in module.modules() if isinstance(child, nn.Dropout) and child.training]
+    for dropout in active:
+        dropout.training = False
+    try:
+        yield
+    finally:
+        for dropout in active:
+            dropout.training = True
 
 
 def is_encoder_decoder(pilot: nn.Module) -> bool:

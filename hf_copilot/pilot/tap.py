@@ -5,7 +5,6 @@ Shapes: B rows, T positions of one forward of the decoder, S of the encoder, d_P
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,12 +45,22 @@ class PilotStates:
         return len(self.last_hidden_state) * (self.length + encoder)
 
 
+compiled_without_guards = True  # perhaps, before a tap was opened
+
+
+def never() -> bool:
+    return False
+
+
 def guard_hooks() -> None:
     """Have compiled forwards look whether there are hooks now: a static cache compiles the Pilot, with or without
-    hooks. What was compiled before does not look, and is compiled anew."""
-    if torch._dynamo.config.skip_nnmodule_hook_guards:
-        torch._dynamo.config.skip_nnmodule_hook_guards = False
+    hooks. What was compiled before the first call does not look, and is compiled anew. (The setting is one of the
+    thread, what is compiled one of the process.)"""
+    global compiled_without_guards
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    if compiled_without_guards:
         torch.compiler.reset()
+    compiled_without_guards = False
 
 
 class PilotTap:
@@ -125,13 +134,11 @@ class PilotTap:
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
-    def __deepcopy__(self, memo: dict) -> PilotTap:
-        """A copy of the Pilot (for a moving average, say) has its hooks: there they stay silent, and hold nothing."""
-        silent = memo[id(self)] = copy.copy(self)
-        silent.listen, silent.sink, silent.states, silent.latest = (lambda: False), None, None, None
-        silent.model = silent.decoder = silent.layers = silent.pooled = None
-        silent.handles = []
-        return silent
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the Pilot (a moving average, a file, another process) has its hooks: there they stay silent, and
+        hold nothing."""
+        held = ("sink", "states", "latest", "model", "decoder", "layers", "pooled")
+        return self.__dict__ | dict.fromkeys(held) | {"listen": never, "handles": []}
 
     def _begin_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         self.states = None

@@ -57,6 +57,10 @@ class CopilotCallback(CopilotLifecycle):
             raise ValueError("There is no Copilot before training has begun.")
         return self.learner.exported()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the Pilot has its hooks: there they stay silent, and hold nothing."""
+        return {"learner": None, "handles": [], "_watch": None}
+
     def close(self) -> None:
         """Remove all hooks from the Pilot; call it yourself if training ended with an exception."""
         for handle in self.handles:
@@ -76,8 +80,8 @@ class CopilotCallback(CopilotLifecycle):
             self.learner = make_learner(
                 copilot, model, args, self.copilot_args, self.copilot_peft_config, self.learner_class
             )
-        if state.global_step:
-            self.checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.checkpoint = checkpoint if state.global_step else None
         super().on_train_begin(args, state, control, **kwargs)
         base = unwrap(model)
         self.forward_arguments = ForwardArguments(base)
@@ -88,7 +92,7 @@ class CopilotCallback(CopilotLifecycle):
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self._watch = None
-        if not model.training:
+        if not model.training or self.learner is None:
             return
         inputs = self.forward_arguments.named(args, kwargs)
         if inputs.get("labels") is None:

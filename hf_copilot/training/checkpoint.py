@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FOLDER = "copilot"  # in output_dir and in every checkpoint: the Copilot, ready for from_pretrained
 STATE_FOLDER = "copilot_state"  # in every checkpoint: what a resumed run needs besides
 MANIFEST = "files.json"  # in STATE_FOLDER: the size of every file of the checkpoint
+BINARY = (".safetensors", ".pt", ".pth", ".bin")  # a shorter one was cut off; texts a person may have changed
 TORN = "_torn-"  # what begins with _ Trainer does not push
 TENSORS, SCALARS = "learner.safetensors", "learner.json"  # in STATE_FOLDER
 
@@ -144,11 +145,25 @@ def find_fault(checkpoint: str | os.PathLike) -> str | None:
         return f"{TRAINER_STATE_NAME}, which is written last, is missing or cut off"
     for name, size in sizes.items():
         file = checkpoint / name
-        if not file.is_file():
+        if not file.is_file() and not is_dispensable(name):
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes and not {size}"
+        if file.is_file() and file.suffix in BINARY and file.stat().st_size < size:
+            return f"{name} has {file.stat().st_size} bytes of {size}"
     return None
+
+
+def is_dispensable(name: str) -> bool:
+    """Whether Trainer resumes without a file, though not bit for bit."""
+    return name.startswith(("optimizer.", "scheduler.", "rng_state"))
+
+
+def warn_of_missing(checkpoint: str | os.PathLike) -> None:
+    """Name the files that were in a whole checkpoint, and that Trainer resumes without."""
+    manifest = Path(checkpoint) / STATE_FOLDER / MANIFEST
+    names = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    missing = [name for name in names if not (Path(checkpoint) / name).is_file()]
+    if missing:
+        logger.warning(f"{checkpoint} has lost {missing}: the Pilot resumes without, and not bit for bit.")
 
 
 def newest_whole_checkpoint(output_dir: str | os.PathLike) -> str:
@@ -160,25 +175,39 @@ def newest_whole_checkpoint(output_dir: str | os.PathLike) -> str:
     """
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     numbered = {int(folder.name.rpartition("-")[2]): folder for folder in folders if folder.name[-1].isdigit()}
+    torn = {}
     for _, folder in sorted(numbered.items(), reverse=True):
         fault = find_fault(folder)
         if fault is None:
+            _set_aside(torn)
+            warn_of_missing(folder)
             return str(folder)
+        torn[folder] = fault
+    faults = [f"{folder.name}: {fault}" for folder, fault in torn.items()]
+    raise ValueError(
+        f"{output_dir} holds no whole checkpoint to resume from ({faults}): train without resume_from_checkpoint."
+    )
+
+
+def _set_aside(torn: dict[Path, str]) -> None:
+    for folder, fault in torn.items():
         aside = folder.with_name(TORN + folder.name)
         logger.warning(f"{folder} is not a whole checkpoint: {fault}. Passed over and kept as {aside.name}.")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-    raise ValueError(f"{output_dir} holds no whole checkpoint to resume from: train without resume_from_checkpoint.")
 
 
 def check_whole(checkpoint: str | os.PathLike) -> None:
     """Raise a `ValueError` if a checkpoint is torn."""
-    fault = find_fault(checkpoint) if Path(checkpoint).is_dir() else None
+    if not Path(checkpoint).is_dir():
+        return
+    fault = find_fault(checkpoint)
     if fault is not None:
         raise ValueError(
             f"{checkpoint} is not a whole checkpoint: {fault}. Resume from an older one, or leave the choice to "
             "resume_from_checkpoint=True."
         )
+    warn_of_missing(checkpoint)
 
 
 def load_checkpoint(learner: CopilotLearner, checkpoint: str | os.PathLike, start_fresh: bool) -> None:

@@ -21,6 +21,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..model.modeling_copilot import CopilotModel
+from ..pilot.compatibility import check_teacher_forced
 from ..pilot.inspect import eval_mode, isolated_rng
 from .adapter import add_adapter, merged_copy
 from .distributed import copy_from_main_process, process_index
@@ -35,9 +36,17 @@ from .metrics import (
 )
 from .mistake_log import MistakeLog, MistakeRecord
 from .optimizer import CopilotOptimizer, check_ranges
+from .records import random_start
 from .teacher_forced import TeacherForced
 
 logger = logging.getLogger(__name__)
+
+NOTHING_OBSERVED = (
+    "No forward of the Pilot was observed in this round, so its Copilot would learn nothing. In a loop of your own: "
+    "put `with learner.observe(batch):` around the Pilot's forward. In a subclass of CopilotTrainer with a "
+    "compute_loss of its own: call super().compute_loss, or put `with self.learner.observe(inputs):` around the "
+    "model's forward. With CopilotCallback: the Pilot's own forward must be called, in training mode, with its labels."
+)
 
 
 class CopilotLearner:
@@ -117,6 +126,7 @@ class CopilotLearner:
         self.generator = torch.Generator().manual_seed(self.seed + process_index())
         self.steps = 0
         self.round: list[MistakeRecord] = []
+        self.has_observed = False  # whether the round has a forward, be it without a target
         self.log.clear()
         self.max_positions = 1  # of the Pilot's largest micro-batch, the bound of the Copilot's own
         self.metrics = RunningMetrics(self.strengths, self.device)
@@ -124,6 +134,7 @@ class CopilotLearner:
     def start(self, num_training_steps: int) -> None:
         """Begin a run: check the Pilot's head, put the hooks in place, build optimizer and schedule, empty the log.
         The Copilot's weights stay; those of the main process are copied to all."""
+        check_teacher_forced(self.copilot, self.head.trained)  # the Pilot may have changed since it was given
         self.head.check()
         self.copilot.vocabulary(self.forced.lent)  # raises where the Pilot can't lend its own
         self.forced.tap.open()
@@ -151,6 +162,7 @@ class CopilotLearner:
         """
         with self.forced.watch(inputs):
             yield
+        self.has_observed = True
         self.round += self._records_to_log(inputs)
 
     @contextmanager
@@ -191,13 +203,16 @@ class CopilotLearner:
             mistakes: Records to log instead of this round's own; an empty list leaves the log as it is.
 
         Raises:
-            ValueError: Before `start`.
+            ValueError: Before `start`, or if no forward was observed since the last step.
         """
         if self.optimizer is None:
             raise ValueError(
                 "The Copilot has no schedule yet: pass num_training_steps, or call start() with it first."
             )
-        records, self.round = self.round, []
+        if not self.has_observed:
+            raise ValueError(NOTHING_OBSERVED)
+        records, self.round, self.has_observed = self.round, [], False
+        has_encoder = self.copilot.config.pilot_is_encoder_decoder
         with self.head.gathered(), isolated_rng(self.device, self.seed + 1_000_003 * self.steps + process_index()):
             if records and measure:
                 self._measure(records)
@@ -207,7 +222,7 @@ class CopilotLearner:
                 self.log.append(mistakes)
             for _ in range(self.steps_per_round):
                 drawn = self.log.sample(len(records), self.generator)
-                self.update([self._random_start(record) for record in drawn])
+                self.update([random_start(record, self.generator, has_encoder) for record in drawn])
         self.steps += 1
         self.optimizer.scheduler.step()
 
@@ -222,25 +237,6 @@ class CopilotLearner:
         loss = self.optimizer.step(self.forced, records, self.max_positions)
         if loss is not None:
             self.metrics.add_loss(loss)
-
-    def _append(self, records: list[MistakeRecord]) -> None:
-        was_capped = self.log.capped
-        self.log.append(records)
-        if self.log.capped and not was_capped:
-            logger.warning(
-                "The Mistake Log has reached %d MiB and keeps %d rounds of %d: raise its bound in bytes "
-                "(copilot_log_max_bytes) to keep more.",
-                self.log.max_bytes // 2**20,
-                len(self.log.rounds),
-                self.log.max_rounds,
-            )
-
-    def _random_start(self, record: MistakeRecord) -> MistakeRecord:
-        """Where the run is the whole document (no prompt, no encoder that holds it), start it at a random target, so
-        that training looks like continuing a prompt; what comes before is memory only."""
-        if record.positions[0] != 0 or self.copilot.config.pilot_is_encoder_decoder:
-            return record
-        return record.starting_at(int(torch.randint(len(record.positions), (), generator=self.generator)))
 
     # ---- measuring -------------------------------------------------------------------------------------------------
 
@@ -276,7 +272,7 @@ class CopilotLearner:
     def pop_metrics(self, mode: str = "train") -> dict[str, float]:
         """The metrics since the last call, over all processes: means over targets, and in training the mean of the
         Copilot's loss."""
-        metrics = self.metrics.pop(mode)
+        metrics = self.metrics.pop(mode, self.device)
         if mode == "train" and self.skipped_steps:
             metrics["copilot_skipped_steps"] = self.skipped_steps
         if mode == "train" and self.log.capped:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from rich.console import Console
 from transformers import (
     IntervalStrategy,
     SchedulerType,
@@ -16,6 +15,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..model.configuration_copilot import CopilotConfig
@@ -26,7 +26,7 @@ from .checkpoint import load_checkpoint
 from .learner import CopilotLearner
 from .mistake_log import MistakeLog
 from .mistake_source import FirstVisit, TrainingErrors
-from .report import describe_start
+from .report import describe_start, show
 from .training_args import CopilotArguments
 
 logger = logging.get_logger(__name__)
@@ -82,9 +82,12 @@ def make_learner(
     )
 
 
-def is_logging_step(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
-    """Whether Trainer logs after this step; with `logging_strategy="epoch"` it says so only later."""
-    return control.should_log or (args.logging_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch))
+def may_log(args: TrainingArguments, state: TrainerState, control: TrainerControl, has_length: bool) -> bool:
+    """Whether Trainer may log after this step. With `logging_strategy="epoch"` it says so only later: at the end of an
+    epoch, which no one knows of a stream, or when training stops inside one."""
+    if control.should_log or args.logging_strategy != IntervalStrategy.EPOCH:
+        return control.should_log
+    return not has_length or control.should_training_stop or state.epoch == int(state.epoch)
 
 
 class CopilotLifecycle(TrainerCallback):
@@ -115,8 +118,9 @@ class CopilotLifecycle(TrainerCallback):
             self.checkpoint = None
         self.source.check(self.learner, state)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.learner.step(is_logging_step(args, state, control), self.source.records(self.learner, state))
+    def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+        measure = may_log(args, state, control, has_length(train_dataloader))
+        self.learner.step(measure, self.source.records(self.learner, state))
 
 
 class TrainerLifecycle(CopilotLifecycle):
@@ -125,4 +129,4 @@ class TrainerLifecycle(CopilotLifecycle):
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if state.is_world_process_zero and not args.disable_tqdm:
-            Console().print(describe_start(self.learner), highlight=False)
+            show(describe_start(self.learner))

@@ -87,7 +87,6 @@ class RunningMetrics:
     """The sums of training and of evaluation since they were last asked for."""
 
     def __init__(self, strengths: Sequence[float], device: torch.device):
-        self.device = device
         self.sums = {mode: empty_sums(strengths) for mode in ("train", "eval")}
         self.loss_sum = torch.zeros((), device=device)
         self.loss_count = 0
@@ -100,9 +99,10 @@ class RunningMetrics:
     def forget(self, mode: str) -> None:
         self.sums[mode] = torch.zeros_like(self.sums[mode])
 
-    def pop(self, mode: str) -> dict[str, float]:
-        """Means over targets, and in training the mean of the Copilot's loss; every process must call it."""
-        *totals, targets = over_processes(self.sums[mode], self.device).flatten().tolist()
+    def pop(self, mode: str, device: torch.device) -> dict[str, float]:
+        """Means over targets, and in training the mean of the Copilot's loss; every process must call it, with the
+        device that they exchange tensors on."""
+        *totals, targets = over_processes(self.sums[mode], device).flatten().tolist()
         self.forget(mode)
         metrics = {name: total / targets for name, total in zip(METRICS, totals, strict=True)} if targets else {}
         if mode == "train" and self.loss_count:

@@ -27,10 +27,11 @@ def check_ranges(
     """Raise a `ValueError` for a number that no training can have."""
     if steps_per_round < 1:
         raise ValueError(f"{prefix}steps_per_round={steps_per_round}: must be at least one step (the paper takes 1).")
-    numbers = {"learning_rate": learning_rate, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
-    for name, value in numbers.items():
+    if not max_grad_norm >= 0:
+        raise ValueError(f"{prefix}max_grad_norm={max_grad_norm}: must be at least 0, which does not clip.")
+    for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
         if not value >= 0:
-            raise ValueError(f"{prefix}{name}={value}: must be at least 0 (a norm of 0 does not clip).")
+            raise ValueError(f"{prefix}{name}={value}: must be at least 0.")
 
 
 class CopilotOptimizer:

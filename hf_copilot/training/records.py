@@ -89,29 +89,25 @@ class Targets:
     rows: list[int]  # D, of the batch
     spans: list[torch.Tensor]  # D x [n], positions up to the last target
     offsets: list[torch.Tensor]  # D x [m], targets, counted from the document's start
+    where: torch.Tensor  # [M], the positions of the targets
     labels: torch.Tensor  # [M] int64
-
-    @property
-    def where(self) -> torch.Tensor:
-        """`[M]`, the positions of the targets."""
-        return torch.cat([span[offsets] for span, offsets in zip(self.spans, self.offsets, strict=True)])
 
 
 def find_targets(inputs: Mapping[str, Any], has_encoder: bool) -> Targets | None:
     """The targets of a batch; None if it has none."""
     labels = inputs["labels"].cpu()  # [B, T]
     length, shift = labels.shape[1], 0 if has_encoder else 1  # the label of position j is at j + shift
-    found = Targets([], [], [], labels)
+    rows, spans, offsets = [], [], []
     for row, start, end in find_documents(inputs, has_encoder):
-        offsets = (labels[row, start + shift : end] != IGNORE).nonzero()[:, 0]  # [m]
-        if len(offsets):
-            found.rows.append(row)
-            found.spans.append(torch.arange(int(offsets[-1]) + 1) + row * length + start)  # [n]
-            found.offsets.append(offsets)
-    if not found.rows:
+        targets = (labels[row, start + shift : end] != IGNORE).nonzero()[:, 0]  # [m]
+        if len(targets):
+            rows.append(row)
+            spans.append(torch.arange(int(targets[-1]) + 1) + row * length + start)  # [n]
+            offsets.append(targets)
+    if not rows:
         return None
-    found.labels = labels.flatten()[found.where + shift]  # [M]
-    return found
+    where = torch.cat([span[targets] for span, targets in zip(spans, offsets, strict=True)])  # [M]
+    return Targets(rows, spans, offsets, where, labels.flatten()[where + shift])
 
 
 class Column(NamedTuple):
@@ -213,3 +209,11 @@ def encoder_outputs(states: PilotStates, rows: list[int]) -> Column:
     outputs, mask = states.embeddings[rows], states.encoder_attention_mask
     visible = torch.ones(outputs.shape[:2], dtype=torch.bool) if mask is None else mask[rows] != 0  # [R, S]
     return Column(outputs[visible.to(outputs.device)], visible.sum(1).tolist())
+
+
+def random_start(record: MistakeRecord, generator: torch.Generator, has_encoder: bool) -> MistakeRecord:
+    """Where the run is the whole document (no prompt, no encoder that holds it), start it at a random target, so that
+    training looks like continuing a prompt; what comes before is memory only."""
+    if record.positions[0] != 0 or has_encoder:
+        return record
+    return record.starting_at(int(torch.randint(len(record.positions), (), generator=generator)))

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..model.configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
+
+logger = logging.get_logger(__name__)
 
 QUANTITIES = (("nll", "NLL per token", ".4f"), ("token_accuracy", "token accuracy", ".1%"))
 
@@ -17,6 +22,13 @@ QUANTITIES = (("nll", "NLL per token", ".4f"), ("token_accuracy", "token accurac
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """All parameters, and those that are trained."""
     return model.num_parameters(), model.num_parameters(only_trainable=True)
+
+
+def size_of(parameter: nn.Parameter) -> int:
+    """Its numbers, counted as by `num_parameters`, which is of whole models alone: bitsandbytes packs two of 4 bits
+    into a byte of its storage."""
+    packed = 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else 1
+    return parameter.numel() * packed
 
 
 def multiplied_parameters(model: PreTrainedModel) -> int:
@@ -27,9 +39,23 @@ def multiplied_parameters(model: PreTrainedModel) -> int:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     count = count_parameters(model)[0] - (0 if head is embedding else embedding.numel())
     if getattr(model.config, "is_encoder_decoder", False):
-        encoder, own = model.get_encoder(), {id(p) for p in model.get_decoder().parameters()} | {id(head)}
-        count -= encoder.num_parameters() - sum(p.numel() for p in encoder.parameters() if id(p) in own)
+        own = {id(parameter) for parameter in model.get_decoder().parameters()} | {id(head)}
+        count -= sum(size_of(p) for p in model.get_encoder().parameters() if id(p) not in own)
     return count
+
+
+def show(renderable: Any) -> None:
+    """Print it; where an encoding lacks a character it shows a question mark. No run ends for a failure to print."""
+    console = Console()
+    try:
+        console.print(renderable, highlight=False)
+    except UnicodeEncodeError:
+        with console.capture() as text:
+            console.print(renderable, highlight=False)
+        encoding = console.encoding
+        console.file.write(text.get().encode(encoding, "replace").decode(encoding))
+    except (OSError, ValueError) as error:  # a closed pipe or file
+        logger.warning(f"What the Copilot has to say could not be printed: {error}.")
 
 
 def describe_start(learner: CopilotLearner) -> str:
@@ -40,7 +66,7 @@ def describe_start(learner: CopilotLearner) -> str:
     return "\n".join(
         [
             f"Pilot: {pilot_all / 1e6:,.1f}M parameters, {pilot_trained / 1e6:,.1f}M trained.",
-            f"Copilot: {own_all / 1e6:,.1f}M parameters, {own_trained / 1e6:,.1f}M trained; starts from "
+            f"Copilot: {own_all / 1e6:,.1f}M parameters, {own_trained / 1e6:,.1f}M trained; first weights: "
             f"{first_weights(copilot.config)}.",
             f"Mistake Log: {log.max_rounds} rounds, at most {log.max_bytes / 1e6:,.0f} MB.",
             f"Expected extra time: {share:.0%} of the Pilot's per generated token, {share:.0%} times the share of "

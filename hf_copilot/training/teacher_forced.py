@@ -60,7 +60,7 @@ class TeacherForced:
         self.copilot, self.autocast_dtype = copilot.to(self.device), autocast_dtype
         self.compiled = torch.compile(copilot, backend=compile_backend, dynamic=True) if compile_backend else copilot
         self._listening, self._caught = False, None
-        self.tap = PilotTap(pilot, copilot.config, self._catch, lambda: self._listening)
+        self.tap = PilotTap(pilot, copilot.config, self._catch, self._listens)
 
     def __enter__(self) -> TeacherForced:
         return self
@@ -98,6 +98,9 @@ class TeacherForced:
         if self._caught is None:
             raise ValueError("The Pilot's decoder did not run inside the block: is it the Pilot of this learner?")
         self.follow_pilot()
+
+    def _listens(self) -> bool:
+        return self._listening
 
     def _catch(self, states: PilotStates) -> None:
         self._caught, self._listening = states, False
@@ -193,7 +196,7 @@ def score(
 
         before, after = score(pilot, copilot, [{"input_ids": ids, "labels": labels}])[0].log_likelihoods.sum(1)
 
-    Both models are run in eval mode, and are as they were afterwards.
+    Both models are run in eval mode, the Copilot on the device of the Pilot's head.
 
     Args:
         pilot: A causal LM or an encoder-decoder, wrapped or not.
@@ -206,9 +209,14 @@ def score(
         One [`RowScore`] for each row, on the CPU.
 
     Raises:
-        ValueError: If the Copilot does not fit the Pilot, a λ is negative or not finite, or a forward is not finite.
+        ValueError: If the Copilot does not fit the Pilot, a λ is negative or not finite, a row is empty or its labels
+            have another length than its tokens, or a forward is not finite.
     """
     chosen = [0.0, copilot.config.strength] if strengths is None else [check_strength(s) for s in strengths]
+    for i, row in enumerate(rows):
+        sizes = len(row["input_ids"]), len(row["labels"])
+        if not all(sizes) or (sizes[0] != sizes[1] and not copilot.config.pilot_is_encoder_decoder):
+            raise ValueError(f"Row {i} has {sizes[0]} tokens and {sizes[1]} labels, which can't be scored.")
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     scores: dict[int, RowScore] = {}
     with TeacherForced(copilot, pilot) as forced, eval_mode(pilot), eval_mode(copilot):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from rich.console import Console
 from transformers import LogitsProcessorList, Seq2SeqTrainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -38,7 +37,7 @@ from .lifecycle import TrainerLifecycle, make_copilot, make_learner
 from .metrics import STRENGTHS, results_at_chosen
 from .mistake_source import hold_out
 from .records import find_documents
-from .report import table_of_training
+from .report import show, table_of_training
 from .training_args import AUTO_STRENGTHS, CopilotArguments, least_is_best
 
 logger = logging.get_logger(__name__)
@@ -60,7 +59,7 @@ class CopilotMixin:
     """
 
     learner_class = CopilotLearner
-    takes_encoder_decoders = False
+    takes_encoder_decoders = True
 
     def __init__(
         self,
@@ -138,10 +137,10 @@ class CopilotMixin:
         return output
 
     def _print_table(self):
-        learner, show = self.learner, self.is_world_process_zero() and not self.args.disable_tqdm
-        table = table_of_training(self.state.log_history, learner.log.nbytes / 1e6, learner.copilot.config.calibration)
-        if show and table is not None:
-            Console().print(table)
+        log, calibration = self.learner.log, self.learner.copilot.config.calibration
+        table = table_of_training(self.state.log_history, log.nbytes / 1e6, calibration)
+        if table is not None and self.is_world_process_zero() and not self.args.disable_tqdm:
+            show(table)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:
@@ -295,6 +294,7 @@ class CopilotTrainer(CopilotMixin, SFTTrainer):
     """
 
     _tag_names = ["trl", "sft", "transformer-copilot"]
+    takes_encoder_decoders = False
 
 
 class CopilotSeq2SeqTrainer(CopilotMixin, Seq2SeqTrainer):
@@ -305,8 +305,6 @@ class CopilotSeq2SeqTrainer(CopilotMixin, Seq2SeqTrainer):
 
     Takes every argument of Seq2SeqTrainer, and `copilot` and `copilot_peft_config` of [`CopilotTrainer`].
     """
-
-    takes_encoder_decoders = True
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
