@@ -73,7 +73,7 @@ class Model:
         return ENSEMBLE_GRID if self.second is not None or self.learner.alone else COPILOT_GRID
 
     @torch.no_grad()
-    def likelihoods(self, examples: list[Example], batch_size: int = 64) -> Likelihoods:
+    def likelihoods(self, examples: list[Example], batch_size: int = 32) -> Likelihoods:
         """Teacher-forced, at each of the grid."""
         grid, order = self.grid, sorted(range(len(examples)), key=lambda i: -sum(map(len, examples[i])))
         sums = torch.zeros(2, len(grid), len(examples), device=self.pilot.device)
