@@ -62,10 +62,10 @@ class FeatureCopilot(CopilotModel):
         self.attends, width = attends, 3 * config.pilot_hidden_size
         self.feature_norm = nn.LayerNorm(config.pilot_hidden_size, elementwise_affine=False)
         self.feature_proj = nn.Linear(width, config.hidden_size, bias=False)
-        nn.init.normal_(self.feature_proj.weight, std=width**-0.5)
         self.memory_proj = nn.Linear(width, config.hidden_size)
-        nn.init.normal_(self.memory_proj.weight, std=width**-0.5)
         nn.init.zeros_(self.memory_proj.bias)
+        _pass_through(self.feature_proj.weight, (0.0, 0.0, 1.0))
+        _pass_through(self.memory_proj.weight, (1.0, 0.0, 1.0))  # X̃ stands in the first third
         if rank:
             self.head_up = nn.Parameter(torch.zeros(config.vocab_size, rank))
             self.head_down = nn.Parameter(torch.randn(rank, config.pilot_hidden_size) * config.pilot_hidden_size**-0.5)
@@ -111,6 +111,14 @@ class FeatureCopilot(CopilotModel):
             lent=lent,
             **kwargs,
         )
+
+
+@torch.no_grad()
+def _pass_through(weight: torch.Tensor, shares: tuple[float, ...]) -> None:
+    """Start a map `[d, 3 d_P]` as a sum of its three parts with these weights, and a little noise."""
+    nn.init.normal_(weight, std=0.3 * weight.shape[1] ** -0.5)
+    for part, share in zip(weight.chunk(len(shares), dim=1), shares, strict=True):
+        part += share * torch.eye(*part.shape)
 
 
 def feature_copilot(pilot: nn.Module, config: CopilotConfig, seed: int, **kwargs: Any) -> FeatureCopilot:
