@@ -126,14 +126,19 @@ def best_rates(results: list[Result], task: str, epochs: float, of: int, count: 
 
 def plan(results: list[Result], tasks: list[str]) -> Iterator[Arm]:
     """All arms that can be named now, most informative first; those that are done are named as well."""
-    mawps, gsm8k = (name in tasks for name in ("mawps", "gsm8k"))
     first = (main_copilots, equal_time, ensembles, beside_longer_pilots, first_changes, frozen, better_pilots)
     then = (other_changes, beside_best_pilot, seeds, other_rates)
-    steps = [alone("mawps"), beside_first_look(), *(part(results) for part in first)] * mawps
-    steps += [alone("gsm8k", RATES[:3]), gsm8k_copilots(results)] * gsm8k
-    steps += [part(results) for part in then] * mawps
-    for step in steps:
-        yield from step
+    if "mawps" in tasks:
+        yield from alone("mawps")
+        yield from beside_first_look()
+        for part in first:
+            yield from part(results)
+    if "gsm8k" in tasks:
+        yield from alone("gsm8k", RATES[:3])
+        yield from gsm8k_copilots(results)
+    if "mawps" in tasks:
+        for part in then:
+            yield from part(results)
 
 
 def alone(task: str, rates: tuple[float, ...] = RATES) -> Iterator[Arm]:

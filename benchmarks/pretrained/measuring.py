@@ -7,17 +7,18 @@ model (an ensemble). Shapes: c targets, V vocabulary, G pairs of weights.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.pretrained.tasks import IGNORE, Example, Row, Task
+from benchmarks.pretrained.tasks import Example, Row, Task
 from benchmarks.pretrained.training import collate
 from benchmarks.pretrained.variants import Learner, SecondModel
-from hf_copilot.batch import CopilotBatch
-from hf_copilot.discrepancy import row_chunks
+from hf_copilot.model.discrepancy import row_chunks
+from hf_copilot.training.records import IGNORE
 
 Weights = tuple[float, float]  # α, λ
 ALONE: Weights = (1.0, 0.0)
@@ -97,21 +98,20 @@ class Model:
             return
         rows, positions = (inputs["labels"][:, 1:] != IGNORE).nonzero(as_tuple=True)  # [Q], [Q]
         labels = inputs["labels"][rows, positions + 1]  # [Q]
-        models = [self.pilot] + ([self.second] if self.second is not None else [])
+        models = [self.pilot] if self.second is None else [self.pilot, self.second]
         hidden = [decoded(model, inputs)[rows, positions] for model in models]  # [Q, d_P] each
         for chunk in row_chunks(len(rows), self.pilot.config.vocab_size):
             z, *f = (m.get_output_embeddings()(h[chunk]).float() for m, h in zip(models, hidden, strict=True))
             yield rows[chunk], z, f[0] if f else None, labels[chunk]
 
     def _with_copilot(self, inputs: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
-        learner = self.learner
-        records = learner.read(inputs, lambda: decoded(self.pilot, inputs))
+        forced = self.learner.forced
+        records = forced.read(inputs, lambda: decoded(self.pilot, inputs))
         if len(records) != len(inputs["labels"]):
             raise ValueError("The Pilot's forward on a row is not finite: it can't be scored.")
-        config, dtype = learner.copilot.config, learner.copilot.norm.weight.dtype
-        batch = CopilotBatch.collate(records, learner.embedding, config, learner.device, dtype)
+        batch = forced.collate(records)
         rows = batch.valid.nonzero()[:, 0]  # [Q]
-        for chunk, z, f in learner.scores(batch):
+        for chunk, z, f in forced.corrections(batch):
             yield rows[chunk], z, f, batch.labels[chunk]
 
     @torch.no_grad()
@@ -134,26 +134,25 @@ class Model:
         pad, length = self.tokenizer.pad_token_id, max(map(len, prompts))
         ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts], device=self.pilot.device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.pilot.device)
-        processors, close = LogitsProcessorList(), None
-        if weights != ALONE and self.learner is not None:
-            processors.append(mixture := self.learner.processor(weights))
-            close = mixture.detach
-        elif weights != ALONE:
-            processors.append(SecondModel(self.second, mask, weights))
-        try:
+        with self.processor(weights, mask) as processor:
             out = self.pilot.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                logits_processor=processors,
+                logits_processor=[] if processor is None else [processor],
                 max_new_tokens=task.max_new_tokens,
                 pad_token_id=pad,
                 eos_token_id=self.tokenizer.eos_token_id,
                 **how,
             )
-        finally:
-            if close is not None:
-                close()
         return self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+
+    def processor(self, weights: Weights, mask: torch.Tensor) -> AbstractContextManager:
+        """A context with what mixes the logits in `generate`, or None for the Pilot alone."""
+        if weights == ALONE:
+            return nullcontext()
+        if self.learner is not None:
+            return self.learner.processor(weights)
+        return nullcontext(SecondModel(self.second, mask, weights))
 
     def right(
         self, rows: list[Row], examples: list[Example], task: Task, weights: Weights, samples: int = 0

@@ -1,6 +1,8 @@
 """Tables of what `search.py` wrote, as Markdown.
 
-    python -m benchmarks.pretrained.report DIR
+    python -m benchmarks.pretrained.report WORK                # of a folder of arms, as search.py writes them
+    python -m benchmarks.pretrained.report WORK --store NAME   # kept as results/pretrained/NAME.{json,md}
+    python -m benchmarks.pretrained.report benchmarks/results/pretrained/search_h100.json
 
 Every arm stands beside the Pilot alone that is best on validation rows among those that took no more training time
 than it did (5 % tolerance), by the times that were measured with nothing else running. Differences are paired, with
@@ -20,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import RESULTS, paired_interval, standard_error, table_of_cells
 from benchmarks.pretrained.arms import Result, nll_of
-from benchmarks.runs import paired_interval
 
 TOLERANCE = 1.05
 ALONE = (1.0, 0.0)
@@ -45,16 +47,27 @@ COLUMNS = (
 
 @dataclass
 class Results:
-    """What was measured: arms, and seconds of a step by task."""
+    """What was measured: arms, seconds of a step by task, and in words on which machine."""
 
     arms: list[Result]
     timings: dict[str, Any] = field(default_factory=dict)
+    machine: str = ""
 
     @classmethod
-    def read(cls, folder: Path) -> Results:
-        arms = [json.loads(file.read_text()) for file in sorted((folder / "arms").glob("*.json"))]
-        files = {file.stem.removeprefix("timing_"): file for file in folder.glob("timing_*.json")}
+    def read(cls, source: Path) -> Results:
+        """From a folder of `search.py`, or a file of [`write`]."""
+        if source.is_file():
+            return cls(**json.loads(source.read_text()))
+        arms = [json.loads(file.read_text()) for file in sorted((source / "arms").glob("*.json"))]
+        files = {file.stem.removeprefix("timing_"): file for file in source.glob("timing_*.json")}
         return cls(arms, {task: json.loads(file.read_text()) for task, file in files.items()})
+
+    def write(self, file: Path) -> None:
+        """All that the tables need, an arm a line."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        arms = ",\n".join(json.dumps(compact(arm), separators=(",", ":")) for arm in self.arms)
+        timings, machine = json.dumps(self.timings), json.dumps(self.machine)
+        file.write_text(f'{{"machine": {machine},\n"timings": {timings},\n"arms": [\n{arms}\n]}}\n')
 
     def seconds(self, result: Result) -> float:
         """Training time of an arm by the solo timing, or without one as it was among the others."""
@@ -77,6 +90,14 @@ class Results:
         same_seed = [r for r in in_time if r["arm"]["seed"] == arm["seed"]]
         found = same_seed or in_time
         return found[0] if found else None
+
+
+def compact(result: Result) -> Result:
+    """An arm without what no table shows: rows at other weights than the chosen ones, and single sampled answers."""
+    kept = {**result, "rows": [{"weights": chosen_of(result), "nll": rows_at(result, chosen_of(result))["nll"]}]}
+    if "sampled" in result:
+        kept["sampled"] = [row | {"right": [statistics.mean(row["right"])]} for row in result["sampled"]]
+    return kept
 
 
 def _pilot_seconds(timing: dict[str, Any], method: str) -> float:
@@ -153,11 +174,6 @@ def line(results: Results, result: Result) -> list[str]:
     ]
 
 
-def table(columns: tuple[str, ...], lines: list[list[str]]) -> str:
-    rule = ["---"] * len(columns)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(columns), rule, *lines])
-
-
 def over_seeds(results: Results, task: str) -> list[list[str]]:
     """Means and standard errors of the arms that have several seeds."""
     groups: dict[str, list[Result]] = defaultdict(list)
@@ -173,10 +189,8 @@ def over_seeds(results: Results, task: str) -> list[list[str]]:
 
 
 def spread(values: list[float], digits: int) -> str:
-    if len(values) < 2:
-        return ""
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
+    error = standard_error(values)
+    return "" if error is None else f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
 
 
 def timing_lines(timing: dict[str, Any]) -> list[list[str]]:
@@ -188,17 +202,33 @@ def timing_lines(timing: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    results = Results.read(parser.parse_args().folder)
+def text_of(results: Results) -> str:
+    """All tables, task by task."""
+    parts = [f"{results.machine}, {len(results.arms)} arms"] if results.machine else []
     for task in sorted({r["arm"]["task"] for r in results.arms}, reverse=True):
-        print(f"## {task}\n")
-        print(table(COLUMNS, [line(results, result) for result in results.of(task)]), "\n")
-        print(table(("arm", "seeds", "NLL test", "right, %"), over_seeds(results, task)), "\n")
+        parts.append(f"## {task}")
+        parts.append(table_of_cells(COLUMNS, [line(results, result) for result in results.of(task)]))
+        if lines := over_seeds(results, task):
+            parts.append(table_of_cells(("arm", "seeds", "NLL test", "right, %"), lines))
         if task in results.timings:
             columns = ("ms of a training step, alone on the machine", "Pilot", "observing", "Copilot")
-            print(table(columns, timing_lines(results.timings[task])), "\n")
+            parts.append(table_of_cells(columns, timing_lines(results.timings[task])))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="folder of search.py, or a file that --store wrote")
+    parser.add_argument("--store", help="keep it under this name")
+    parser.add_argument("--machine", default="", help="device and versions, in words, to be stored")
+    parser.add_argument("--folder", type=Path, default=RESULTS / "pretrained", help="where --store writes")
+    arguments = parser.parse_args()
+    results = Results.read(arguments.source)
+    if arguments.store:
+        results.machine = arguments.machine
+        results.write(arguments.folder / f"{arguments.store}.json")
+        (arguments.folder / f"{arguments.store}.md").write_text(text_of(results) + "\n")
+    print(text_of(results))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,23 @@ import traceback
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.pretrained.arms import Arm, Result, plan
 from benchmarks.pretrained.running import Bench, Limits
 from benchmarks.pretrained.tasks import TASKS
 
+
+class Size(NamedTuple):
+    """What makes the arms of a task slow: training rows, a step against one of MAWPS, seconds for its long rows."""
+
+    rows: int
+    slower: float
+    likelihoods: float
+
+
 TIMING_SECONDS = {"mawps": 18.0, "gsm8k": 9.0}  # what the solo timing takes about
+SIZES = {"mawps": Size(1671, 1.0, 0.0), "gsm8k": Size(1000, 1.6, 5.0)}
 GRACE = 20.0  # seconds after the time is up until a process is ended
 RETRIES = 1
 AT_ONCE = {"gsm8k": 4}  # arms of a task with long rows, for the device's memory
@@ -216,16 +226,19 @@ class Search:
 
 def work_of(arm: Arm) -> float:
     """About the seconds of an arm that has the machine to itself."""
-    rows = {"mawps": 1671, "gsm8k": 1000}[arm.task]
-    slower = {"mawps": 1.0, "gsm8k": 1.6}[arm.task]
-    steps = arm.pilot.steps(rows) * (2 if arm.second else 1)
+    size = SIZES[arm.task]
     step = 0.03 if arm.pilot.method == "frozen" else 0.08
     if arm.copilot is not None:
         step += 0.01 + 0.03 * arm.copilot.steps
-    beside = arm.copilot is not None or arm.second
-    measuring = 3.0 + 3.0 * beside + 5.0 * (arm.task == "gsm8k")
-    measuring += arm.answers * (3.0 + 5.0 * beside) + arm.samples * (3.0 + 3.0 * beside)
-    return slower * steps * step + measuring * (2.0 if arm.second else 1.0)
+    twice = 2 if arm.second else 1
+    training = twice * arm.pilot.steps(size.rows) * size.slower * step
+    is_alone = arm.copilot is None and not arm.second
+    measuring = size.likelihoods + (3.0 if is_alone else 6.0)
+    if arm.answers:
+        measuring += 3.0 if is_alone else 8.0
+    if arm.samples:
+        measuring += 3.0 if is_alone else 6.0
+    return training + twice * measuring
 
 
 def summary(result: Result) -> str:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.common import Row, read
 from benchmarks.equations import solves
 
-Row = dict[str, Any]
-IGNORE = -100
 ASKS = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"  # the Pilot's own chat form
 
 
@@ -32,16 +29,6 @@ class Example(NamedTuple):
 
     prompt: list[int]
     completion: list[int]
-
-
-def read(folder: Path, split: str) -> list[Row]:
-    """The rows of `split.jsonl` or `split.jsonl.gz`."""
-    found = sorted(folder.glob(f"{split}.jsonl*"))
-    if not found:
-        raise FileNotFoundError(f"{folder} has no {split}.jsonl or {split}.jsonl.gz.")
-    opener = gzip.open if found[0].suffix == ".gz" else open
-    with opener(found[0], "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from benchmarks.pretrained.tasks import IGNORE, Example
+from benchmarks.pretrained.tasks import Example
 from benchmarks.pretrained.variants import FeatureTap, Learner, WeightedLog, feature_copilot, top_copilot
 from hf_copilot import CopilotConfig, MistakeLog, copilot_for
-from hf_copilot.pilot_tap import PilotTap
+from hf_copilot.pilot.tap import PilotTap
+from hf_copilot.training.records import IGNORE
 
 BATCH, WARMUP, CLIP = 16, 10, 1.0
 LORA = {"r": 32, "lora_alpha": 64, "target_modules": "all-linear"}

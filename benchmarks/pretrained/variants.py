@@ -1,10 +1,11 @@
 """Copilots that the library does not have: other inputs, other losses, other draws.
 
-Shapes as in `hf_copilot.modeling_copilot`: B rows, m queries, n positions, d_P the Pilot's hidden size, V vocabulary.
+Shapes: B rows, m queries, n positions, d_P the Pilot's hidden size, d the Copilot's, V vocabulary, k entries of ℓ.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, CopilotModel, MistakeLog, copilot_for
-from hf_copilot.batch import CopilotBatch
-from hf_copilot.discrepancy import cross_entropy_loss
-from hf_copilot.mistake_log import MistakeRecord
-from hf_copilot.modeling_copilot import CopilotOutput
-from hf_copilot.pilot_tap import PilotTap, find_layers
-from hf_copilot.vocabulary import Vocabulary
-from hf_copilot.weights import _layer_state, block_state
+from hf_copilot.model.discrepancy import cross_entropy_loss
+from hf_copilot.model.modeling_copilot import CopilotOutput, Vocabulary
+from hf_copilot.pilot.inspect import find_decoder, find_layers
+from hf_copilot.pilot.tap import PilotTap
+from hf_copilot.training.batch import CopilotBatch
+from hf_copilot.training.mistake_log import MistakeRecord
+from hf_copilot.training.teacher_forced import TeacherForced
 
 
 class FeatureTap(PilotTap):
@@ -31,6 +32,7 @@ class FeatureTap(PilotTap):
         super().__init__(*args, **kwargs)
         last = len(self.layers) - 1
         self.pooled = [self.layers[i] for i in (last // 6, last // 2, last)]
+        self.pooling = "none"  # nothing is left to do at the end of a forward
 
     def _pool(self, layer: nn.Module, args: tuple, output: Any) -> None:
         if self.states is None:
@@ -44,7 +46,6 @@ class FeatureTap(PilotTap):
         if states is not None and states.hidden_states is not None:
             extra = states.hidden_states.shape[-1] - states.embeddings.shape[-1]
             states.embeddings = F.pad(states.embeddings, (0, extra))  # [B, T, 3 d_P]
-            states.hidden_states = states.hidden_states * len(self.pooled)  # the parent divides by it
         super()._close(decoder, args, output)
 
 
@@ -94,8 +95,8 @@ class FeatureCopilot(CopilotModel):
         **kwargs: Any,
     ) -> CopilotOutput:
         memory = self.normed(memory)  # [B, 2n, 3 d_P], X̃_0, h_0, X̃_1, h_1, ...
-        if kwargs.get("past_key_values") is not None:  # a step of `generate`: the query stands at the end
-            own = memory[:, -1:]
+        if kwargs.get("cache") is not None:  # a step of `generate`: the query stands at the end
+            own = memory[:, -1:]  # [B, 1, 3 d_P]
         else:
             own_index = (2 * kwargs["positions"] + 1).clamp(max=memory.shape[1] - 1)  # [B, m]
             own = memory.gather(1, own_index[..., None].expand(-1, -1, memory.shape[-1]))  # [B, m, 3 d_P]
@@ -133,10 +134,12 @@ def feature_copilot(pilot: nn.Module, config: CopilotConfig, seed: int, **kwargs
 
 def top_copilot(pilot: nn.Module, config: CopilotConfig) -> CopilotModel:
     """As [`copilot_for`], with the Pilot's last layers instead of layers spread over all."""
-    copilot, layers = copilot_for(pilot, config), find_layers(pilot)
-    for layer, source in zip(copilot.layers, layers[-len(copilot.layers) :], strict=True):
-        layer.load_state_dict(_layer_state(block_state(source), layer.layer_type, pilot))
-    return copilot
+    count, decoder, layers = len(copilot_for(pilot, config).layers), find_decoder(pilot), find_layers(pilot)
+    decoder.layers = layers[-count:]
+    try:
+        return copilot_for(pilot, config)
+    finally:
+        decoder.layers = layers
 
 
 class WeightedLog(MistakeLog):
@@ -154,6 +157,32 @@ def _missed(record: MistakeRecord) -> float:
     """Mean of 1 − p(label): the entry of ℓ at the label."""
     at_label = record.indices == record.indices[:, -1:]  # [m, k + 1]; the last column is the label's, 0 if among the k
     return float((record.values * at_label).sum(-1).clamp_min(0).mean())
+
+
+class Forced(TeacherForced):
+    """A teacher-forced pass whose loss and tap can be others.
+
+    Args:
+        strength: λ at which the fused logits are trained, z + λf.
+        alone: Train f as a language model by itself, without z.
+        tap: Reads the Pilot.
+    """
+
+    def __init__(self, *args: Any, strength: float, alone: bool, tap: type[PilotTap]):
+        super().__init__(*args)
+        self.strength, self.alone = strength, alone
+        self.tap = tap(self.head.trained, self.copilot.config, self._catch, lambda: self._listening)
+
+    def loss(self, batch: CopilotBatch) -> torch.Tensor:
+        if self.strength == 1.0 and not self.alone:
+            return super().loss(batch)
+        hidden, weight = self.forward(batch)  # [Q, e], [V, e]
+
+        def pilot_logits(rows: slice) -> torch.Tensor:
+            logits = self.head(batch.final_states[rows])
+            return torch.zeros_like(logits) if self.alone else logits
+
+        return cross_entropy_loss(self.strength * hidden, weight, pilot_logits, batch.labels)
 
 
 class Learner(CopilotLearner):
@@ -174,20 +203,9 @@ class Learner(CopilotLearner):
         tap: type[PilotTap] = PilotTap,
         **kwargs: Any,
     ):
+        self.teacher_forced_class = partial(Forced, strength=trained_strength, alone=alone, tap=tap)
         super().__init__(copilot, pilot, **kwargs)
-        self.trained_strength, self.alone = trained_strength, alone
-        self.tap = tap(pilot, copilot.config, self._catch, lambda: self._listening)
-
-    def batch_loss(self, batch: CopilotBatch) -> torch.Tensor:
-        if self.trained_strength == 1.0 and not self.alone:
-            return super().batch_loss(batch)
-        hidden, weight = self._outputs(batch)  # [Q, e], [V, e]
-
-        def pilot_logits(rows: slice) -> torch.Tensor:
-            logits = self.head(batch.final_states[rows])
-            return torch.zeros_like(logits) if self.alone else logits
-
-        return cross_entropy_loss(self.trained_strength * hidden, weight, pilot_logits, batch.labels)
+        self.alone = alone
 
     def processor(self, weights: tuple[float, float]) -> Mixture:
         return Mixture(self, weights)
@@ -199,12 +217,11 @@ class Mixture(CopilotLogitsProcessor):
     def __init__(self, learner: Learner, weights: tuple[float, float]):
         super().__init__(learner.copilot, learner.head.pilot, strength=weights[1])
         self.weights = weights
-        if self.rectifier is not None and type(learner.tap) is not PilotTap:
-            config, take = learner.copilot.config, self.rectifier._take
-            self.rectifier.tap.close()
-            self.rectifier.tap = type(learner.tap)(
-                learner.head.pilot, config, take, lambda: not torch.is_grad_enabled()
-            )
+        tap = type(learner.forced.tap)
+        if self.rectifier is not None and tap is not PilotTap:
+            usual = self.rectifier.tap
+            usual.close()
+            self.rectifier.tap = tap(learner.head.pilot, learner.copilot.config, usual.sink, usual.listen)
             self.rectifier.tap.open()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
