@@ -83,35 +83,17 @@ class FeatureCopilot(CopilotModel):
         parts = states.to(self.norm.weight.dtype).unflatten(-1, (3, -1))
         return self.feature_norm(parts).flatten(-2)
 
-    def forward(
-        self,
-        input_indices: torch.Tensor,
-        input_values: torch.Tensor,
-        is_start: torch.Tensor,
-        memory: torch.Tensor,
-        memory_mask: torch.Tensor,
-        self_mask: torch.Tensor | None = None,
-        lent: Vocabulary | None = None,
-        **kwargs: Any,
-    ) -> CopilotOutput:
+    def forward(self, *, memory: torch.Tensor, **inputs: Any) -> CopilotOutput:
         memory = self.normed(memory)  # [B, 2n, 3 d_P], X̃_0, h_0, X̃_1, h_1, ...
-        if kwargs.get("cache") is not None:  # a step of `generate`: the query stands at the end
+        if inputs.get("cache") is not None:  # a step of `generate`: the query stands at the end
             own = memory[:, -1:]  # [B, 1, 3 d_P]
         else:
-            own_index = (2 * kwargs["positions"] + 1).clamp(max=memory.shape[1] - 1)  # [B, m]
+            own_index = (2 * inputs["positions"] + 1).clamp(max=memory.shape[1] - 1)  # [B, m]
             own = memory.gather(1, own_index[..., None].expand(-1, -1, memory.shape[-1]))  # [B, m, 3 d_P]
-        inputs = self.embed(input_indices, input_values, is_start, super().vocabulary(lent).embedding)  # [B, m, d]
-        return super().forward(
-            input_indices,
-            input_values,
-            is_start,
-            memory if self.attends else torch.zeros_like(memory),
-            memory_mask,
-            self_mask,
-            inputs_embeds=inputs + self.feature_proj(own),
-            lent=lent,
-            **kwargs,
-        )
+        embedding = super().vocabulary(inputs["lent"]).embedding  # [V, e]
+        fed = self.embed(inputs["input_indices"], inputs["input_values"], inputs["is_start"], embedding)  # [B, m, d]
+        read = memory if self.attends else torch.zeros_like(memory)
+        return super().forward(memory=read, inputs_embeds=fed + self.feature_proj(own), **inputs)
 
 
 @torch.no_grad()
