@@ -143,7 +143,7 @@ def main(arguments: Arguments) -> None:
 
     picture = Path(arguments.output_dir) / "quickstart.png"
     token = rectified_token(trainer.learner, example_batch(tokenizer, validation, pilot.device), pilot)
-    title = "Word problems: evaluation set over training, and one rectified token"
+    title = "Word problems: evaluation set over training, and the token that gained most"
     save_summary(str(picture), history, token, tokenizer.convert_ids_to_tokens, title)
     print(f"\nPicture: {picture}\n\nTo use the Copilot again:\n")
     print(f"""    from transformers import AutoModelForCausalLM, AutoTokenizer
