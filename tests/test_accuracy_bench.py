@@ -251,6 +251,13 @@ def test_what_is_done_is_kept(data, tmp_path, monkeypatch):
     assert {name: both[name] for name in first} == first  # the same Pilot, bit for bit
 
 
+@pytest.mark.parametrize("task", run.TASKS.values(), ids=run.TASKS)
+def test_the_tables_are_those_of_the_stored_results(task):
+    found = json.loads((run.RESULTS / f"{task.name}.json").read_text())
+    text = run.table_of(task, found["arms"], found["costs"])
+    assert text + "\n" == (run.RESULTS / f"{task.name}.md").read_text()
+
+
 @pytest.mark.parametrize("file", sorted(run.RESULTS.glob("experiments_*.json")), ids=lambda file: file.stem)
 def test_the_tables_of_experiments_are_those_of_their_runs(file):
     group = experiments.GROUPS.get(file.stem.split("_")[1])

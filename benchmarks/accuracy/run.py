@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -109,12 +110,21 @@ def main() -> None:
         report(task, *run_task(setting, args.seeds), settings, args.results / stem)
 
 
+def metrics_of(task: Task, found: Iterable[str]) -> list[str]:
+    """The task's own first, then NLL, then the others."""
+    return list(dict.fromkeys([task.metric, "nll", *found]))
+
+
+def table_of(task: Task, summary: dict[str, dict], costs: dict[str, dict[str, float]]) -> str:
+    """The table of what `report` stores."""
+    found = [name for name, value in summary["pilot"].items() if isinstance(value, dict)]
+    return table(rows_of(summary, TITLES, metrics_of(task, found), costs))
+
+
 def report(task: Task, runs: list[dict], costs: dict, settings: dict, stem: Path) -> None:
     """Write and print what the runs of one task say."""
-    others = [metric for metric in runs[0]["pilot"]["figures"] if metric not in (task.metric, "nll")]
-    metrics = list(dict.fromkeys([task.metric, "nll", *others]))
-    summary = summarise(runs, metrics)
-    text = table(rows_of(summary, TITLES, metrics, costs))
+    summary = summarise(runs, metrics_of(task, runs[0]["pilot"]["figures"]))
+    text = table_of(task, summary, costs)
     found = {"settings": settings, "arms": summary, "costs": costs}
     Path(f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
     Path(f"{stem}.md").write_text(text + "\n")
