@@ -1,9 +1,10 @@
-"""The table of docs/compatibility.md is true: every row names a test that exists, and what raises does raise."""
+"""The pages are true: figures are those of the results, rows name tests that exist, and what raises does raise."""
 
 from __future__ import annotations
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,95 @@ from hf_copilot import CopilotCallback, CopilotLogitsProcessor, CopilotSFTConfig
 from hf_copilot.pilot.compatibility import check_trainer
 
 TESTS = Path(__file__).parent
-TABLE = (TESTS.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")
+ROOT = TESTS.parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
+}
+TABLE = PAGES["docs/compatibility.md"]
+BENCH = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
 ROWS = [line for line in TABLE.splitlines() if line.startswith("| ") and not line.startswith("| what")]
+
+
+@pytest.mark.parametrize("page", BENCH["PAGES"])
+def test_the_tables_are_those_of_the_results(page):
+    assert BENCH["rewritten"](PAGES[page]) == PAGES[page], "python -m benchmarks.tables writes them anew"
+
+
+def test_every_table_is_on_a_page_and_a_wrong_figure_is_seen():
+    written = [name for page in BENCH["PAGES"] for name, _, _ in BENCH["BETWEEN"].findall(PAGES[page])]
+    assert sorted(written) == sorted(BENCH["TABLES"])
+    wrong = PAGES["README.md"].replace("**44.3 ± 4.3 %**", "**54.3 ± 4.3 %**")
+    assert wrong != PAGES["README.md"] == BENCH["rewritten"](wrong)
+
+
+@pytest.mark.parametrize("page", BENCH["PAGES"])
+def test_tables_of_figures_are_written_by_the_script_or_marked(page):
+    """A table with figures in it stands between markers, or below one that says that it is written by hand."""
+    text = BENCH["BETWEEN"].sub("", PAGES[page])
+    text = re.sub(r"<!-- by hand: .* -->\n(\|.*\n)+", "", text)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert not [row for row in rows if re.search(r"\d\.\d.*\|.*\d\.\d", re.sub(r"`[^`]*`", "", row))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for path, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", PAGES[page]):
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.exists(), path
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist_and_hold_what_is_named(page):
+    """`memory.py`, `model/memory.py: TokenMemory`, `test_score.py::test_...`."""
+    files = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("*/**/*.py")}
+    for name, inside in re.findall(r"`((?:\w+/)*\w+\.py)(?:::? ?(\w+))?", PAGES[page]):
+        texts = [text for file, text in files.items() if f"/{file}".endswith(f"/{name}")]
+        assert texts, name
+        assert not inside or any(re.search(rf"(def|class) {inside}\b", text) for text in texts), (name, inside)
+
+
+def test_the_layout_names_every_file_once():
+    layout = PAGES["CONTRIBUTING.md"].partition("## How the code is laid out")[2].partition("\n## ")[0]
+    named = re.findall(r"`(\w+\.py)`", layout)
+    files = [path.name for path in (ROOT / "hf_copilot").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(named) == sorted(files)
+
+
+def test_every_test_file_is_run_for_some_change():
+    """Those of the benchmarks by the end of their names."""
+    files = {path.name for path in TESTS.glob("test_*.py") if not path.stem.endswith("_bench")}
+    assert files <= set(re.findall(r"test_\w+\.py", PAGES["CONTRIBUTING.md"]))
+
+
+def sentence_lengths(page: str) -> list[int]:
+    """Words of each sentence: no code blocks, tables or titles; a code span is one word."""
+    text = re.sub(r"```.*?```|<!--.*?-->", "", page, flags=re.S)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "code", text))
+    blocks = [block.strip() for block in re.split(r"\n\s*\n|\n(?=- |\d+\. |#|\|)", text)]
+    prose = [" ".join(block.split()) for block in blocks if block and block[0] not in "|#"]
+    sentences = [part for block in prose for part in re.split(r"(?<=[.?!])\*{0,2} +", block)]
+    counts = [sum(any(c.isalnum() for c in word) for word in sentence.split()) for sentence in sentences]
+    return [count for count in counts if count]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_sentences_are_short(page):
+    lengths = sentence_lengths(PAGES[page])
+    assert sum(lengths) / len(lengths) <= 20
+
+
+def test_the_summaries_of_what_works_are_one():
+    found = [
+        re.search(r"<!-- summary -->\n(.*?)<!-- end of summary -->", PAGES[page], re.S)[1]
+        for page in ("README.md", "docs/compatibility.md")
+    ]
+    assert found[0] == found[1] and len(found[0].splitlines()) == 8
+    families = [line for line in PAGES["docs/families.md"].splitlines() if line.startswith("| ")][1:]
+    assert f"{len(families)} families" in found[0]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip())

@@ -30,10 +30,11 @@ from hf_copilot import (
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 HEAD = """# Families of Pilots
 
-Each of these trains (`CopilotTrainer`, or `CopilotSeq2SeqTrainer` for encoder-decoders), generates with beams, where
-the Copilot's f of every step is the training path's, saves and loads, with a Copilot of each kind of memory that is
-named: `tests/test_families.py`, which also wrote this table. By default (`CopilotConfig(init=None)`) the Copilot
-starts from the Pilot's own layers where its block is the Copilot's, and from random weights elsewhere.
+Each of these trains, generates with beams, saves and loads, with a Copilot of each kind that is named. In generation
+each step's correction equals the one computed in training. `tests/test_families.py` shows it, and wrote this table.
+
+"Tokens" is a token Copilot, "the Pilot's states" a state Copilot. By default (`CopilotConfig(init=None)`) it starts
+from the Pilot's own layers where their block is the Copilot's, and from random weights elsewhere.
 
 | family | class | the Copilot starts from | and reads |
 |---|---|---|---|

@@ -33,7 +33,8 @@ def offline(tmp_path, monkeypatch):
     trained_like(tiny_pilot(), CopilotConfig(memory="tokens")).save_pretrained("portable")
     for pilot in ("base", "larger"):
         tiny_tokenizer().save_pretrained(pilot)
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: addition(16, form="chat"))
+    parts = {part: addition(16, form="chat") for part in ("train", "test")}
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: parts)
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": name}))
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: "url")
     return tmp_path
@@ -49,8 +50,16 @@ def run(text, namespace):
 
 
 def test_the_snippets_of_the_readme_run(offline):
-    assert run(README, {"another_pilot": tiny_pilot(seed=1)}) == 3
+    namespace = {"another_pilot": tiny_pilot(seed=1)}
+    assert run(README, namespace) == 3
     assert (offline / "out" / "copilot" / "model.safetensors").is_file()
+    assert namespace["copilot"].config.calibration is not None  # λ was chosen, as the page says
+
+
+def test_the_readme_is_short():
+    """A minute to read: few lines, and snippets of at most twelve."""
+    assert len(README.splitlines()) <= 150
+    assert max(len(snippet.splitlines()) for snippet in re.findall(r"```\w+\n(.*?)```", README, re.S)) <= 12
 
 
 def test_the_snippets_of_the_first_questions_run(offline):
@@ -62,7 +71,8 @@ def test_the_snippets_of_the_first_questions_run(offline):
     namespace |= {"loader": [padded_batch()] * 2, "tokenizer": tiny_tokenizer(), "copilot": trained_like(pilot)}
     sft, *others = re.split(r"(?=\n\*\*My Pilot is trained already)", USING)
     assert run(sft, dict(namespace)) == 1
-    assert run("".join(others), namespace) == 4
+    assert run("".join(others), namespace) == 5
+    assert namespace["pilot_alone"] < 0 and namespace["with_copilot"] < 0
     assert (offline / "copilot" / "model.safetensors").is_file()
 
 

@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 # The loss that trains f and the space in which f is added belong together (docs/method.md).
 OBJECTIVE_OF_FUSION = {"logit": "cross_entropy", "probability": "rmse"}
 
-_CHOICES = {
+CHOICES = {
     "memory": (None, "pilot", "tokens"),
     "position_embedding": (None, "rotary", "none"),
     "pattern": (1, 2),
@@ -30,8 +30,8 @@ _CHOICES = {
     "error_feedback": ("realized", "predicted"),
     "format_version": (FORMAT_VERSION,),
 }
-_OF_STATES = ("pooled_layers", "pooling", "hidden_state_lag")  # which of the Pilot's states are in the memory
-_DESCRIBES = (  # where a Copilot comes from and how it did; not what it computes or how it is trained
+STATE_FIELDS = ("pooled_layers", "pooling", "hidden_state_lag")  # which of the Pilot's states are in the memory
+PROVENANCE_FIELDS = (  # where a Copilot comes from and how it did; not what it computes or how it is trained
     *("init", "initializer_range", "strength", "results", "calibration"),
     *("base_model_name_or_path", "base_model_revision", "pilot_model_type", "tokenizer_fingerprint"),
     *("hf_copilot_version", "format_version"),
@@ -162,8 +162,8 @@ class CopilotConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check()
 
-    def choose(self) -> None:
-        """Choose what was left open, by the kind of Pilot, and check all; called when a Copilot is built."""
+    def resolve_defaults(self) -> None:
+        """Decide what was left open, by the kind of Pilot, and check all; called when a Copilot is built."""
         if self.memory is None:
             self.memory = "pilot" if self.pilot_is_encoder_decoder or self.vocab_projection == "pilot" else "tokens"
         if self.position_embedding is None:
@@ -172,7 +172,7 @@ class CopilotConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise a `ValueError` for a value that is not among a field's choices, or two that do not go together."""
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"CopilotConfig.{name}={getattr(self, name)!r}: choose one of {choices}.")
         if OBJECTIVE_OF_FUSION[self.fusion] != self.objective:
@@ -259,7 +259,7 @@ class CopilotConfig(PreTrainedConfig):
 
     def differences(self, other: CopilotConfig) -> list[str]:
         """The fields in which two Copilots differ in shape, in what they read or in how they are trained and fused."""
-        fields = [name for name in CopilotConfig.__annotations__ if name not in _DESCRIBES]
+        fields = [name for name in CopilotConfig.__annotations__ if name not in PROVENANCE_FIELDS]
         return [name for name in fields if getattr(self, name) != getattr(other, name)]
 
     @property
@@ -315,7 +315,7 @@ def _check_tokens(config: CopilotConfig) -> None:
             "memory='tokens' reads nothing inside the Pilot, and vocab_projection='pilot' uses its embedding and "
             "head: use vocab_projection='own', or memory='pilot'."
         )
-    idle = [name for name in _OF_STATES if getattr(config, name) != getattr(CopilotConfig, name)]
+    idle = [name for name in STATE_FIELDS if getattr(config, name) != getattr(CopilotConfig, name)]
     if idle:
         raise ValueError(
             f"{idle} choose the Pilot's states, which memory='tokens', the default, does not read: leave them "

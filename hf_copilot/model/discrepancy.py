@@ -79,7 +79,9 @@ def squared_norm(hidden: torch.Tensor, weight: torch.Tensor, gram: bool | None =
     By the Gram identity hᵀ(WᵀW)h, which costs V·d² once, or by chunks of W h, which cost m·V·d. `gram=None` takes the
     cheaper one: Gram where there are more positions than hidden units.
     """
-    if len(hidden) > hidden.shape[-1] if gram is None else gram:
+    if gram is None:
+        gram = len(hidden) > hidden.shape[-1]
+    if gram:
         return (hidden @ (weight.T @ weight) * hidden).sum(-1)  # [m]
 
     def chunk(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -11,53 +12,7 @@ from transformers import PreTrainedModel
 
 from .configuration_copilot import CopilotConfig
 
-_TEMPLATE = """---
-{metadata}
----
-
-# Transformer Copilot for {pilot}
-
-A [Transformer Copilot](https://huggingface.co/papers/2505.16270): a small decoder that was trained on the mistakes of
-a language model (the *Pilot*, {pilot}) while that was fine-tuned, and that rectifies the Pilot's distribution in
-`generate`. It is an adapter: it needs a Pilot of {needs}.
-
-## Use it
-
-```python
-from transformers import {auto_class}, AutoTokenizer
-from hf_copilot import CopilotLogitsProcessor, CopilotModel
-
-pilot = {auto_class}.from_pretrained("{pilot_id}")  # or your fine-tuned version of it
-tokenizer = AutoTokenizer.from_pretrained("{pilot_id}")
-copilot = CopilotModel.from_pretrained("<this repository or folder>")
-
-inputs = tokenizer("...", return_tensors="pt")
-with CopilotLogitsProcessor(copilot, pilot, tokenizer=tokenizer) as processor:
-    output = pilot.generate(**inputs, logits_processor=[processor])
-```
-{results}
-## Settings
-
-Trained with hf_copilot {version}.
-
-| | |
-|---|---|
-| objective, fusion, strength λ | `{objective}`, `{fusion}`, {strength} |
-| input, error feedback, vocabulary | `{copilot_input}`, `{error_feedback}`, `{vocab_projection}` |
-| layers, hidden size, pattern, positions | {num_hidden_layers}, {hidden_size}, {pattern}, `{position_embedding}` |
-| started from | `init="{init}"` |
-| memory | {memory} |
-| Pilot tokens | top {top_k} |
-
-## Limits
-
-A Copilot can't be merged into its Pilot, and it runs where `model.generate` does: other engines (vLLM, for one) can't
-use it. It adds its own cost to every generated token.
-
-## Citation
-
-Zou et al., *Transformer Copilot: Learning from the Mistake Log in LLM Fine-tuning*, NeurIPS 2025, arXiv:2505.16270.
-"""
+TEMPLATE = Path(__file__).with_name("card.md")
 
 
 class CopilotPreTrainedModel(PreTrainedModel):
@@ -130,19 +85,18 @@ def copilot_card(config: CopilotConfig) -> ModelCard:
         pipeline_tag="text2text-generation" if config.pilot_is_encoder_decoder else "text-generation",
         tags=["transformer-copilot", "copilot", "generated_from_trainer", "arxiv:2505.16270"],
     )
-    fields = {name: value for name, value in config.to_dict().items() if name not in ("results", "memory")}
-    return ModelCard(
-        _TEMPLATE.format(
-            **fields,
-            metadata=metadata.to_yaml(),
-            needs=_needs(config),
-            memory=_memory(config),
-            pilot=f"`{on_hub}`" if on_hub else f"a `{config.pilot_model_type}` model",
-            pilot_id=on_hub or "<the Pilot>",
-            auto_class="AutoModelForSeq2SeqLM" if config.pilot_is_encoder_decoder else "AutoModelForCausalLM",
-            version=config.hf_copilot_version,
-            results=_results(config.results) + _calibration(config.calibration),
-        )
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("results", "memory")}
+    return ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        needs=_needs(config),
+        memory=_memory(config),
+        pilot=f"`{on_hub}`" if on_hub else f"a `{config.pilot_model_type}` model",
+        pilot_id=on_hub or "<the Pilot>",
+        auto_class="AutoModelForSeq2SeqLM" if config.pilot_is_encoder_decoder else "AutoModelForCausalLM",
+        version=config.hf_copilot_version,
+        results=_results(config.results) + _calibration(config.calibration),
+        **settings,
     )
 
 

@@ -200,7 +200,7 @@ class CopilotModel(CopilotPreTrainedModel):
     supports_gradient_checkpointing = True
 
     def __init__(self, config: CopilotConfig):
-        config.choose()
+        config.resolve_defaults()
         super().__init__(config)
         sizes = ["hidden_size", "vocab_size"]
         if config.reads_states:

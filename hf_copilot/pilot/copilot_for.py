@@ -65,10 +65,10 @@ def copilot_for(
     """
     config = copy.deepcopy(config) if config is not None else CopilotConfig()
     base = unwrap(pilot)
-    _set_as_in("the Pilot", config, "vocab_size", PilotHead(pilot).vocab_size)
-    _set_as_in("the Pilot", config, "pilot_is_encoder_decoder", is_encoder_decoder(base))
-    _set_as_in("the Pilot", config, "pilot_hidden_size", base.config.get_text_config().hidden_size)
-    config.choose()
+    _take_from("the Pilot", config, "vocab_size", PilotHead(pilot).vocab_size)
+    _take_from("the Pilot", config, "pilot_is_encoder_decoder", is_encoder_decoder(base))
+    _take_from("the Pilot", config, "pilot_hidden_size", base.config.get_text_config().hidden_size)
+    config.resolve_defaults()
     if not config.reads_states:
         config.pilot_hidden_size = None
     if config.vocab_projection == "pilot":
@@ -105,13 +105,13 @@ def _take_over(config: CopilotConfig, source: nn.Module) -> CopilotModel:
     """A Copilot whose layers, norm and embedding are the source's; heads, start vector and alignment are new."""
     source_config = source.config.get_text_config()
     if source_config.model_type not in FAMILIES:
-        raise DoesNotFit(_no_way(config, f"the family {source_config.model_type!r} is not among {FAMILIES}"))
+        raise DoesNotFit(_cannot_start(config, f"the family {source_config.model_type!r} is not among {FAMILIES}"))
     layers = find_layers(source)
     states = [block_state(layer) for layer in layers]
     if "mlp.up_proj.weight" not in states[0]:
-        raise DoesNotFit(_no_way(config, "its weights are stored in a form that is not known (quantised?)"))
+        raise DoesNotFit(_cannot_start(config, "its weights are stored in a form that is not known (quantised?)"))
     for name, value in _block_settings(source_config, states[0]).items():
-        _set_as_in(f"its source (init={config.init!r})", config, name, value, ", or use init='random'")
+        _take_from(f"its source (init={config.init!r})", config, name, value, ", or use init='random'")
     config.intermediate_size = config.intermediate_size or len(states[0]["mlp.up_proj.weight"])
     _fill_sizes(config, source)
     copilot = _build(config)
@@ -128,7 +128,7 @@ def _take_over(config: CopilotConfig, source: nn.Module) -> CopilotModel:
     return copilot
 
 
-def _set_as_in(owner: str, config: CopilotConfig, name: str, value: Any, way_out: str = "") -> None:
+def _take_from(owner: str, config: CopilotConfig, name: str, value: Any, way_out: str = "") -> None:
     """Set a field that another model decides, or raise if a user has decided otherwise."""
     given = getattr(config, name)
     if given not in (getattr(CopilotConfig, name), value):
@@ -221,8 +221,10 @@ def _fill_sizes(config: CopilotConfig, model: nn.Module) -> None:
     shares_width = config.hidden_size in (None, source.hidden_size)
     shares_heads = shares_width and config.num_attention_heads in (None, getattr(source, "num_attention_heads", None))
     shared = ["num_attention_heads"]
-    shared += ["hidden_size", "intermediate_size"] * shares_width
-    shared += ["num_key_value_heads", "head_dim"] * shares_heads
+    if shares_width:
+        shared += ["hidden_size", "intermediate_size"]
+    if shares_heads:
+        shared += ["num_key_value_heads", "head_dim"]
     for name in shared:
         value = getattr(source, name, None)
         if getattr(config, name) is None and isinstance(value, int):  # Gemma 3n has a list, one for each layer
@@ -246,7 +248,7 @@ def _load(module: nn.Module, state: dict[str, torch.Tensor], config: CopilotConf
         name for name in own.keys() & state.keys() if own[name].shape != state[name].shape
     ]
     if wrong:
-        raise DoesNotFit(_no_way(config, f"these weights do not fit the Copilot's layer: {wrong}"))
+        raise DoesNotFit(_cannot_start(config, f"these weights do not fit the Copilot's layer: {wrong}"))
     module.load_state_dict(state)
 
 
@@ -264,7 +266,7 @@ def _copy_embedding(copilot: CopilotModel, embedding: torch.Tensor) -> None:
     weight[:rows] = embedding[:rows]
 
 
-def _no_way(config: CopilotConfig, reason: str) -> str:
+def _cannot_start(config: CopilotConfig, reason: str) -> str:
     return (
         f"The Copilot can't start from init={config.init!r}: {reason}. Use CopilotConfig(init='random'), or "
         "init='<path or Hub id>' of a checkpoint of the same vocabulary from one of these families."

@@ -55,7 +55,7 @@ class PilotHead:
         config = self.pilot.config.get_text_config()
         self.scale = _logit_scale(config)
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        self.whole: dict[str, torch.Tensor] = {}  # the head's parameters inside `gathered`
+        self.gathered_parameters: dict[str, torch.Tensor] = {}  # of the head, inside `gathered`
 
     @property
     def device(self) -> torch.device:
@@ -68,11 +68,13 @@ class PilotHead:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., d_P]` -> z `[..., V]` float32, without gradient."""
         head, device = self.pilot.get_output_embeddings(), hidden.device
-        weight = self.whole.get("weight", head.weight)  # [V, d_P]
+        weight = self.gathered_parameters.get("weight", head.weight)  # [V, d_P]
         with torch.no_grad():
             hidden = hidden.to(weight.device, weight.dtype)
-            sharded = isinstance(head, FSDPModule) or self.whole  # a call would open its group without a backward
-            logits = (F.linear(hidden, weight, self.whole.get("bias", head.bias)) if sharded else head(hidden)).float()
+            if isinstance(head, FSDPModule) or self.gathered_parameters:  # a call opens its group
+                logits = F.linear(hidden, weight, self.gathered_parameters.get("bias", head.bias)).float()
+            else:
+                logits = head(hidden).float()
             if self.scale != 1.0:
                 logits = logits * self.scale
             if self.softcap is not None:
@@ -96,11 +98,13 @@ class PilotHead:
                 "The Pilot is sharded and its head has an adapter, which can't be gathered: leave lm_head out of "
                 "target_modules and modules_to_save, or use DDP."
             )
-        self.whole = {name: value.full_tensor() for name, value in parameters.items() if isinstance(value, DTensor)}
+        self.gathered_parameters = {
+            name: value.full_tensor() for name, value in parameters.items() if isinstance(value, DTensor)
+        }
         try:
             yield
         finally:
-            self.whole = {}
+            self.gathered_parameters = {}
 
     def check(self) -> None:
         """Compare with the model's own logits on a few tokens: forked random state; eval mode, unless quantised.

@@ -105,10 +105,10 @@ class PilotTap:
         first = self.layers[:1] if self.pooled else []
         self.layer_arguments = ForwardArguments(first[0]) if first else None
         self.handles = [
-            self.decoder.register_forward_pre_hook(self._open, with_kwargs=True),
+            self.decoder.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
             *(layer.register_forward_pre_hook(self._read_embeddings, with_kwargs=True) for layer in first),
             *(layer.register_forward_hook(self._pool) for layer in self.pooled),
-            self.decoder.register_forward_hook(self._close, always_call=True),
+            self.decoder.register_forward_hook(self._end_forward, always_call=True),
             self.model.register_forward_hook(self._read_logits),
         ]
 
@@ -133,7 +133,7 @@ class PilotTap:
         silent.handles = []
         return silent
 
-    def _open(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         self.states = None
         if not self.listen():
             return
@@ -161,7 +161,7 @@ class PilotTap:
         else:
             pooled += hidden.to(pooled.device)
 
-    def _close(self, decoder: nn.Module, args: tuple, output: Any) -> None:
+    def _end_forward(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         states, self.states = self.states, None
         if states is None or output is None or (self.pooled and states.hidden_states is None):
             return  # not listening, or the forward failed

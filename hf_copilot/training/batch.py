@@ -123,9 +123,13 @@ def known_embeddings(record: MistakeRecord, embedding: PilotEmbedding) -> torch.
 
 def pad(tensors: Iterable[torch.Tensor], device: torch.device, value: float = 0) -> torch.Tensor:
     """`[n, ...]` of each record -> `[B, longest n, ...]` on the device."""
-    return pad_sequence(list(tensors), batch_first=True, padding_value=value).to(device)
+    rows = list(tensors)
+    if not any(map(len, rows)):  # what this kind of memory does not log
+        return torch.empty(len(rows), *rows[0].shape, dtype=rows[0].dtype, device=device)
+    return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
 
 
 def unpadded(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
     """`[B, longest n]` bool, False at padding."""
-    return pad((torch.ones(len(tensor), dtype=torch.bool) for tensor in tensors), device)
+    lengths = [len(tensor) for tensor in tensors]
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)

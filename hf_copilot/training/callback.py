@@ -68,8 +68,8 @@ class CopilotCallback(CopilotLifecycle):
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         check_callback(args, model)
         self.close()
-        if self.given_args is None and isinstance(args, CopilotArguments):
-            self.use(args)
+        if self.given_args is None:
+            self.use(args if isinstance(args, CopilotArguments) else CopilotArguments())
         check_callback_arguments(self.copilot_args)
         if self.learner is None or self.learner.head.pilot is not unwrap(model):  # else it is trained further
             copilot = make_copilot(self.given, model, processing_class)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..model.configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
@@ -14,20 +14,12 @@ from .learner import CopilotLearner
 QUANTITIES = (("nll", "NLL per token", ".4f"), ("token_accuracy", "token accuracy", ".1%"))
 
 
-def size_of(parameter: nn.Parameter) -> int:
-    """Its numbers, counted as by transformers' `num_parameters` (of whole models alone): bitsandbytes packs two of
-    4 bits into a byte of its storage."""
-    packed = 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else 1
-    return parameter.numel() * packed
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """All parameters, and those that are trained."""
-    sizes = [(size_of(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    return model.num_parameters(), model.num_parameters(only_trainable=True)
 
 
-def multiplied_parameters(model: nn.Module) -> int:
+def multiplied_parameters(model: PreTrainedModel) -> int:
     """Parameters that a generated token is multiplied with: all but the encoder and the input embedding, unless the
     head shares it; of a Copilot that uses its Pilot's head, that head too."""
     if model.get_output_embeddings() is None:
@@ -35,8 +27,8 @@ def multiplied_parameters(model: nn.Module) -> int:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     count = count_parameters(model)[0] - (0 if head is embedding else embedding.numel())
     if getattr(model.config, "is_encoder_decoder", False):
-        own = {id(parameter) for parameter in model.get_decoder().parameters()} | {id(head)}
-        count -= sum(size_of(p) for p in model.get_encoder().parameters() if id(p) not in own)
+        encoder, own = model.get_encoder(), {id(p) for p in model.get_decoder().parameters()} | {id(head)}
+        count -= encoder.num_parameters() - sum(p.numel() for p in encoder.parameters() if id(p) in own)
     return count
 
 

@@ -1,0 +1,356 @@
+"""The tables of figures on the pages, written from benchmarks/results/*.json between their markers.
+
+    python -m benchmarks.tables          # writes README.md and docs/*.md anew
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`. `tests/test_docs.py`
+compares: a figure that is changed by hand fails.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/results.md", "docs/experiments.md", "docs/method.md")
+BETWEEN = re.compile(r"(?<=<!-- table: )(\S+)( -->\n)(.*?)(?=<!-- end -->)", re.S)
+
+TASKS = {  # name: the metric that it is judged by, and how the pages call the two
+    "arithmetic": ("exact match", "generated arithmetic, right answers"),
+    "text": ("nll", "GSM8K rationales, NLL per token (less is better)"),
+    "mawps": ("value right", "MAWPS, equations with the right value"),
+    "recommendation": ("H@10", "LastFM, next item among 3,646, H@10"),
+}
+ARMS = {
+    "pilot": "Pilot alone",
+    "copilot": "+ token Copilot, λ = 1",
+    "copilot, λ chosen": "+ token Copilot, λ with the least NLL",
+    "copilot, λ by accuracy": "+ token Copilot, λ with the most right tokens",
+    "states": "+ state Copilot, λ = 1",
+    "paper": "+ the paper's preset, λ = 1",
+    "joint": "larger Pilot of the same total size",
+    "longer": "Pilot, 2.5 times the steps",
+}
+COPILOTS = {"tokens": "token Copilot", "pilot": "state Copilot"}
+
+
+# ---- figures into text ----------------------------------------------------------------------------------------------
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (list(head), *map(list, rows))]
+    return "\n".join([lines[0], "|" + "---|" * (lines[0].count(" | ") + 1), *lines[1:]]) + "\n"
+
+
+def share(value: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f} %".replace("-", "−")
+
+
+def figure(metric: str, found: dict[str, Any]) -> str:
+    """A mean and its standard error over seeds."""
+    value, error = found["mean"], found["standard_error"]
+    return f"{value:.3f} ± {error:.3f}" if metric == "nll" else f"{100 * value:.1f} ± {100 * error:.1f} %"
+
+
+def gain(metric: str, found: dict[str, Any]) -> str:
+    """The difference to the Pilot in nats or points, and its 95 % interval."""
+    scale, form = (1, "+.3f") if metric == "nll" else (100, "+.1f")
+    value, low, high = (f"{scale * found[name]:{form}}".replace("-", "−") for name in ("difference", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def is_clear(found: dict[str, Any]) -> bool:
+    """Whether the interval of the difference leaves zero out."""
+    return found["low"] > 0 or found["high"] < 0
+
+
+# ---- does it help ---------------------------------------------------------------------------------------------------
+
+
+def helps() -> str:
+    """Four tasks, λ = 1, with the training time beside the gain."""
+    rows = []
+    for task, (metric, title) in TASKS.items():
+        found = read(f"accuracy/{task}")
+        arms, times = found["arms"], found["costs"]["copilot"]
+        cells = {arm: figure(metric, arms[arm][metric]) for arm in ("pilot", "copilot", "joint", "longer")}
+        clear = is_clear(arms["copilot"][metric])
+        cells["copilot"] = f"**{cells['copilot']}**" if clear else f"{cells['copilot']} (not clear of zero)"
+        rows.append([title, *cells.values(), f"{times['training']:.1f} ×"])
+    head = ("task", "Pilot", "+ Copilot", "larger Pilot, same total size", "Pilot, 2.5 × the steps")
+    return table((*head, "training time with the Copilot"), rows)
+
+
+def by_task(cell: Callable[[str, dict[str, Any]], str], arms: Iterable[str]) -> str:
+    """A row for each arm, a column for each task."""
+    found = {task: read(f"accuracy/{task}")["arms"] for task in TASKS}
+    rows = [[ARMS[arm], *(cell(metric, found[t][arm][metric]) for t, (metric, _) in TASKS.items())] for arm in arms]
+    return table(("", *(f"`{task}`, {'NLL' if m == 'nll' else m}" for task, (m, _) in TASKS.items())), rows)
+
+
+def times() -> str:
+    found = {task: read(f"accuracy/{task}")["costs"] for task in TASKS}
+    works = {"training": "training", "generation": "a generated token"}
+    kinds = {"copilot": "token Copilot", "states": "state Copilot"}
+    rows = [
+        [f"{title}, {kind}", *(f"{found[task][arm][work]:.2f}" for task in TASKS)]
+        for work, title in works.items()
+        for arm, kind in kinds.items()
+    ]
+    return table(("time beside the Pilot's", *(f"`{task}`" for task in TASKS)), rows)
+
+
+def strengths() -> str:
+    """MAWPS, where answers and likelihood want different λ."""
+    arms, rows = read("accuracy/mawps")["arms"], []
+    for arm in ("pilot", "copilot", "copilot, λ by accuracy", "copilot, λ chosen"):
+        used = sorted({value for value in arms[arm]["strengths"] if value is not None})
+        shown = " to ".join(f"{value:g}" for value in (used[:1] + used[1:][-1:]))
+        title = ARMS[arm] if arm == "pilot" else ARMS[arm].removeprefix("+ token Copilot, ")
+        cells = (figure(metric, arms[arm][metric]) for metric in ("value right", "nll"))
+        rows.append([title, "" if arm == "copilot" else shown, *cells])
+    return table(("MAWPS, token Copilot", "λ", "right", "NLL"), rows)
+
+
+def t5() -> str:
+    runs, rows = read("seq2seq_mawps")["runs"], []
+    arms = {"pilot": ARMS["pilot"], "copilot": "+ Copilot, λ = 1", "calibrated": "+ Copilot, λ with the least NLL"}
+    for arm, title in (arms | {"joint": ARMS["joint"]}).items():
+        right, nll = mean(mean(run[arm]["hits"]) for run in runs), mean(run[arm]["nll"] for run in runs)
+        rows.append([title, share(right), f"{nll:.3f}"])
+    return table(("T5, MAWPS", "right", "NLL"), rows)
+
+
+# ---- beside a pretrained Pilot -------------------------------------------------------------------------------------
+
+
+class Search:
+    """The arms of one search on MAWPS, by name."""
+
+    def __init__(self, name: str):
+        found = read(f"pretrained/{name}")
+        self.timing = found["timings"]["mawps"]
+        self.arms = {arm["name"]: arm for arm in found["arms"]}
+
+    def seconds(self, found: dict[str, Any]) -> float:
+        """Steps times the seconds of a step that was timed with nothing else running: the Pilot's, and what a Copilot
+        adds."""
+        step = self.timing["pilots"][found["arm"]["pilot"]["method"]]["pilot"]
+        copilot = found["arm"]["copilot"]
+        if copilot is not None:
+            key = copilot["shape"], copilot["steps"]
+            (times,) = (t for t in self.timing["copilots"] if (t["shape"], t["steps"]) == key)
+            step += times["observe"] + times["copilot"]
+        return step * found["steps"]
+
+    def cells(self, pilot: str, copilot: str) -> list[str]:
+        """Seconds; NLL at the λ that was chosen, that λ, and NLL at λ = 1; right answers at both."""
+        found = self.arms[f"mawps {pilot} {copilot} seed0"]
+        chosen, nll, right = found["chosen"]["nll"], found["test"]["nll"], {}
+        for greedy in found["greedy"]:
+            right[tuple(greedy["weights"])] = share(mean(greedy["right"]))
+        alone = [f"{self.seconds(found):.0f} s", f"{nll[found['grid'].index(chosen)]:.3f}"]
+        if found["arm"]["copilot"] is None:
+            return [*alone, "", "", right[tuple(chosen)], ""]
+        full = found["grid"].index([1.0, 1.0])
+        return [*alone, f"{chosen[1]:g}", f"{nll[full]:.3f}", right[tuple(chosen)], right[1.0, 1.0]]
+
+
+def pretrained() -> str:
+    found, lent = Search("search_h100"), "+ state Copilot, the Pilot's vocabulary"
+    arms = {
+        "token-0.0005-s4": "+ token Copilot",
+        "token-0.0005-s1": "+ token Copilot, one step in a round",
+        "state, lag 1-0.0005-s4": "+ state Copilot",
+        "state, lag 1, lent vocabulary-0.001-s4": lent,
+    }
+    rows = []
+    for rate, title in {"0.0003": "3e-4, a poor one", "0.002": "2e-3, the best of four on validation rows"}.items():
+        rows.append([title, "Pilot alone", *found.cells(f"lora-{rate}-x1.5", "alone")])
+        for copilot, name in arms.items():
+            if f"mawps lora-{rate}-x1.5 {copilot} seed0" in found.arms:
+                rows.append(["", name, *found.cells(f"lora-{rate}-x1.5", copilot)])
+        rows.append(["", "Pilot alone, 3 epochs", *found.cells(f"lora-{rate}-x3", "alone")])
+    figures = ("training", "NLL, λ chosen", "λ", "NLL, λ = 1", "right, λ chosen", "right, λ = 1")
+    return table(("rate of the Pilot", "arm", *figures), rows)
+
+
+# ---- what it costs --------------------------------------------------------------------------------------------------
+
+
+def cost_of_training() -> str:
+    found, rows = read("cost_cpu")["training_step"], {}
+    for row in found:
+        key = (
+            f"{COPILOTS[row['memory']]}, {row['steps_per_round']} step{'s' * (row['steps_per_round'] > 1)} in a round"
+        )
+        rows.setdefault(key, {})[f"{100 * row['labelled_share']:.0f} % labelled"] = f"{row['ratio']:.2f}"
+    head = ["a training step beside the Pilot's", *next(iter(rows.values()))]
+    return table(head, ([key, *cells.values()] for key, cells in rows.items()))
+
+
+def cost_of_generation() -> str:
+    rows: dict[str, dict[str, str]] = {}
+    for row in read("cost_cpu")["generated_token"]:
+        rows.setdefault(COPILOTS[row["memory"]], {})[f"batch {row['batch']}"] = f"{row['ratio']:.2f}"
+    head = ["a generated token beside the Pilot's", *next(iter(rows.values()))]
+    return table(head, ([key, *cells.values()] for key, cells in rows.items()))
+
+
+# ---- experiments ----------------------------------------------------------------------------------------------------
+
+
+class Experiment:
+    """One group of experiments on one task: means over its seeds."""
+
+    def __init__(self, group: str, task: str):
+        self.runs = read(f"accuracy/experiments_{group}_{task}")["runs"]
+
+    def value(self, name: str, metric: str, which: str = "own") -> float:
+        return mean(run[name][which][metric] for run in self.runs)
+
+    def right(self, name: str, metric: str = "answers right") -> str:
+        return share(self.value(name, metric))
+
+    def change(self, name: str, which: str = "own") -> str:
+        """NLL beside that of the Pilot that the Copilot stands beside."""
+        return share(self.value(name, "nll", which) / self.value(self.runs[0][name]["beside"], "nll") - 1, "+")
+
+
+def positions() -> str:
+    names = {
+        "no positions": "state Copilot, no positions",
+        "tokens alone, no positions": "token Copilot, no positions",
+        "rotary positions": "state Copilot, rotary positions",
+        "tokens alone, rotary positions": "token Copilot, rotary positions (the default)",
+    }
+    sums, text, mawps = (Experiment("positions", task) for task in ("arithmetic", "text", "mawps"))
+    rows = [["Pilot alone", "", sums.right("Pilot"), "", text.right("Pilot", "token accuracy"), "", ""]]
+    rows[0].append(mawps.right("Pilot"))
+    for name, title in names.items():
+        row = [title, sums.change(name), sums.right(name), text.change(name), text.right(name, "token accuracy")]
+        rows.append([*row, mawps.change(name), mawps.change(name, "chosen"), mawps.right(name)])
+    head = ("", "`arithmetic`, NLL", "answers right", "`text`, NLL", "right tokens", "`mawps`, NLL", "at its chosen λ")
+    return table((*head, "answers right"), rows)
+
+
+def width() -> str:
+    names = {"narrow, the Pilot's states": "narrow state Copilot", "narrow, tokens alone": "narrow token Copilot"}
+    sums, text = (Experiment("width", task) for task in ("arithmetic", "text"))
+    rows = [[title, text.change(name), sums.change(name), sums.right(name)] for name, title in names.items()]
+    pilot = ["Pilot alone", "", "", sums.right("Pilot")]
+    return table(("", "`text`, NLL", "`arithmetic`, NLL", "answers right"), [pilot, *rows])
+
+
+def pilots() -> str:
+    found, rows = Experiment("pilots", "arithmetic"), []
+    others = {"": "the Pilot of `arithmetic`", "Pilot, 2.5 times the steps": "the same, 2.5 times the steps"}
+    for other, title in (others | {"Pilot of width 192": "a Pilot of width 192"}).items():
+        row = [title, found.right(other or "Pilot")]
+        for copilot in ("the Pilot's states", "tokens alone"):
+            name = f"{copilot}, beside the {other}" if other else copilot
+            row.append(f"{found.right(name)}, {found.change(name)}")
+        moved = f"tokens alone, moved to the {other}"
+        rows.append([*row, f"{found.right(moved)}, {found.change(moved)}" if other else ""])
+    return table(("beside", "alone", "+ state Copilot", "+ token Copilot", "+ token Copilot, moved there"), rows)
+
+
+def mistakes() -> str:
+    names = {
+        "train (the paper)": "the last 128 rounds (the paper)",
+        "all rounds": "all rounds",
+        "reservoir of 128 rounds": "a reservoir of 128 rounds",
+        "weighted by error": "the last 128, larger errors more often",
+        "first_visit": 'epoch one alone (`"first_visit"`)',
+        "cross-fitting": "two half Pilots, each on the other's half",
+        "holdout of 10%": 'a slice of 10 % (`"holdout"`)',
+        "holdout of 25%": "a slice of 25 %",
+    }
+    found, rows = Experiment("mistakes", "mawps"), []
+    for name, title in names.items():
+        beside = found.runs[0][name]["beside"]
+        right = f"{found.right(name, 'token accuracy')} ({found.right(beside, 'token accuracy')})"
+        rows.append([title, found.change(name), found.change(name, "chosen"), right])
+    return table(("the Copilot learns from", "NLL, λ = 1", "λ chosen", "right tokens, λ = 1 (its Pilot alone)"), rows)
+
+
+def defaults() -> str:
+    """Where the defaults leave the paper: NLL against the Pilot's in arithmetic and in text, with each of the two."""
+    places = [Experiment("positions", task) for task in ("arithmetic", "text")]
+    learning = [Experiment("learning", task) for task in ("arithmetic", "text")]
+    feedback = Experiment("feedback", "arithmetic")
+
+    def pair(group: list[Experiment], name: str) -> str:
+        return ", ".join(found.change(name) for found in group)
+
+    tokens, states = "tokens alone, rotary positions", "rotary positions"
+    ours, bare = pair(learning, "ours"), "state, no positions"
+    rows = [
+        ["`memory`", "`tokens`", "`pilot`", "rotary", pair(places, tokens), pair(places, states)],
+        ["`position_embedding`", "`rotary`", "`none`", "token", pair(places, tokens)],
+        ["`objective`, `fusion`", "`cross_entropy`, `logit`", "`rmse`, `probability`", bare, ours],
+        ["`error_feedback`", "`realized`", "`predicted`", "RMSE, sums right"],
+        ["`copilot_input`", "`both`", "`discrepancy`", bare, ours, pair(learning, "input ℓ")],
+        ["`num_hidden_layers`", "2", "all of a small decoder", bare, ours, f"4: {pair(learning, '4 layers')}"],
+        ["`copilot_steps_per_round`", "4", "1", bare, ours, pair(learning, "1 step in a round")],
+        ["`dropout`", "0.1", "0.08 (LoRA's); T5: 0.1", f"{bare}, text", learning[1].change("ours")],
+        ["`copilot_weight_decay`", "0.1", "0; T5: 0.01", "the same, text", learning[1].change("ours")],
+    ]
+    rows[1].append(pair(places, "tokens alone, no positions"))
+    rows[2].append(pair(learning, "RMSE, realised feedback"))
+    rows[3] += [feedback.right(f"RMSE, {kind}", "generated right") for kind in ("realised", "predicted")]
+    rows[7].append(f"0: {learning[1].change('no dropout')}")
+    rows[8].append(f"0: {learning[1].change('no weight decay')}")
+    return table(("field", "default", "paper", "measured with", "the default gives", "the paper's gives"), rows)
+
+
+def as_printed(name: str) -> Callable[[], str]:
+    """A table that its benchmark wrote as Markdown."""
+    return lambda: (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip() + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "helps": helps,
+    "tasks": lambda: by_task(figure, ARMS),
+    "gains": lambda: by_task(gain, [arm for arm in ARMS if arm not in ("pilot", "paper")]),
+    "times": times,
+    "strengths": strengths,
+    "t5": t5,
+    "pretrained": pretrained,
+    "cost-training": cost_of_training,
+    "cost-generation": cost_of_generation,
+    "positions": positions,
+    "width": width,
+    "pilots": pilots,
+    "mistakes": mistakes,
+    "defaults": defaults,
+    "theorem": as_printed("theorem"),
+}
+
+
+def rewritten(page: str) -> str:
+    """A page with the tables that the figures give."""
+    return BETWEEN.sub(lambda found: found[1] + found[2] + TABLES[found[1]](), page)
+
+
+def main() -> None:
+    for name in PAGES:
+        path = ROOT / name
+        before = path.read_text(encoding="utf-8")
+        after = rewritten(before)
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+        print(f"{name}: {len(BETWEEN.findall(after))} tables, {'written anew' if after != before else 'as before'}")
+
+
+if __name__ == "__main__":
+    main()
