@@ -5,6 +5,7 @@ Shapes: B rows, m queries, n positions, d_P the Pilot's hidden size, d the Copil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,10 +17,12 @@ from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, Co
 from hf_copilot.model.discrepancy import cross_entropy_loss
 from hf_copilot.model.modeling_copilot import CopilotOutput, Vocabulary
 from hf_copilot.pilot.inspect import find_decoder, find_layers
-from hf_copilot.pilot.tap import PilotTap
+from hf_copilot.pilot.tap import PilotStates, PilotTap
 from hf_copilot.training.batch import CopilotBatch
 from hf_copilot.training.mistake_log import MistakeRecord
 from hf_copilot.training.teacher_forced import TeacherForced
+
+Sink = Callable[[PilotStates], None]
 
 
 class FeatureTap(PilotTap):
@@ -28,8 +31,8 @@ class FeatureTap(PilotTap):
     h is `[B, T, 3 d_P]`; X̃ is filled with zeros to that width.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, pilot: nn.Module, config: CopilotConfig, sink: Sink, listen: Callable[[], bool]):
+        super().__init__(pilot, config, lambda states: sink(widened(states)), listen)
         last = len(self.layers) - 1
         self.pooled = [self.layers[i] for i in (last // 6, last // 2, last)]
         self.pooling = "none"  # nothing is left to do at the end of a forward
@@ -41,12 +44,12 @@ class FeatureTap(PilotTap):
         known = self.states.hidden_states
         self.states.hidden_states = hidden if known is None else torch.cat([known, hidden], dim=-1)
 
-    def _close(self, decoder: nn.Module, args: tuple, output: Any) -> None:
-        states = self.states
-        if states is not None and states.hidden_states is not None:
-            extra = states.hidden_states.shape[-1] - states.embeddings.shape[-1]
-            states.embeddings = F.pad(states.embeddings, (0, extra))  # [B, T, 3 d_P]
-        super()._close(decoder, args, output)
+
+def widened(states: PilotStates) -> PilotStates:
+    """X̃ `[B, T, 3 d_P]`, as wide as h."""
+    extra = states.hidden_states.shape[-1] - states.embeddings.shape[-1]
+    states.embeddings = F.pad(states.embeddings, (0, extra))
+    return states
 
 
 class FeatureCopilot(CopilotModel):
