@@ -1,8 +1,7 @@
 """What the Copilot's part of a checkpoint costs, in seconds and bytes, for a Copilot of the shape of Llama 3.2 1B.
 
-    python benchmarks/checkpoint.py                     # trained with LoRA r 32; needs 24 GiB of memory
-    python benchmarks/checkpoint.py --training full     # needs 64 GiB
-
+    python -m benchmarks.checkpoint                     # trained with LoRA r 32; needs 24 GiB of memory
+    python -m benchmarks.checkpoint --training full     # needs 64 GiB
 
 Random weights and a full Mistake Log (128 rounds of 4 x 256 tokens, 10 of them labelled, beside a LoRA Pilot). The
 Pilot is cut to one layer: it is not written. Writes benchmarks/results/checkpoint_1b_<training>.json.
@@ -12,17 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from cost import LLAMA_3, SMALL_DECODER, table
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from benchmarks.common import RESULTS, device_name, table
+from benchmarks.cost import LLAMA_3, SMALL_DECODER
 from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
 from hf_copilot.training.checkpoint import save_state
 from hf_copilot.training.mistake_log import MistakeRecord
@@ -84,8 +83,8 @@ def main() -> None:
     training = parser.parse_args().training
     logging.set_verbosity_error()
     row = measure(training)
-    path = Path(__file__).parent / "results" / f"checkpoint_1b_{training}.json"
-    result = {"machine": f"{platform.machine()} CPU", "torch": torch.__version__, "checkpoint": row}
+    path = RESULTS / f"checkpoint_1b_{training}.json"
+    result = {"machine": device_name("cpu"), "torch": torch.__version__, "checkpoint": row}
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"{table([row])}\n\nwritten to {path}")
 

@@ -1,30 +1,32 @@
-"""What a Copilot costs: training step and generated token, as ratios to the Pilot alone, both arms on the same work.
+"""What a Copilot costs: training step and generated token, as ratios to the Pilot alone, all arms on the same work.
 
-    python benchmarks/cost.py                                  # CPU shape, writes benchmarks/results/cost_cpu.json
-    python benchmarks/cost.py --device cuda --shape llama-3.2-1b
+    python -m benchmarks.cost                                  # CPU shape, writes benchmarks/results/cost_cpu.json
+    python -m benchmarks.cost --device cuda --shape llama-3.2-1b
 
-Random weights in the exact shapes: timing needs no pretrained ones. Each repetition times both arms, in turn the one
-and the other first, so that a slow minute of the machine hits both; ratios are medians over the repetitions' ratios.
+Random weights in the exact shapes: timing needs no pretrained ones. Each repetition times the one Pilot alone and with
+every Copilot, in turn from the first and from the last, so that a slow minute of the machine hits all; ratios are
+medians over the repetitions' ratios, beside the least and the largest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 from trl.trainer.utils import add_fused_lm_head
 
+from benchmarks.common import RESULTS, Stopwatch, device_name, table
 from hf_copilot import CopilotArguments, CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
 from hf_copilot.pilot.inspect import unwrap
 from hf_copilot.training.report import multiplied_parameters
@@ -51,9 +53,7 @@ SHAPES = {
     "llama-3.1-8b": LLAMA_3
     | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
-MEMORIES = ("tokens", "pilot")  # the default, and a Copilot that reads the Pilot's states
-STEPS = CopilotArguments.copilot_steps_per_round
-COPILOTS = ((1, "pilot"), *((STEPS, memory) for memory in MEMORIES))  # steps in a round (1: the paper's), memory
+MEMORIES = ("tokens", "pilot")  # the token Copilot, which is the default, and the state Copilot
 PAPER = {  # Figure 5: whole fine-tuning and inference time with a 1B Copilot, A100
     "llama-3.2-1b": {"training": 1.065, "generation": 1.079},
     "llama-3.2-3b": {"training": 1.033, "generation": 1.047},
@@ -61,63 +61,57 @@ PAPER = {  # Figure 5: whole fine-tuning and inference time with a 1B Copilot, A
 }
 
 
-class Stopwatch:
-    """Seconds by name, with the device's work done."""
-
-    def __init__(self, device: str):
-        self.device, self.started, self.seconds = device, {}, {}
-
-    @contextmanager
-    def time(self, name: str):
-        self.start(name)
-        yield
-        self.stop(name)
-
-    def start(self, name: str) -> None:
-        self.wait()
-        self.started[name] = time.perf_counter()
-
-    def stop(self, name: str) -> None:
-        self.wait()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - self.started[name])
-
-    def wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def median(self, name: str) -> float:
-        return statistics.median(self.seconds[name])
-
-    def ratio(self, name: str, base: str) -> float:
-        """Median of the paired ratios."""
-        return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[base], strict=True))
-
-    def repeat(self, repetitions: int, warm_up: int, arms: Callable) -> None:
-        """Run the functions that `arms()` returns, every second time in reverse order; forget the warm-up's times."""
-        for repetition in range(-warm_up, repetitions):
-            if repetition == 0:
-                self.seconds.clear()
-            for arm in arms()[:: 1 if repetition % 2 else -1]:
-                arm()
+Batch = dict[str, torch.Tensor]
 
 
-def make_pair(shape: str, device: str, memory: str):
-    """The Pilot, its Copilot's config and LoRA: a small CPU pair in full, or the paper's LoRA r 32 in bf16."""
+class Copilot(NamedTuple):
+    """One that is timed: its steps in a round, and what it reads."""
+
+    steps: int
+    memory: str
+
+
+STEPS = CopilotArguments.copilot_steps_per_round
+COPILOTS = (Copilot(1, "pilot"), *(Copilot(STEPS, memory) for memory in MEMORIES))  # the paper takes one step
+
+
+@dataclass(frozen=True)
+class Work:
+    """One optimizer step: `accumulate` micro-batches of `rows` sequences; the last `labelled` tokens have labels."""
+
+    labelled: int
+    rows: int
+    accumulate: int
+    length: int = 256
+
+    def batches(self, vocab_size: int, device: str) -> list[Batch]:
+        sizes = (vocab_size, self.rows, self.length, self.labelled, device)
+        return [make_batch(*sizes) for _ in range(self.accumulate)]
+
+
+def make_pilot(shape: str, device: str) -> tuple[PreTrainedModel, LoraConfig | None]:
+    """The Pilot, and its Copilots' adapter: a small one in full, or with the paper's LoRA r 32 in bf16."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     with torch.device(device):
         pilot = LlamaForCausalLM(config)
     add_fused_lm_head(pilot, outputs=("log_probs", "entropy", "is_top1"))  # the Pilot's loss as SFTTrainer has it
     if shape == "cpu":
-        return pilot, CopilotConfig(num_hidden_layers=2, memory=memory), None
-    pilot = pilot.to(torch.bfloat16)
+        return pilot, None
     lora = LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64)
-    head_dim = {"head_dim": 64, "hidden_act": "silu"}
-    decoder = CopilotConfig(init="random", memory=memory, num_hidden_layers=16, **SMALL_DECODER, **head_dim)
-    return get_peft_model(pilot, lora), decoder, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear")
+    adapter = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear")
+    return get_peft_model(pilot.to(torch.bfloat16), lora), adapter
 
 
-def make_batch(vocab_size: int, rows: int, length: int, labelled: int, device: str) -> dict[str, torch.Tensor]:
+def copilot_config(shape: str, memory: str) -> CopilotConfig:
+    """Two layers of the small Pilot's, or the paper's small decoder."""
+    if shape == "cpu":
+        return CopilotConfig(num_hidden_layers=2, memory=memory)
+    decoder = SMALL_DECODER | {"head_dim": 64, "hidden_act": "silu", "num_hidden_layers": 16}
+    return CopilotConfig(init="random", memory=memory, **decoder)
+
+
+def make_batch(vocab_size: int, rows: int, length: int, labelled: int, device: str) -> Batch:
     """Random tokens; the last `labelled` of every row carry labels."""
     ids = torch.randint(3, vocab_size, (rows, length), device=device)
     labels = ids.clone()
@@ -125,88 +119,103 @@ def make_batch(vocab_size: int, rows: int, length: int, labelled: int, device: s
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-def measure_training(
-    shape: str, device: str, labelled: int, rows: int, accumulate: int, reps: int, steps_per_round: int, memory: str
-) -> dict:
-    """Seconds of one optimizer step: the Pilot alone, and with a Copilot, by part. `accumulate` micro-batches of
-    `rows` x 256 tokens, of which the last `labelled` of every row carry labels; `steps_per_round` of a Copilot with
-    this `memory`."""
-    length = 256
-    pilot, config, lora = make_pair(shape, device, memory)
-    pilot.train()
-    learner = CopilotLearner(
-        copilot_for(pilot, config),
-        pilot,
-        num_training_steps=1000,
-        steps_per_round=steps_per_round,
-        autocast_dtype=torch.bfloat16 if device == "cuda" else None,
-        peft_config=lora,
-    )
-    learner.close()
-    optimizer = torch.optim.AdamW([p for p in pilot.parameters() if p.requires_grad], 1e-4, fused=True)
-    vocab_size, watch = SHAPES[shape]["vocab_size"], Stopwatch(device)
+class TrainingArms:
+    """Optimizer steps of one Pilot, alone and with each of several Copilots; hooks are there in its turn alone."""
 
-    def autocast():
-        return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()
+    def __init__(self, shape: str, device: str, copilots: Sequence[Copilot]):
+        self.pilot, adapter = make_pilot(shape, device)
+        self.pilot.train()
+        self.watch, self.device = Stopwatch(device), device
+        trained = [parameter for parameter in self.pilot.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
+        self.learners = {copilot: self._learner(shape, copilot, adapter) for copilot in copilots}
 
-    def update(batches: list, observe: Callable) -> None:
-        for batch in batches:
-            with observe(batch), autocast():
-                loss = pilot(**batch, fused_lm_head=True).loss / accumulate
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(pilot.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def _learner(self, shape: str, copilot: Copilot, adapter: LoraConfig | None) -> CopilotLearner:
+        learner = CopilotLearner(
+            copilot_for(self.pilot, copilot_config(shape, copilot.memory)),
+            self.pilot,
+            num_training_steps=1000,
+            steps_per_round=copilot.steps,
+            autocast_dtype=torch.bfloat16 if self.device == "cuda" else None,
+            peft_config=adapter,
+        )
+        learner.close()
+        adamw, name = learner.optimizer.adamw, (copilot, "optimizer")
+        adamw.register_step_pre_hook(lambda *_: self.watch.start(name))
+        adamw.register_step_post_hook(lambda *_: self.watch.stop(name))
+        return learner
 
-    @contextmanager
-    def timed_observe(batch: dict):
-        with learner.observe(batch):
-            yield
-            watch.start("log_part")
-        watch.stop("log_part")
+    def alone(self, batches: list[Batch]) -> None:
+        with self.watch.time("pilot"):
+            self._update(batches, lambda batch: nullcontext())
 
-    def pilot_alone(batches: list) -> None:
-        with watch.time("pilot"):
-            update(batches, lambda batch: nullcontext())
+    def beside(self, copilot: Copilot, batches: list[Batch]) -> None:
+        learner = self.learners[copilot]
 
-    def with_copilot(batches: list) -> None:
-        with watch.time("pilot_and_copilot"):
-            update(batches, timed_observe)
-            with watch.time("copilot_step"):
+        @contextmanager
+        def observe(batch: Batch) -> Iterator[None]:
+            with learner.observe(batch):
+                yield
+                self.watch.start((copilot, "log"))
+            self.watch.stop((copilot, "log"))
+
+        with self.watch.time((copilot, "all")):
+            self._update(batches, observe)
+            with self.watch.time((copilot, "step")):
                 learner.step()
         learner.close()
 
-    def arms() -> list[Callable]:
-        batches = [make_batch(vocab_size, rows, length, labelled, device) for _ in range(accumulate)]
-        return [partial(pilot_alone, batches), partial(with_copilot, batches)]
+    def _update(self, batches: list[Batch], observe: Callable[[Batch], AbstractContextManager]) -> None:
+        for batch in batches:
+            with observe(batch), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+                loss = self.pilot(**batch, fused_lm_head=True).loss / len(batches)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.pilot.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
-    learner.optimizer.adamw.register_step_pre_hook(lambda *_: watch.start("copilot_optimizer"))
-    learner.optimizer.adamw.register_step_post_hook(lambda *_: watch.stop("copilot_optimizer"))
-    watch.repeat(reps, 2, arms)
-    whole, updates = watch.median("copilot_step"), steps_per_round * watch.median("copilot_optimizer")
-    log = accumulate * watch.median("log_part")
-    pilot_seconds = watch.median("pilot")
-    return {
-        "memory": memory,
-        "labelled_share": labelled / length,
-        "steps_per_round": steps_per_round,
-        "pilot_s": pilot_seconds,
-        "pilot_and_copilot_s": watch.median("pilot_and_copilot"),
-        "ratio": watch.ratio("pilot_and_copilot", "pilot"),
-        "share_log": log / pilot_seconds,
-        "share_forward_backward": (whole - updates) / pilot_seconds,
-        "share_optimizer": updates / pilot_seconds,
-        "log_mb": learner.log.nbytes / 1e6,
-    }
+    def row(self, copilot: Copilot, work: Work) -> dict[str, Any]:
+        """What one Copilot takes, whole and by part."""
+        watch = self.watch
+        pilot, step = watch.median("pilot"), watch.median((copilot, "step"))
+        updates = copilot.steps * watch.median((copilot, "optimizer"))
+        return {
+            "memory": copilot.memory,
+            "labelled_share": work.labelled / work.length,
+            "steps_per_round": copilot.steps,
+            "pilot_s": pilot,
+            "pilot_and_copilot_s": watch.median((copilot, "all")),
+            **spread(watch.ratios((copilot, "all"), "pilot")),
+            "share_log": work.accumulate * watch.median((copilot, "log")) / pilot,
+            "share_forward_backward": (step - updates) / pilot,
+            "share_optimizer": updates / pilot,
+            "log_mb": self.learners[copilot].log.nbytes / 1e6,
+        }
+
+
+def measure_training(
+    shape: str, device: str, work: Work, reps: int, copilots: Sequence[Copilot] = COPILOTS
+) -> list[dict[str, Any]]:
+    """Seconds of one optimizer step: the Pilot alone, and with each Copilot."""
+    arms = TrainingArms(shape, device, copilots)
+
+    def turn() -> list[Callable[[], None]]:
+        batches = work.batches(SHAPES[shape]["vocab_size"], device)
+        return [partial(arms.alone, batches), *(partial(arms.beside, copilot, batches) for copilot in copilots)]
+
+    arms.watch.repeat(reps, 2, turn)
+    return [arms.row(copilot, work) for copilot in copilots]
 
 
 @torch.no_grad()
-def measure_generation(shape: str, device: str, rows: int, prompt: int, tokens: int, reps: int, memory: str) -> dict:
-    """Seconds of `generate`: greedy, the Pilot alone and rectified; both make the same number of tokens."""
-    pilot, config, _ = make_pair(shape, device, memory)
-    pilot = pilot.eval()
+def measure_generation(
+    shape: str, device: str, rows: int, prompt: int, tokens: int, reps: int, memories: Sequence[str] = MEMORIES
+) -> list[dict[str, Any]]:
+    """Seconds of `generate`: greedy, the Pilot alone and with each Copilot; all make the same number of tokens."""
+    pilot = make_pilot(shape, device)[0].eval()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    copilot = copilot_for(pilot, config).to(device, dtype).eval()
+    configs = {memory: copilot_config(shape, memory) for memory in memories}
+    copilots = {name: copilot_for(pilot, config).to(device, dtype).eval() for name, config in configs.items()}
     watch = Stopwatch(device)
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
 
@@ -214,68 +223,62 @@ def measure_generation(shape: str, device: str, rows: int, prompt: int, tokens: 
         with watch.time(name):
             pilot.generate(**inputs, logits_processor=processors, **settings)
 
-    def rectified(inputs: dict) -> None:
-        with CopilotLogitsProcessor(copilot, pilot) as processor:
-            generate("rectified", inputs, [processor])
+    def rectified(memory: str, inputs: dict) -> None:
+        with CopilotLogitsProcessor(copilots[memory], pilot) as processor:
+            generate(memory, inputs, [processor])
 
-    def arms() -> list[Callable]:
+    def turn() -> list[Callable[[], None]]:
         inputs = make_batch(SHAPES[shape]["vocab_size"], rows, prompt, 1, device)
         del inputs["labels"]
-        return [partial(generate, "pilot", inputs, []), partial(rectified, inputs)]
+        return [partial(generate, "alone", inputs, []), *(partial(rectified, memory, inputs) for memory in memories)]
 
-    watch.repeat(reps, 1, arms)
-    share = multiplied_parameters(copilot) / multiplied_parameters(unwrap(pilot))
-    overhead = watch.ratio("rectified", "pilot") - 1
-    return {
-        "memory": memory,
-        "batch": rows,
-        "pilot_ms_per_token": 1e3 * watch.median("pilot") / tokens,
-        "rectified_ms_per_token": 1e3 * watch.median("rectified") / tokens,
-        "ratio": 1 + overhead,
-        "share_of_weights": share,
-        "overhead_over_share": overhead / share,
-    }
-
-
-def table(rows: list[dict]) -> str:
-    """A Markdown table of dictionaries with the same keys."""
-    head = "| " + " | ".join(rows[0]) + " |"
-    lines = [
-        "| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in r.values()) + " |" for r in rows
+    watch.repeat(reps, 1, turn)
+    share = {name: multiplied_parameters(c) / multiplied_parameters(unwrap(pilot)) for name, c in copilots.items()}
+    return [
+        {
+            "memory": memory,
+            "batch": rows,
+            "pilot_ms_per_token": 1e3 * watch.median("alone") / tokens,
+            "rectified_ms_per_token": 1e3 * watch.median(memory) / tokens,
+            **spread(watch.ratios(memory, "alone")),
+            "share_of_weights": share[memory],
+        }
+        for memory in memories
     ]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *lines])
+
+
+def spread(ratios: list[float]) -> dict[str, float]:
+    """The median over the repetitions, and the least and the largest."""
+    return {"ratio": statistics.median(ratios), "ratio_least": ratios[0], "ratio_largest": ratios[-1]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--reps", type=int, default=3)
+    parser.add_argument("--reps", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--output", help="JSON file; default benchmarks/results/cost_<shape>.json")
+    parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/cost_<shape>.json")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     shape, device, reps = arguments.shape, arguments.device, arguments.reps
-    if shape == "cpu":
-        shapes = [(labelled, 8, 1) for labelled in (26, 128, 255)]
-    else:
-        shapes = [(10, 4, 4)]
-    training = [measure_training(shape, device, *sizes, reps, *copilot) for copilot in COPILOTS for sizes in shapes]
-    sizes = [(rows, 64, arguments.tokens, reps, memory) for memory in MEMORIES for rows in (1, 8)]
-    generation = [measure_generation(shape, device, *size) for size in sizes]
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    works = [Work(labelled, 8, 1) for labelled in (26, 128, 255)] if shape == "cpu" else [Work(10, 4, 4)]
+    training = [row for work in works for row in measure_training(shape, device, work, reps)]
+    sizes = [(rows, 64, arguments.tokens, reps) for rows in (1, 8)]
+    generation = [row for size in sizes for row in measure_generation(shape, device, *size)]
     result = {
         "shape": shape,
-        "device": name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "repetitions": reps,
         "paper": PAPER.get(shape),
         "training_step": training,
         "generated_token": generation,
     }
-    path = Path(arguments.output or Path(__file__).parent / "results" / f"cost_{shape}.json")
+    path = arguments.output or RESULTS / f"cost_{shape}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{name}, {shape}\n\n{table(training)}\n\n{table(generation)}\n\nwritten to {path}")
+    print(f"{result['device']}, {shape}\n\n{table(training)}\n\n{table(generation)}\n\nwritten to {path}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Parameters of Pilots and of the Copilots that the paper pairs with them, beside its Table 11, and of Copilots of two
 layers. Builds no weights.
 
-python benchmarks/parameters.py      # writes benchmarks/results/parameters.md
+python -m benchmarks.parameters      # writes benchmarks/results/parameters.md
 """
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import torch
-from cost import LLAMA_3, SMALL_DECODER, table
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from benchmarks.common import RESULTS, table
+from benchmarks.cost import LLAMA_3, SMALL_DECODER
 from hf_copilot import CopilotConfig, CopilotModel
 from hf_copilot.training.report import count_parameters
 
@@ -78,7 +78,7 @@ def main() -> None:
         rows = [row(name, t5_pair(shape), paper) for name, (shape, *paper) in T5_SHAPES.items()]
         rows.append(row("LLaMA-3.2-1B", llama_pair(), (1300, 2400)))
     text = table(rows)
-    (Path(__file__).parent / "results" / "parameters.md").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / "parameters.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

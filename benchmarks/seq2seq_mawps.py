@@ -1,6 +1,6 @@
 """MAWPS, question to equation, with a small T5 from scratch: Pilot, Pilot + Copilot, and a Pilot of the joint size.
 
-    python benchmarks/seq2seq_mawps.py --data DIR/mawps --seeds 3
+    python -m benchmarks.seq2seq_mawps --data DIR/mawps --seeds 3
 
 Trains on `train`, chooses λ on `valid`, answers `test` greedily by `model.generate`; right is an answer whose equation
 has the right value. Every run is kept under --runs and not repeated while its settings are the same. Writes
@@ -12,34 +12,26 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from cost import table
 from datasets import Dataset, load_dataset
-from equations import solves
-from runs import kept, paired_interval
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, set_seed
 from transformers import T5ForConditionalGeneration as T5
 
+from benchmarks.common import RESULTS, kept, paired_interval, standard_error, table
+from benchmarks.equations import solves
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotSeq2SeqConfig, CopilotSeq2SeqTrainer, copilot_for
 from hf_copilot.training.report import count_parameters
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-from answers import generate_answers  # noqa: E402
-from seq2seq_copilot import tokenize  # noqa: E402
-from sft_copilot import train_tokenizer  # noqa: E402
+from recipes.common import generate_answers, tokenize, train_tokenizer
 
 SHAPE = {"num_layers": 3, "num_heads": 4, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.1}
 TRAINING = {"num_train_epochs": 16, "per_device_train_batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 100}
 COPILOT = {"copilot_learning_rate": 1e-3, "copilot_steps_per_round": 4}
 QUIET = {"save_strategy": "no", "report_to": [], "lr_scheduler_type": "cosine", "logging_steps": 100}
-RESULTS = Path(__file__).parent / "results"
 
 
 def load(folder: Path) -> tuple[Dataset, Dataset, Dataset]:
@@ -142,7 +134,7 @@ def summary(runs: list[dict]) -> list[dict]:
     for arm, name in arms.items():
         by_seed, gain = hits[arm].mean(1), (hits[arm] - hits["pilot"]).mean(0)
         row = {"arm": name, "parameters": f"{runs[0][arm]['parameters']:,}", "value right": f"{by_seed.mean():.1%}"}
-        row["s.e. over seeds"] = f"{by_seed.std(ddof=1) / len(by_seed) ** 0.5:.1%}" if len(by_seed) > 1 else ""
+        row["s.e. over seeds"] = f"{standard_error(by_seed.tolist()):.1%}" if len(by_seed) > 1 else ""
         row["NLL per token"] = f"{statistics.mean(run[arm]['nll'] for run in runs):.4f}"
         row["difference"] = ""
         if arm != "pilot" and gain.any():

@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.common import RESULTS, table_of_cells
+
+ROOT = RESULTS.parent.parent
 PAGES = ("README.md", "docs/results.md", "docs/experiments.md", "docs/method.md")
 BETWEEN = re.compile(r"(?<=<!-- table: )(\S+)( -->\n)(.*?)(?=<!-- end -->)", re.S)
 
@@ -47,8 +47,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (list(head), *map(list, rows))]
-    return "\n".join([lines[0], "|" + "---|" * (lines[0].count(" | ") + 1), *lines[1:]]) + "\n"
+    return table_of_cells(list(head), map(list, rows)) + "\n"
 
 
 def share(value: float, sign: str = "") -> str:

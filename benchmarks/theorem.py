@@ -1,6 +1,6 @@
 """Theorem 4.1 of the paper, measured: does some λ₀ > 0 exist below which every λ brings p̂ + λ f nearer to the truth?
 
-    python benchmarks/theorem.py --seeds 8
+    python -m benchmarks.theorem --seeds 8
 
 Sequences come from a Markov chain of order two whose p(next | last two) is known. Several pairs of Pilot and Copilot
 (RMSE, probability fusion without clamping, as the theorem has it) are trained, each on data and from weights of its
@@ -21,15 +21,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from cost import table
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common import RESULTS, table
 from hf_copilot import CopilotConfig, CopilotLearner, copilot_for
 
 SYMBOLS, LENGTH, ROWS = 12, 32, 32
 PILOT = {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4}
-RESULTS = Path(__file__).parent / "results"
 STRENGTHS = torch.linspace(0, 3, 61)  # [L]
 
 

@@ -6,13 +6,13 @@ python recipes/quickstart.py
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from answers import generate_answers, print_comparison
+from common import cost_since, generate_answers, make_tokenizer, print_comparison
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging, set_seed
 
 from hf_copilot import CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer
@@ -56,16 +56,6 @@ def make_data(count: int, rng: random.Random, unseen: set[str]) -> Dataset:
             unseen.add(question)
             rows.append({"prompt": question + " answer :", "completion": " " + answer})
     return Dataset.from_list(rows)
-
-
-def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """One token per word and per digit."""
-    splitter = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(True)])
-    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text)}
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *sorted(words)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = splitter
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 def make_pilot(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -112,7 +102,7 @@ def main(arguments: Arguments) -> None:
     logging.set_verbosity_error()
     rng, seen = random.Random(arguments.seed), set()
     train, validation, test = (make_data(count, rng, seen) for count in (20_000, 200, arguments.problems))
-    tokenizer = make_tokenizer([p + c for d in (train, test) for p, c in zip(d["prompt"], d["completion"])])  # noqa: B905
+    tokenizer = make_tokenizer([row["prompt"] + row["completion"] for data in (train, test) for row in data])
     pilot = make_pilot(tokenizer)
     on_gpu = torch.cuda.is_available()
 
@@ -138,6 +128,7 @@ def main(arguments: Arguments) -> None:
         eval_dataset=validation,
         processing_class=tokenizer,
     )
+    start = time.perf_counter()
     trainer.train()
     history = list(trainer.state.log_history)
     metrics = trainer.evaluate(test)
@@ -148,10 +139,11 @@ def main(arguments: Arguments) -> None:
     with CopilotLogitsProcessor(trainer.copilot, pilot, tokenizer=tokenizer) as processor:
         rectified_hits = exact_matches(pilot, tokenizer, test, "Pilot + Copilot", processor)
     print_comparison(f"{len(test)} unseen problems, greedy", pilot_hits, rectified_hits, metrics)
+    print(cost_since(start))
 
     picture = Path(arguments.output_dir) / "quickstart.png"
     token = rectified_token(trainer.learner, example_batch(tokenizer, validation, pilot.device), pilot)
-    title = "Word problems: evaluation set over training, and one rectified token"
+    title = "Word problems: evaluation set over training, and the token that gained most"
     save_summary(str(picture), history, token, tokenizer.convert_ids_to_tokens, title)
     print(f"\nPicture: {picture}\n\nTo use the Copilot again:\n")
     print(f"""    from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -8,32 +8,12 @@ Data and Pilot are given as to `sft_copilot.py`.
 
 from __future__ import annotations
 
-from answers import ids_with_end
-from datasets import Dataset
+from common import RecipeArguments, build_from_scratch, prepare_rows, tokenize, train_and_compare
 from peft import get_peft_model
-from sft_copilot import RecipeArguments, build_from_scratch, compare, copilot_config, prepare_rows
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from hf_copilot import CopilotSeq2SeqConfig, CopilotSeq2SeqTrainer
-
-
-def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Prompts as the encoder's input, completions as labels; both end with the end token."""
-
-    def convert(row: dict) -> dict[str, list[int]]:
-        return {
-            "input_ids": ids_with_end(tokenizer, row["prompt"]),
-            "labels": ids_with_end(tokenizer, row["completion"]),
-        }
-
-    return rows.map(convert, remove_columns=rows.column_names)
 
 
 def main(
@@ -67,13 +47,9 @@ def main(
         eval_dataset=tokenize(validation, tokenizer),
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
         processing_class=tokenizer,
-        copilot=copilot_config(recipe),
+        copilot=recipe.copilot(),
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
-    trainer.save_model()
-    if recipe.generate_rows:
-        compare(trainer, tokenizer, test, recipe, trainer.evaluate(tokenize(test, tokenizer)))
+    train_and_compare(trainer, tokenizer, test, tokenize(test, tokenizer), recipe)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset=script_args.dataset_name)
 

@@ -9,10 +9,10 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # of 2 cores; more th
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the scripts that tests run
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read once, on import
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from tiny import tiny_pilot, tiny_tokenizer  # noqa: E402
+import pytest
+import torch
+import transformers
+from tiny import tiny_pilot, tiny_tokenizer
 
 torch.set_num_threads(THREADS)
 transformers.logging.set_verbosity_error()

@@ -11,12 +11,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 STEPS = 30
 

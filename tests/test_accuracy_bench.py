@@ -13,22 +13,18 @@ import pytest
 import torch
 from tiny import VOCAB_SIZE, tiny_pilot, tiny_tokenizer, trained_like
 
+from benchmarks.accuracy import experiments, picture, run
+from benchmarks.accuracy.groups import FEEDBACK
+from benchmarks.accuracy.inputs import ReadingPrompts, ScheduledFeeding
+from benchmarks.accuracy.mistakes import ReservoirLog, WeightedLog
+from benchmarks.accuracy.multiple_choice import MULTIPLE_CHOICE, SETS, convert
+from benchmarks.accuracy.recommendation import RECOMMENDATION, check_with_beams
+from benchmarks.accuracy.report import difference, mean_of, summarise
+from benchmarks.accuracy.scoring import Rectified, encode
+from benchmarks.accuracy.tasks import ARITHMETIC, MAWPS, TEXT
+from benchmarks.accuracy.training import Setting
+from benchmarks.accuracy.trie import Trie, item_scores
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "accuracy"))
-
-import experiments  # noqa: E402
-import picture  # noqa: E402
-import run  # noqa: E402
-from inputs import ReadingPrompts, ScheduledFeeding  # noqa: E402
-from mistakes import ReservoirLog, WeightedLog  # noqa: E402
-from multiple_choice import MULTIPLE_CHOICE, SETS, convert  # noqa: E402
-from recommendation import RECOMMENDATION, check_with_beams  # noqa: E402
-from report import difference, mean_of, summarise  # noqa: E402
-from scoring import Rectified, encode  # noqa: E402
-from tasks import ARITHMETIC, MAWPS, TEXT  # noqa: E402
-from training import Setting  # noqa: E402
-from trie import Trie, item_scores  # noqa: E402
 
 SMALL = {
     "pilot": {
@@ -112,7 +108,7 @@ def test_a_trie_scores_each_item_as_if_it_stood_alone(config):
 
 @pytest.mark.parametrize("with_copilot", [True, False])
 def test_constrained_beam_search_finds_the_exact_scores(monkeypatch, with_copilot):
-    monkeypatch.setattr("recommendation.CHECKED_BEAMS", 10)
+    monkeypatch.setattr("benchmarks.accuracy.recommendation.CHECKED_BEAMS", 10)
     model = rectified() if with_copilot else alone(rectified())
     trie = Trie.of([model.tokenizer(item)["input_ids"] for item in ITEMS])
     largest, found = check_with_beams(model, trie, ["next after 12?", "and after 250, 999?"])
@@ -149,8 +145,8 @@ def data(tmp_path):
 
 @pytest.fixture(autouse=True)
 def short_costs(monkeypatch):
-    monkeypatch.setattr("arms.COST_STEPS", 2)
-    monkeypatch.setattr("arms.COST_REPETITIONS", 1)
+    monkeypatch.setattr("benchmarks.accuracy.arms.COST_STEPS", 2)
+    monkeypatch.setattr("benchmarks.accuracy.arms.COST_REPETITIONS", 1)
 
 
 def test_items_ranked_by_their_counts(tmp_path):
@@ -228,10 +224,10 @@ def test_every_experiment_runs(group, data, tmp_path, monkeypatch):
     task = replace(MAWPS, **SMALL, max_new_tokens=4)
     monkeypatch.setitem(experiments.TASKS, "mawps", task)
     names = ["--data", str(data), "--work", str(tmp_path / "work"), "--results", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["experiments.py", group, "mawps", *names])
+    monkeypatch.setattr(sys, "argv", ["experiments", group, "mawps", *names])
     experiments.main()
     text = (tmp_path / f"experiments_{group}_mawps.md").read_text()
-    assert all(name in text for name in experiments.GROUPS[group])
+    assert all(name in text for name in experiments.GROUPS[group].variants)
     extras = {"mistakes": "cross-fitting", "pilots": "moved to the Pilot, 2.5 times", "feedback": "generated right"}
     assert all((name in text) == (group == its) for its, name in extras.items())
 
@@ -239,15 +235,37 @@ def test_every_experiment_runs(group, data, tmp_path, monkeypatch):
 def test_what_is_done_is_kept(data, tmp_path, monkeypatch):
     """Every Copilot of a group on its own: one more alone is trained."""
     monkeypatch.setattr(experiments, "AT_ONCE", 1)
-    monkeypatch.setitem(experiments.GROUPS, "feedback", dict(list(experiments.FEEDBACK.items())[:1]))
+    names = list(FEEDBACK.variants)
+
+    def run_first(count):
+        some = replace(FEEDBACK, variants={name: FEEDBACK.variants[name] for name in names[:count]})
+        monkeypatch.setitem(experiments.GROUPS, "feedback", some)
+        return experiments.run_group(setting, 0, "feedback")
+
     setting = Setting(replace(MAWPS, **SMALL, max_new_tokens=4), data, tmp_path)
-    first = experiments.run_group(setting, 0, "feedback")
-    monkeypatch.setitem(experiments.GROUPS, "feedback", dict(list(experiments.FEEDBACK.items())[:2]))
+    first = run_first(1)
     trained, run_variants = [], experiments.run_variants
     monkeypatch.setattr(experiments, "run_variants", lambda *args: trained.extend(args[-1]) or run_variants(*args))
-    both = experiments.run_group(setting, 0, "feedback")
-    assert trained == list(experiments.FEEDBACK)[1:2] and list(both) == ["Pilot", *list(experiments.FEEDBACK)[:2]]
+    both = run_first(2)
+    assert trained == names[1:2] and list(both) == [experiments.ALONE, *names[:2]]
     assert {name: both[name] for name in first} == first  # the same Pilot, bit for bit
+
+
+@pytest.mark.parametrize("task", run.TASKS.values(), ids=run.TASKS)
+def test_the_tables_are_those_of_the_stored_results(task):
+    found = json.loads((run.RESULTS / f"{task.name}.json").read_text())
+    text = run.table_of(task, found["arms"], found["costs"])
+    assert text + "\n" == (run.RESULTS / f"{task.name}.md").read_text()
+
+
+@pytest.mark.parametrize("file", sorted(run.RESULTS.glob("experiments_*.json")), ids=lambda file: file.stem)
+def test_the_tables_of_experiments_are_those_of_their_runs(file):
+    group = experiments.GROUPS.get(file.stem.split("_")[1])
+    if group is None:
+        pytest.skip("of a group that is gone")
+    assert (
+        experiments.table_of(group, json.loads(file.read_text())["runs"]) + "\n" == file.with_suffix(".md").read_text()
+    )
 
 
 def test_the_pictures_of_the_results_are_drawn(tmp_path, monkeypatch):
@@ -272,7 +290,7 @@ def test_prompts_are_read_and_not_measured():
 @pytest.mark.parametrize("copilot_input", ["discrepancy", "both"])
 def test_scheduled_feeding_is_generations_in_training(monkeypatch, copilot_input):
     """With every input predicted, the Copilot is fed in training what it is fed when it generates the same text."""
-    monkeypatch.setattr("inputs.SHARE", 1.0)
+    monkeypatch.setattr("benchmarks.accuracy.inputs.SHARE", 1.0)
     pilot = tiny_pilot().eval()
     config = CopilotConfig.paper(num_hidden_layers=2, dropout=0.0, copilot_input=copilot_input, top_k=VOCAB_SIZE)
     copilot, prompt = trained_like(pilot, config), torch.tensor([[5, 9, 12]])

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import SHAPE
 
+from benchmarks import checkpoint, cost, parameters, theorem
+from benchmarks.common import RESULTS, Stopwatch, table
+from benchmarks.equations import solves
 from hf_copilot import CopilotConfig
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import checkpoint  # noqa: E402
-import cost  # noqa: E402
-import parameters  # noqa: E402
-import theorem  # noqa: E402
-from equations import solves  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -28,17 +22,35 @@ def tiny_shape(monkeypatch):
 
 
 def test_cost_of_training():
-    row = cost.measure_training(
-        "cpu", "cpu", labelled=26, rows=2, accumulate=2, reps=2, steps_per_round=2, memory="tokens"
-    )
-    assert row["pilot_and_copilot_s"] > row["share_optimizer"] > 0
-    assert row["share_forward_backward"] > 0 and row["share_log"] > 0 and row["log_mb"] > 0
+    copilots = [cost.Copilot(2, "tokens"), cost.Copilot(1, "pilot")]
+    work = cost.Work(labelled=26, rows=2, accumulate=2)
+    rows = cost.measure_training("cpu", "cpu", work, 2, copilots)
+    assert [row["memory"] for row in rows] == ["tokens", "pilot"] and rows[0]["pilot_s"] == rows[1]["pilot_s"]
+    for row in rows:
+        assert row["pilot_and_copilot_s"] > row["share_optimizer"] > 0
+        assert row["share_forward_backward"] > 0 and row["share_log"] > 0 and row["log_mb"] > 0
+        assert row["ratio_least"] <= row["ratio"] <= row["ratio_largest"]
 
 
 def test_cost_of_generation():
-    row = cost.measure_generation("cpu", "cpu", rows=2, prompt=6, tokens=4, reps=2, memory="tokens")
-    assert row["rectified_ms_per_token"] > 0 and 0 < row["share_of_weights"] < 1
-    assert cost.table([row]).count("|") == 3 * (len(row) + 1)
+    tokens, states = cost.measure_generation("cpu", "cpu", rows=2, prompt=6, tokens=4, reps=2)
+    assert tokens["pilot_ms_per_token"] == states["pilot_ms_per_token"] > 0
+    assert tokens["rectified_ms_per_token"] > 0 and 0 < tokens["share_of_weights"] < 1
+    assert table([tokens, states]).count("|") == 4 * (len(tokens) + 1)
+
+
+def test_arms_take_turns():
+    """Every second time from the last one on; the warm-up's times are forgotten."""
+    watch, order = Stopwatch("cpu"), []
+
+    def arm(name):
+        order.append(name)
+        with watch.time(name):
+            pass
+
+    watch.repeat(2, 1, lambda: [partial(arm, "a"), partial(arm, "b")])
+    assert "".join(order) == "ba" + "ab" + "ba"
+    assert len(watch.seconds["a"]) == 2 and len(watch.ratios("a", "b")) == 2
 
 
 @pytest.mark.parametrize("training", ["lora", "full"])
@@ -80,11 +92,9 @@ def test_equations(equation, value, right):
 
 
 def test_parameters_are_counted_without_weights(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(parameters, "__file__", str(tmp_path / "parameters.py"))
-    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(parameters, "RESULTS", tmp_path)
     parameters.main()
-    committed = Path(cost.__file__).parent / "results" / "parameters.md"
-    assert (tmp_path / "results" / "parameters.md").read_text() == committed.read_text()
+    assert (tmp_path / "parameters.md").read_text() == (RESULTS / "parameters.md").read_text()
 
 
 def test_the_theorem_of_a_perfect_copilot():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from peft import PromptTuningConfig, get_peft_model
 from tiny import QUIET, addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
 from transformers import TrainingArguments
 
+from benchmarks import tables
 from hf_copilot import CopilotCallback, CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer
 from hf_copilot.pilot.compatibility import check_trainer
 
@@ -22,26 +22,25 @@ PAGES = {
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
 }
 TABLE = PAGES["docs/compatibility.md"]
-BENCH = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
 ROWS = [line for line in TABLE.splitlines() if line.startswith("| ") and not line.startswith("| what")]
 
 
-@pytest.mark.parametrize("page", BENCH["PAGES"])
+@pytest.mark.parametrize("page", tables.PAGES)
 def test_the_tables_are_those_of_the_results(page):
-    assert BENCH["rewritten"](PAGES[page]) == PAGES[page], "python -m benchmarks.tables writes them anew"
+    assert tables.rewritten(PAGES[page]) == PAGES[page], "python -m benchmarks.tables writes them anew"
 
 
 def test_every_table_is_on_a_page_and_a_wrong_figure_is_seen():
-    written = [name for page in BENCH["PAGES"] for name, _, _ in BENCH["BETWEEN"].findall(PAGES[page])]
-    assert sorted(written) == sorted(BENCH["TABLES"])
+    written = [name for page in tables.PAGES for name, _, _ in tables.BETWEEN.findall(PAGES[page])]
+    assert sorted(written) == sorted(tables.TABLES)
     wrong = PAGES["README.md"].replace("**44.3 ± 4.3 %**", "**54.3 ± 4.3 %**")
-    assert wrong != PAGES["README.md"] == BENCH["rewritten"](wrong)
+    assert wrong != PAGES["README.md"] == tables.rewritten(wrong)
 
 
-@pytest.mark.parametrize("page", BENCH["PAGES"])
+@pytest.mark.parametrize("page", tables.PAGES)
 def test_tables_of_figures_are_written_by_the_script_or_marked(page):
     """A table with figures in it stands between markers, or below one that says that it is written by hand."""
-    text = BENCH["BETWEEN"].sub("", PAGES[page])
+    text = tables.BETWEEN.sub("", PAGES[page])
     text = re.sub(r"<!-- by hand: .* -->\n(\|.*\n)+", "", text)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert not [row for row in rows if re.search(r"\d\.\d.*\|.*\d\.\d", re.sub(r"`[^`]*`", "", row))]

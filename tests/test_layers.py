@@ -60,10 +60,10 @@ def test_rooms_are_short(name):
 
 ON_IMPORT = """
 import sys, torch, transformers, peft
-flag = torch._dynamo.config.skip_nnmodule_hook_guards
+flag, before = torch._dynamo.config.skip_nnmodule_hook_guards, set(sys.modules)
 import hf_copilot
 assert torch._dynamo.config.skip_nnmodule_hook_guards == flag
-heavy = sorted({"trl", "datasets", "rich", "matplotlib"} & sys.modules.keys())
+heavy = sorted({"trl", "datasets", "rich", "matplotlib"} & (sys.modules.keys() - before))
 assert not heavy, heavy
 assert set(hf_copilot.__all__) <= set(dir(hf_copilot))
 """

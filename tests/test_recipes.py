@@ -1,4 +1,4 @@
-"""The recipes from end to end, short."""
+"""The recipes: their arguments, and from end to end, short."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ from pathlib import Path
 
 import pytest
 from tiny import addition
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from hf_copilot import CopilotSeq2SeqConfig, CopilotSFTConfig
+from recipes.common import RecipeArguments, build_from_scratch, cost_since, matches
 
 ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+slow = pytest.mark.slow
 
-pytestmark = pytest.mark.slow
+
+YAMLS = sorted(RECIPES.glob("*.yaml"))
 
 
 def run(script: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / script), *arguments], capture_output=True, text=True, timeout=600
+        [sys.executable, str(RECIPES / script), *arguments], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
+@slow
 def test_quickstart(tmp_path):
     out = run("quickstart.py", "--output_dir", str(tmp_path), "--max_steps", "40", "--problems", "50")
     assert "Pilot + Copilot" in out and "from_pretrained" in out
@@ -34,9 +42,10 @@ def test_quickstart(tmp_path):
     assert again.returncode == 0 and "answer" in again.stdout, again.stderr[-3000:]
 
 
+@slow
 @pytest.mark.parametrize("launcher", [[], ["--accelerate"]], ids=["plain", "accelerate"])
 def test_plain_loop(tmp_path, launcher):
-    assert len((ROOT / "recipes" / "plain_loop.py").read_text().splitlines()) < 80
+    assert len((RECIPES / "plain_loop.py").read_text().splitlines()) <= 110
     out = run("plain_loop.py", "--steps", "61", "--output", str(tmp_path / "copilot"), *launcher)
     last = ast.literal_eval(out.splitlines()[-2].partition(" ")[2])
     assert last["rectified_nll"] < last["pilot_nll"]
@@ -49,28 +58,75 @@ def write_sums(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
+@slow
 def test_seq2seq_copilot(tmp_path):
     write_sums(tmp_path)
-    config = str(ROOT / "recipes" / "mawps_t5_tiny.yaml")
+    config = str(RECIPES / "mawps_t5_tiny.yaml")
     short = ["--num_train_epochs", "1", "--generate_rows", "20", "--max_new_tokens", "8"]
     places = ["--dataset_name", str(tmp_path), "--output_dir", str(tmp_path)]
     out = run("seq2seq_copilot.py", "--config", config, *places, *short)
     assert "Pilot + Copilot" in out and (tmp_path / "copilot" / "config.json").is_file()
 
 
+@slow
 @pytest.mark.parametrize("source", ["folder", "file"])
 def test_sft_copilot(tmp_path, source):
     write_sums(tmp_path)
     data = tmp_path if source == "folder" else tmp_path / "train.jsonl"
-    config = str(ROOT / "recipes" / "mawps_tiny.yaml")
+    config = str(RECIPES / "mawps_tiny.yaml")
     short = ["--num_train_epochs", "1", "--generate_rows", "20", "--max_new_tokens", "8"]
     out = run("sft_copilot.py", "--config", config, "--dataset_name", str(data), "--output_dir", str(tmp_path), *short)
     assert "Pilot + Copilot" in out and (tmp_path / "copilot" / "config.json").is_file()
     wrong = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "sft_copilot.py"), "--config", config, "--dataset_name", str(data)]
+        [sys.executable, str(RECIPES / "sft_copilot.py"), "--config", config, "--dataset_name", str(data)]
         + ["--prompt", "{nothing}"],
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert wrong.returncode != 0 and "no field" in wrong.stderr
+
+
+def parse(file: Path, *arguments: str) -> RecipeArguments:
+    config = CopilotSeq2SeqConfig if "t5" in file.stem else CopilotSFTConfig
+    parser = TrlParser((ScriptArguments, config, ModelConfig, RecipeArguments))
+    on_cpu = ["--use_cpu", "true", "--bf16", "false"]
+    given = ["--config", str(file), "--dataset_name", "data", *on_cpu, *arguments]
+    return parser.parse_args_and_config(given, fail_with_unknown_args=True)[-1]
+
+
+@pytest.mark.parametrize("file", YAMLS, ids=lambda file: file.stem)
+def test_every_yaml_is_read(file):
+    recipe = parse(file)
+    assert recipe.copilot().num_hidden_layers in (None, 2)
+    if recipe.from_config:
+        model, tokenizer = build_from_scratch(recipe, addition(20))
+        assert model.config.model_type == recipe.from_config["model_type"] and model.config.vocab_size == len(
+            tokenizer
+        )
+
+
+@pytest.mark.parametrize("file", YAMLS, ids=lambda file: file.stem)
+def test_the_page_of_the_recipes_has_every_yaml(file):
+    assert f"--config recipes/{file.name}" in (RECIPES / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_copilot_is_a_dictionary(tmp_path):
+    """In YAML, or as JSON on the command line; beside a preset, what differs from it."""
+    settings = {"memory": "pilot", "num_hidden_layers": 4}
+    on_command_line = parse(RECIPES / "mawps_tiny.yaml", "--copilot_config", json.dumps(settings)).copilot()
+    text = (RECIPES / "mawps_tiny.yaml").read_text() + "copilot_config: {memory: pilot, num_hidden_layers: 4}\n"
+    (tmp_path / "changed.yaml").write_text(text)
+    for config in (on_command_line, parse(tmp_path / "changed.yaml").copilot()):
+        assert (config.memory, config.num_hidden_layers, config.objective) == ("pilot", 4, "cross_entropy")
+    paper = RecipeArguments(copilot_preset="paper", copilot_config={"pattern": 2}).copilot()
+    assert (paper.objective, paper.pattern) == ("rmse", 2)
+
+
+def test_answers_are_compared_by_their_last_match():
+    answers, expected = ["1 #### 2 #### 3", "#### 4", "5"], ["#### 3", "#### 5", "#### 5"]
+    assert matches(answers, expected, "#### (.*?)(?= ####|$)").tolist() == [1.0, 0.0, 0.0]
+
+
+def test_the_cost_is_said_in_words():
+    assert cost_since(0.0).partition(" min ")[0].isdigit()

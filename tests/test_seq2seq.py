@@ -18,8 +18,8 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from versions import CHECKPOINTING
 
+from benchmarks.common import CHECKPOINTING
 from hf_copilot import (
     CopilotCallback,
     CopilotConfig,

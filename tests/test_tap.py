@@ -14,8 +14,8 @@ from tiny import assert_same, tiny_pilot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from versions import CHECKPOINTING
 
+from benchmarks.common import CHECKPOINTING
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
 from hf_copilot.pilot.head import PilotHead
 from hf_copilot.pilot.inspect import find_layers

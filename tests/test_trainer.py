@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny import MEMORIES, QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
-from versions import CHECKPOINTING
 
+from benchmarks.common import CHECKPOINTING
 from hf_copilot import (
     CopilotArguments,
     CopilotCallback,

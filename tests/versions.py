@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
 from importlib.metadata import version
 
 import pytest
 from packaging.requirements import Requirement
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM
 
-# transformers renamed these in 5.24 and in 5.23
+# transformers renamed it in 5.24
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-CHECKPOINTING = "activation_checkpointing"
-if CHECKPOINTING not in {field.name for field in fields(TrainingArguments)}:
-    CHECKPOINTING = "gradient_checkpointing"
 
 # it loads a Pilot's optimizer to cpu:0, which torch.load does not know
 CANT_RESUME_ON_TWO_CPU_PROCESSES = "transformers<5.18"

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from scoring import Figures, Rectified, likelihood
-from tasks import Row
-from training import Setting, Variant
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from cost import Stopwatch  # noqa: E402
-
+from benchmarks.accuracy.scoring import Figures, Rectified, beside, likelihood
+from benchmarks.accuracy.training import Setting, Variant
+from benchmarks.common import Row, Stopwatch
 from hf_copilot.training.metrics import best_strength
 from hf_copilot.training.report import count_parameters
 
@@ -26,15 +19,15 @@ CHOSEN_BY = {"λ chosen": "nll", "λ by accuracy": "token_accuracy"}  # on the v
 LONGER = 2.5  # times the task's steps
 TITLES = {
     "pilot": "Pilot",
-    "paper": "+ Copilot, paper's preset, λ = 1",
-    "paper, λ chosen": "+ Copilot, paper's preset, λ chosen on valid",
-    "paper, λ by accuracy": "+ Copilot, paper's preset, λ chosen by token accuracy",
-    "copilot": "+ Copilot, ours, λ = 1",
-    "copilot, λ chosen": "+ Copilot, ours, λ chosen on valid",
-    "copilot, λ by accuracy": "+ Copilot, ours, λ chosen by token accuracy",
-    "states": "+ Copilot that reads the Pilot's states, λ = 1",
-    "states, λ chosen": "+ Copilot that reads the Pilot's states, λ chosen on valid",
-    "states, λ by accuracy": "+ Copilot that reads the Pilot's states, λ chosen by token accuracy",
+    "paper": "+ the paper's Copilot, λ = 1",
+    "paper, λ chosen": "+ the paper's Copilot, λ chosen on valid",
+    "paper, λ by accuracy": "+ the paper's Copilot, λ chosen by token accuracy",
+    "copilot": "+ token Copilot, λ = 1",
+    "copilot, λ chosen": "+ token Copilot, λ chosen on valid",
+    "copilot, λ by accuracy": "+ token Copilot, λ chosen by token accuracy",
+    "states": "+ state Copilot, λ = 1",
+    "states, λ chosen": "+ state Copilot, λ chosen on valid",
+    "states, λ by accuracy": "+ state Copilot, λ chosen by token accuracy",
     "joint": "Pilot of the joint size",
     "longer": f"Pilot, {LONGER:g} times the steps",
 }
@@ -57,7 +50,7 @@ def run_copilots(setting: Setting, seed: int, variants: dict[str, Variant]) -> d
     size = count_parameters(pilot)[0]
     arms = {"pilot": alone(setting, Rectified(pilot, tokenizer), splits.test)}
     for name, learner in learners.items():
-        model = Rectified(pilot, tokenizer, learner, learner.copilot.config.strength)
+        model = beside(Rectified(pilot, tokenizer), learner)
         own = {"parameters": size + count_parameters(learner.copilot)[0]}
         arms[name] = own | {"figures": measure(setting, model, splits.test), "strength": model.strength}
         checks = setting.task.check(model, splits.test, setting.data)
@@ -112,8 +105,9 @@ def run_costs(setting: Setting, ours: dict[str, Variant]) -> dict[str, dict[str,
         base = setting.base(tokenizer, joint if arm == "joint" else None)
         pilot, learners, seconds = setting.train(base, tokenizer, rows, 0, variants, max_steps=COST_STEPS)
         watch.seconds.setdefault(f"training {arm}", []).append(seconds)
-        learner = learners.get(arm)
-        model = Rectified(pilot, tokenizer, learner, learner.copilot.config.strength if learner else 0.0)
+        model = Rectified(pilot, tokenizer)
+        if arm in learners:
+            model = beside(model, learners[arm])
         with watch.time(f"generation {arm}"):
             model.answers([row["prompt"] for row in rows[:64]], "cost", max_new_tokens=16, min_new_tokens=16)
 

@@ -9,11 +9,11 @@ import random
 from typing import Any
 
 import torch
-from scoring import BATCH, Rectified
-from tasks import Row
-from training import Setting, Trained, Variant
 from transformers import PreTrainedModel
 
+from benchmarks.accuracy.scoring import BATCH, Rectified, beside
+from benchmarks.accuracy.training import Setting, Trained, Variant
+from benchmarks.common import Row
 from hf_copilot import CopilotArguments, CopilotLearner, CopilotModel, MistakeLog, copilot_for
 from hf_copilot.training.mistake_log import MistakeRecord
 
@@ -75,8 +75,7 @@ def cross_fit(
         copilot = learners[0].copilot if learners else None
         learners.append(log_rows(setting, tokenizer, pilot, other, seed, variant, copilot))
     teach(learners, steps, setting.task.training["per_device_train_batch_size"])
-    learner = CopilotLearner(learners[0].copilot, trained.pilot)
-    return Rectified(trained.pilot, tokenizer, learner, learner.copilot.config.strength)
+    return beside(Rectified(trained.pilot, tokenizer), CopilotLearner(learners[0].copilot, trained.pilot))
 
 
 def log_rows(

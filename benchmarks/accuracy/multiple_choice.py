@@ -6,8 +6,9 @@ import random
 import re
 from pathlib import Path
 
-from scoring import Figures, Rectified, encode
-from tasks import Row, Splits, Task, llama, read
+from benchmarks.accuracy.scoring import Figures, Rectified, encode
+from benchmarks.accuracy.tasks import Splits, Task, llama
+from benchmarks.common import Row, read
 
 SETS = ("piqa", "boolq", "winogrande", "openbookqa")
 ANSWERS = re.compile(r"Answer format:\s*([\w/]+)\s*$")

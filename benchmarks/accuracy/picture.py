@@ -1,7 +1,7 @@
 """The pictures of what run.py and experiments.py wrote: gains over the Pilot with their intervals, the likelihood
 against λ, and what one change at a time does.
 
-    python benchmarks/accuracy/picture.py
+    python -m benchmarks.accuracy.picture
 
 Reads benchmarks/results/accuracy/, writes docs/results.png and docs/learning.png.
 """
@@ -15,11 +15,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from arms import TITLES
-from experiments import LEARNING
 from matplotlib.axes import Axes
-from report import LOWER_IS_BETTER
-from run import RESULTS, TASKS
+
+from benchmarks.accuracy.arms import TITLES
+from benchmarks.accuracy.experiments import ALONE
+from benchmarks.accuracy.groups import LEARNING
+from benchmarks.accuracy.report import LOWER_IS_BETTER
+from benchmarks.accuracy.run import RESULTS, TASKS
 
 SHOWN = {
     "paper, λ chosen": "tab:blue",
@@ -72,7 +74,7 @@ def plot_learning(axes: Axes, task: str, runs: list[dict[str, Any]], names: list
     places = [place for place, name in enumerate(names) if name in runs[0]]
 
     def changes(which: str) -> np.ndarray:
-        nll = [[run[names[place]][which]["nll"] / run["Pilot"]["own"]["nll"] for place in places] for run in runs]
+        nll = [[run[names[place]][which]["nll"] / run[ALONE]["own"]["nll"] for place in places] for run in runs]
         return 100 * (np.mean(nll, axis=0) - 1)  # [places], in %
 
     for which, label, marker in (("own", "λ = 1", "o"), ("chosen", "λ chosen on other rows", "x")):
@@ -111,7 +113,7 @@ def main() -> None:
         return
     figure, all_axes = plt.subplots(1, len(learning), figsize=(6 * len(learning), 5.5), sharey=True, squeeze=False)
     for axes, (task, result) in zip(all_axes[0], learning.items(), strict=True):
-        plot_learning(axes, task, result["runs"], list(LEARNING))
+        plot_learning(axes, task, result["runs"], list(LEARNING.variants))
     figure.tight_layout()
     figure.savefig(args.pictures / "learning.png", dpi=110)
 

@@ -1,6 +1,6 @@
 """The next item of a user, in the paper's prompt form; item numbers are digit tokens, all items are ranked exactly.
 
-python benchmarks/accuracy/recommendation.py --data DIR    # what ranking by counts gives, without a model
+python -m benchmarks.accuracy.recommendation --data DIR    # what ranking by counts gives, without a model
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from report import mean_of
-from scoring import Figures, Rectified
-from tasks import Row, Splits, Task, llama, make_tokenizer, read
 from tqdm import tqdm
 from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
-from trie import Trie, item_scores
+
+from benchmarks.accuracy.report import mean_of
+from benchmarks.accuracy.scoring import Figures, Rectified
+from benchmarks.accuracy.tasks import Splits, Task, llama
+from benchmarks.accuracy.trie import Trie, item_scores
+from benchmarks.common import Row, read
+from recipes.common import make_tokenizer
 
 CUTOFFS = (5, 10, 20, 100)
 HISTORY = 10  # latest items in the prompt

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from runs import paired_interval  # noqa: E402
+from benchmarks.common import paired_interval, standard_error
 
 Run = dict[str, dict[str, Any]]  # arms of one seed
 LOWER_IS_BETTER = ("nll",)
@@ -42,8 +38,7 @@ def summarise(runs: list[Run], metrics: Iterable[str]) -> dict[str, dict[str, An
         row |= {"checks": [run[arm]["checks"] for run in runs]} if "checks" in runs[0][arm] else {}
         for metric in metrics:
             means = [mean_of(run[arm]["figures"][metric]) for run in runs]
-            error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
-            row[metric] = {"mean": statistics.mean(means), "standard_error": error, "by_seed": means}
+            row[metric] = {"mean": statistics.mean(means), "standard_error": standard_error(means), "by_seed": means}
             if arm != "pilot":
                 row[metric] |= difference(runs, arm, metric)
                 pilot = statistics.mean(mean_of(run["pilot"]["figures"][metric]) for run in runs)

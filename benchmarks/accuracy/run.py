@@ -1,8 +1,8 @@
 """Does a Copilot help, on data like mine, more than the same parameters spent on a bigger Pilot?
 
-    python benchmarks/accuracy/run.py arithmetic --seeds 3
-    python benchmarks/accuracy/run.py --seeds 3 --data DIR             # all tasks
-    python benchmarks/accuracy/run.py mawps --pilot Qwen/Qwen2.5-0.5B --lora --device cuda --data DIR
+    python -m benchmarks.accuracy.run arithmetic --seeds 3
+    python -m benchmarks.accuracy.run --seeds 3 --data DIR             # all tasks
+    python -m benchmarks.accuracy.run mawps --pilot Qwen/Qwen2.5-0.5B --lora --device cuda --data DIR
 
 Every run is kept under --work and not repeated while its settings are the same. Writes
 benchmarks/results/accuracy/<task>.{json,md}.
@@ -12,26 +12,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-from arms import COPILOTS, JOINT_RATES, LONGER, TITLES, run_copilots, run_costs, run_joint, run_longer
-from multiple_choice import MULTIPLE_CHOICE
-from recommendation import RECOMMENDATION
-from report import rows_of, summarise
-from tasks import ARITHMETIC, MAWPS, TEXT, Task
-from training import Setting, Variant
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from cost import table  # noqa: E402
-from runs import kept  # noqa: E402
+from benchmarks import common
+from benchmarks.accuracy.arms import (
+    COPILOTS,
+    JOINT_RATES,
+    LONGER,
+    TITLES,
+    run_copilots,
+    run_costs,
+    run_joint,
+    run_longer,
+)
+from benchmarks.accuracy.multiple_choice import MULTIPLE_CHOICE
+from benchmarks.accuracy.recommendation import RECOMMENDATION
+from benchmarks.accuracy.report import rows_of, summarise
+from benchmarks.accuracy.tasks import ARITHMETIC, MAWPS, TEXT, Task
+from benchmarks.accuracy.training import Setting, Variant
+from benchmarks.common import kept, table
 
 TASKS = {task.name: task for task in (ARITHMETIC, TEXT, MAWPS, RECOMMENDATION, MULTIPLE_CHOICE)}
-RESULTS = Path(__file__).parent.parent / "results" / "accuracy"
+RESULTS = common.RESULTS / "accuracy"
 
 
 def settings_of(setting: Setting) -> dict:
@@ -43,7 +49,7 @@ def settings_of(setting: Setting) -> dict:
     return settings | {"base": setting.pilot, "lora": setting.lora, "device": setting.device, "data": data}
 
 
-def variants(copilots: dict[str, Variant] = COPILOTS) -> dict:
+def variant_settings(copilots: dict[str, Variant]) -> dict:
     """What makes the Copilots, beside a task's own settings of theirs."""
     return {name: variant.settings() for name, variant in copilots.items()}
 
@@ -52,7 +58,7 @@ def run_task(setting: Setting, seeds: int) -> tuple[list[dict], dict]:
     """All arms for every seed, and what they cost; a Hub model has no Pilot of the joint size beside it."""
     runs, settings, folder = [], settings_of(setting), setting.work / setting.task.name
     ours = COPILOTS["copilot"]
-    with_copilots = settings | {"variants": variants()}
+    with_copilots = settings | {"variants": variant_settings(COPILOTS)}
     with_ours = settings | {"variants": ours.settings()}
     for seed in range(seeds):
         run = kept(
@@ -70,7 +76,7 @@ def run_task(setting: Setting, seeds: int) -> tuple[list[dict], dict]:
         return runs, {}
     timed = {name: COPILOTS[name] for name in ("copilot", "states")}
     return runs, kept(
-        folder / "costs.json", settings | {"variants": variants(timed)}, partial(run_costs, setting, timed)
+        folder / "costs.json", settings | {"variants": variant_settings(timed)}, partial(run_costs, setting, timed)
     )
 
 
@@ -100,16 +106,25 @@ def main() -> None:
         task = replace(task, training=task.training | {"learning_rate": learning_rate})
         setting = Setting(task, args.data, work, args.device, args.pilot, args.lora)
         stem = f"{name}-{args.pilot.replace('/', '--')}" if args.pilot else task.name
-        settings = settings_of(setting) | {"variants": variants()}
+        settings = settings_of(setting) | {"variants": variant_settings(COPILOTS)}
         report(task, *run_task(setting, args.seeds), settings, args.results / stem)
+
+
+def metrics_of(task: Task, found: Iterable[str]) -> list[str]:
+    """The task's own first, then NLL, then the others."""
+    return list(dict.fromkeys([task.metric, "nll", *found]))
+
+
+def table_of(task: Task, summary: dict[str, dict], costs: dict[str, dict[str, float]]) -> str:
+    """The table of what `report` stores."""
+    found = [name for name, value in summary["pilot"].items() if isinstance(value, dict)]
+    return table(rows_of(summary, TITLES, metrics_of(task, found), costs))
 
 
 def report(task: Task, runs: list[dict], costs: dict, settings: dict, stem: Path) -> None:
     """Write and print what the runs of one task say."""
-    others = [metric for metric in runs[0]["pilot"]["figures"] if metric not in (task.metric, "nll")]
-    metrics = list(dict.fromkeys([task.metric, "nll", *others]))
-    summary = summarise(runs, metrics)
-    text = table(rows_of(summary, TITLES, metrics, costs))
+    summary = summarise(runs, metrics_of(task, runs[0]["pilot"]["figures"]))
+    text = table_of(task, summary, costs)
     found = {"settings": settings, "arms": summary, "costs": costs}
     Path(f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
     Path(f"{stem}.md").write_text(text + "\n")

@@ -6,11 +6,8 @@ Teacher-forced figures, λ's choice among them, feed the Copilot realised discre
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +15,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_copilot import CopilotLearner, CopilotLogitsProcessor
-from hf_copilot.model.discrepancy import fuse
 from hf_copilot.training.records import IGNORE
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "recipes"))
-
-from answers import generate_answers  # noqa: E402
+from recipes.common import generate_answers
 
 BATCH = 32
+Example = dict[str, list[int]]  # `input_ids` and `labels` of a row
 
 
 class Figures(NamedTuple):
@@ -66,39 +60,32 @@ class Rectified:
         return CopilotLogitsProcessor(self.learner.copilot, self.pilot, strength=self.strength)
 
     @torch.no_grad()
-    def token_scores(self, inputs: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Chunks of c targets, teacher-forced: their rows in the batch `[c]`, log p̃ `[c, V]`, labels `[c]`."""
-        if self.learner is None:
-            logits = self.pilot(**{k: v for k, v in inputs.items() if k != "labels"}).logits[:, :-1]  # [B, T - 1, V]
-            rows, positions = (inputs["labels"][:, 1:] != IGNORE).nonzero(as_tuple=True)  # [Q], [Q]
-            yield rows, logits[rows, positions].float().log_softmax(-1), inputs["labels"][rows, positions + 1]
-            return
-        learner, config = self.learner, self.learner.copilot.config
-        learner.copilot.eval()
-        records = learner.forced.read(inputs, lambda: self.pilot(**inputs))
-        learner.close()
-        if len(records) != len(inputs["labels"]):
-            raise ValueError("A row has no target, or the Pilot's forward on it is not finite: it can't be scored.")
-        batch = learner.forced.collate(records)
-        rows = batch.valid.nonzero()[:, 0]  # [Q]
-        for chunk, logits, correction in learner.forced.corrections(batch):
-            scores = fuse(logits.log_softmax(-1), correction, self.strength, config.fusion)  # [c, V]
-            yield rows[chunk], scores, batch.labels[chunk]
-
-    def log_likelihoods(self, examples: list[dict[str, list[int]]]) -> torch.Tensor:
+    def log_likelihoods(self, examples: list[Example]) -> torch.Tensor:
         """Of the completions of encoded rows: `[rows, 3]` with Σ log p̃, top-1 hits, and targets."""
+        if self.learner is None:
+            return self._log_likelihoods_of_pilot(examples)
+        with self.learner.forced as forced:
+            scores = forced.score(examples, [self.strength], BATCH)
+        rows = [(s.log_likelihoods.double().sum(), s.is_likeliest.sum(), s.is_likeliest.numel()) for s in scores]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def _log_likelihoods_of_pilot(self, examples: list[Example]) -> torch.Tensor:
+        """Likewise without a Copilot: log p̂."""
         sums = torch.zeros(len(examples), 3, dtype=torch.float64)
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
         for start in range(0, len(order), BATCH):
-            picked = torch.tensor(order[start : start + BATCH])  # [B]
-            for rows, scores, labels in self.token_scores(self.collate([examples[i] for i in picked])):
-                label = labels[:, None]  # [c, 1]
-                log_p, hit = scores.gather(-1, label)[:, 0], scores.argmax(-1) == labels  # [c], [c]
-                figures = torch.stack([log_p, hit.float(), torch.ones_like(log_p)], dim=-1)  # [c, 3]
-                sums.index_add_(0, picked[rows.cpu()], figures.double().cpu())
+            picked = order[start : start + BATCH]
+            inputs = self.collate([examples[i] for i in picked])
+            labels = inputs.pop("labels")[:, 1:]  # [B, T - 1]
+            scores = self.pilot(**inputs).logits[:, :-1].float().log_softmax(-1)  # [B, T - 1, V]
+            targets = labels != IGNORE
+            log_p = scores.gather(-1, labels.clamp_min(0)[..., None])[..., 0]  # [B, T - 1]
+            hits = scores.argmax(-1) == labels
+            figures = [(column * targets).double().sum(1).cpu() for column in (log_p, hits, targets)]  # [B] each
+            sums[picked] = torch.stack(figures, dim=1)
         return sums
 
-    def collate(self, examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def collate(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """Encoded rows, padded on the right."""
         ids = self.tokenizer.pad(
             {"input_ids": [example["input_ids"] for example in examples]}, padding_side="right", return_tensors="pt"
@@ -108,7 +95,7 @@ class Rectified:
             row[: len(example["labels"])] = torch.tensor(example["labels"])
         return {name: tensor.to(self.pilot.device) for name, tensor in (ids | {"labels": labels}).items()}
 
-    def calibrate(self, examples: list[dict[str, list[int]]]) -> dict[str, Any]:
+    def calibrate(self, examples: list[Example]) -> dict[str, Any]:
         """Choose λ on encoded rows; the figures at every λ."""
         with self.learner.calibrate(data=f"{len(examples)} validation rows"), torch.no_grad():
             for start in tqdm(range(0, len(examples), BATCH), desc="calibration"):
@@ -119,7 +106,12 @@ class Rectified:
         return self.learner.copilot.config.calibration
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], max_length: int) -> dict[str, list[int]]:
+def beside(alone: Rectified, learner: CopilotLearner) -> Rectified:
+    """A Pilot with a Copilot at its own λ."""
+    return replace(alone, learner=learner, strength=learner.copilot.config.strength)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], max_length: int) -> Example:
     """Prompt, completion and end token; labels on the completion. Long prompts lose their beginning."""
     completion = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     completion = completion[:max_length]

@@ -5,25 +5,16 @@ Rows are dictionaries with `prompt` and `completion`; a task's `measure` gives f
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scoring import Figures, Rectified
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "recipes"))
-
-from equations import solves  # noqa: E402
-from quickstart import make_tokenizer  # noqa: E402
-from sft_copilot import train_tokenizer  # noqa: E402
-
-Row = dict[str, Any]
+from benchmarks.accuracy.scoring import Figures, Rectified
+from benchmarks.common import Row, read
+from benchmarks.equations import solves
+from recipes.common import make_tokenizer, train_tokenizer
 
 
 class Splits(NamedTuple):
@@ -32,16 +23,6 @@ class Splits(NamedTuple):
     train: list[Row]
     valid: list[Row]
     test: list[Row]
-
-
-def read(folder: Path, split: str) -> list[Row]:
-    """The rows of `split.jsonl` or `split.jsonl.gz`."""
-    found = sorted(folder.glob(f"{split}.jsonl*"))
-    if not found:
-        raise FileNotFoundError(f"{folder} has no {split}.jsonl or {split}.jsonl.gz: see --data.")
-    opener = gzip.open if found[0].suffix == ".gz" else open
-    with opener(found[0], "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 @dataclass

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 from peft import LoraConfig
-from scoring import encode
-from tasks import Row, Task
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,6 +22,9 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.accuracy.scoring import encode
+from benchmarks.accuracy.tasks import Task
+from benchmarks.common import CHECKPOINTING, Row
 from hf_copilot import (
     CopilotArguments,
     CopilotCallback,
@@ -34,10 +35,6 @@ from hf_copilot import (
     copilot_for,
 )
 from hf_copilot.training.report import count_parameters
-
-CHECKPOINTING = "activation_checkpointing"
-if CHECKPOINTING not in {argument.name for argument in fields(SFTConfig)}:
-    CHECKPOINTING = "gradient_checkpointing"  # before transformers 5.23
 
 
 @dataclass(frozen=True)

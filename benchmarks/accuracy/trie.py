@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scoring import Rectified
 
+from benchmarks.accuracy.scoring import Rectified
 from hf_copilot import CopilotConfig
 from hf_copilot.model.discrepancy import fuse, sparse_discrepancy
 from hf_copilot.model.memory import memory_of

@@ -176,6 +176,21 @@ class TeacherForced:
                 chunk = rows, self.head(batch.final_states[rows]), (hidden[rows] @ weight.T).float()
             yield chunk
 
+    # ---- both ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(
+        self, rows: Sequence[Mapping[str, Any]], strengths: Sequence[float], batch_size: int = 16
+    ) -> list[RowScore]:
+        """[`score`], by this pass."""
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+        scores: dict[int, RowScore] = {}
+        with eval_mode(self.head.trained), eval_mode(self.copilot):
+            for start in range(0, len(order), batch_size):
+                picked = order[start : start + batch_size]
+                scores |= zip(picked, _score_batch(self, [rows[i] for i in picked], strengths), strict=True)
+        return [scores[i] for i in range(len(rows))]
+
 
 class RowScore(NamedTuple):
     """The m labelled tokens of one row at s strengths."""
@@ -184,7 +199,6 @@ class RowScore(NamedTuple):
     is_likeliest: torch.Tensor  # [s, m] bool, whether the label is the fused distribution's first choice
 
 
-@torch.no_grad()
 def score(
     pilot: nn.Module,
     copilot: CopilotModel,
@@ -217,13 +231,8 @@ def score(
         sizes = len(row["input_ids"]), len(row["labels"])
         if not all(sizes) or (sizes[0] != sizes[1] and not copilot.config.pilot_is_encoder_decoder):
             raise ValueError(f"Row {i} has {sizes[0]} tokens and {sizes[1]} labels, which can't be scored.")
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    scores: dict[int, RowScore] = {}
-    with TeacherForced(copilot, pilot) as forced, eval_mode(pilot), eval_mode(copilot):
-        for start in range(0, len(order), batch_size):
-            picked = order[start : start + batch_size]
-            scores |= zip(picked, _score_batch(forced, [rows[i] for i in picked], chosen), strict=True)
-    return [scores[i] for i in range(len(rows))]
+    with TeacherForced(copilot, pilot) as forced:
+        return forced.score(rows, chosen, batch_size)
 
 
 def _score_batch(

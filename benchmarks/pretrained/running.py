@@ -1,0 +1,157 @@
+"""One arm: train, measure, and give what the tables need."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.pretrained.arms import TIMED_COPILOTS, TIMED_PILOTS, Arm, Result, lora
+from benchmarks.pretrained.measuring import ALONE, Likelihoods, Model, Weights
+from benchmarks.pretrained.tasks import TASKS, Example, Row, Splits, encode
+from benchmarks.pretrained.training import CopilotSpec, PilotSpec, train
+
+OTHER_ROWS = 100  # of another task, to see harm
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Fewer rows and steps, to try things out; None is all."""
+
+    rows: int | None = None
+    steps: int | None = None
+
+    def cut(self, rows: list[Row]) -> list[Row]:
+        return rows[: self.rows]
+
+
+@dataclass
+class Bench:
+    """What the arms of one process share."""
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: Path
+    limits: Limits
+
+    def __post_init__(self):
+        self.splits: dict[str, Splits] = {}
+        for name, task in TASKS.items():
+            if (self.data / name).is_dir():
+                train_rows, valid, test = task.splits(self.data)
+                self.splits[name] = Splits(train_rows, self.limits.cut(valid), self.limits.cut(test))
+
+    def encoded(self, rows: list[Row]) -> list[Example]:
+        return [encode(self.tokenizer, row) for row in rows]
+
+    def run(self, arm: Arm) -> Result:
+        try:
+            return self._run(arm)
+        finally:
+            free_memory()
+
+    def _run(self, arm: Arm) -> Result:
+        begin, splits = time.perf_counter(), self.splits[arm.task]
+        steps = arm.pilot.steps(len(splits.train))
+        steps = min(steps, self.limits.steps or steps)
+        examples = self.encoded(splits.train)
+        trained = train(self.base, self.tokenizer, examples, arm.pilot, arm.copilot, steps, arm.seed)
+        model = Model(trained.pilot, self.tokenizer, trained.learner)
+        if arm.second:
+            model.second = train(self.base, self.tokenizer, examples, arm.pilot, None, steps, arm.seed + 100).pilot
+        result: Result = {"arm": arm.settings(), "name": arm.name, "steps": steps, "seconds": trained.seconds}
+        if trained.learner is not None:
+            result["copilot_parameters"] = sum(p.numel() for p in trained.learner.copilot.parameters())
+            result["skipped_steps"] = trained.learner.skipped_steps
+        free_memory()
+        after_training = time.perf_counter()
+        result |= self.measure(arm, model, splits)
+        end = time.perf_counter()
+        return result | {"training_seconds": after_training - begin, "measuring_seconds": end - after_training}
+
+    def measure(self, arm: Arm, model: Model, splits: Splits) -> Result:
+        valid = model.likelihoods(self.encoded(splits.valid))
+        chosen = {by: valid.best(by) for by in ("nll", "accuracy")}
+        test_examples = self.encoded(splits.test)
+        test = model.likelihoods(test_examples)
+        kept = [ALONE, chosen["nll"], chosen["accuracy"], (1.0, 1.0)]
+        kept = [weights for weights in dict.fromkeys(kept) if weights in test.grid]
+        result: Result = {
+            "grid": test.grid,
+            "chosen": chosen,
+            "valid": means_of(valid),
+            "test": means_of(test) | {"tokens": test.tokens.tolist()},
+            "rows": [{"weights": weights} | test.at(weights) for weights in kept],
+            "other": self.elsewhere(arm, model, chosen["nll"]),
+        }
+        if arm.answers:
+            has_more = len(test.grid) > 1
+            asked = [weights for weights in kept if not has_more or weights != ALONE or chosen["nll"] == ALONE]
+            result |= self.answers(arm, model, splits.test, test_examples, asked, chosen["nll"])
+        return result
+
+    def elsewhere(self, arm: Arm, model: Model, chosen: Weights) -> dict[str, Any]:
+        """NLL on rows of other tasks, alone and at the chosen weights: what fine-tuning and Copilot do there."""
+        found = {}
+        for name, splits in self.splits.items():
+            if name != arm.task:
+                likelihoods = model.likelihoods(self.encoded(splits.test[:OTHER_ROWS]))
+                nll = likelihoods.means()[0]
+                found[name] = {"alone": nll[0], "chosen": nll[likelihoods.grid.index(chosen)]}
+        return found
+
+    def answers(
+        self,
+        arm: Arm,
+        model: Model,
+        rows: list[Row],
+        examples: list[Example],
+        asked: list[Weights],
+        chosen: Weights,
+    ) -> Result:
+        task = TASKS[arm.task]
+        greedy = [
+            {"weights": weights, "right": [int(x) for x in model.right(rows, examples, task, weights)]}
+            for weights in asked
+        ]
+        if not (arm.samples and task.samples):
+            return {"greedy": greedy}
+        torch.manual_seed(0)
+        sampled = model.right(rows, examples, task, chosen, task.samples)
+        return {"greedy": greedy, "sampled": [{"weights": chosen, "right": sampled}]}
+
+    def time(self, task: str, steps: int = 9, skip: int = 3) -> dict[str, Any]:
+        """Seconds of a step by part, with nothing else on the machine, for every shape of Pilot and Copilot."""
+        examples = self.encoded(self.splits[task].train)
+
+        def seconds(pilot: PilotSpec, copilot: CopilotSpec | None = None) -> dict[str, float]:
+            arguments = (self.base, self.tokenizer, examples, pilot, copilot, steps, 0)
+            found = train(*arguments, exact_clock=True, skip_in_clock=skip).seconds
+            return {part: value / (steps - skip) for part, value in found.items()}
+
+        plain = lora(1e-3, 1.0)
+        seconds(plain)  # warms up
+        pilots = {"lora": seconds(plain)}
+        copilots = []
+        for copilot in TIMED_COPILOTS if task == "mawps" else TIMED_COPILOTS[:2]:
+            copilots.append({"shape": copilot.shape, "steps": copilot.steps} | seconds(plain, copilot))
+        for method in TIMED_PILOTS if task == "mawps" else ():
+            pilots[method] = seconds(PilotSpec(method, 1e-4, 1.0))
+        return {"pilots": pilots, "copilots": copilots}
+
+
+def free_memory() -> None:
+    """Other processes share the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def means_of(likelihoods: Likelihoods) -> dict[str, list[float]]:
+    nll, accuracy = likelihoods.means()
+    return {"nll": [round(x, 6) for x in nll], "accuracy": [round(x, 6) for x in accuracy]}

@@ -1,0 +1,102 @@
+"""The tasks: rows of prompt and completion, and what a right answer is."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.common import Row, read
+from benchmarks.equations import solves
+
+ASKS = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"  # the Pilot's own chat form
+
+
+class Splits(NamedTuple):
+    """Rows to train on, to choose rates and λ on, and to test on."""
+
+    train: list[Row]
+    valid: list[Row]
+    test: list[Row]
+
+
+class Example(NamedTuple):
+    """A row as tokens; the completion closes with the end token."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task; subclasses say where rows come from and what is right.
+
+    Attributes:
+        name: On the command line and in the results; also the folder of its data.
+        instruction: Before every question.
+        max_new_tokens: Of a generated answer.
+        samples: Answers that are sampled for every test row.
+        batch_size: Rows in one `generate`.
+    """
+
+    name: str
+    instruction: str
+    max_new_tokens: int
+    samples: int
+    batch_size: int
+
+    def splits(self, data: Path) -> Splits:
+        raise NotImplementedError
+
+    def right(self, answer: str, row: Row) -> bool:
+        raise NotImplementedError
+
+    def row(self, source: Row, completion: str) -> Row:
+        prompt = ASKS.format(text=f"{self.instruction}\n{source['question']}")
+        return {"prompt": prompt, "completion": completion, "final": source["final"]}
+
+
+class Mawps(Task):
+    """From question to equation; right is an equation that has the right value."""
+
+    def splits(self, data: Path) -> Splits:
+        return Splits(*([self.row(row, row["equation"]) for row in read(data / self.name, split)] for split in SPLITS))
+
+    def right(self, answer: str, row: Row) -> bool:
+        return answer.strip() == row["completion"] or solves(answer, float(row["final"]))
+
+
+class Gsm8k(Task):
+    """A rationale and the number behind "####"; 1,000 rows to train on and 300 to choose on, of the training set's
+    that are not long."""
+
+    def splits(self, data: Path) -> Splits:
+        train, test = (
+            [self.row(row, f"{row['answer']}\n#### {row['final']}") for row in read(data / self.name, split)]
+            for split in ("train", "test")
+        )
+        train = [row for row in train if len(row["prompt"] + row["completion"]) <= LONGEST]
+        random.Random("gsm8k").shuffle(train)
+        return Splits(train[:1000], train[1000:1300], test)
+
+    def right(self, answer: str, row: Row) -> bool:
+        found = re.search(r"####\s*(-?[\d,]*\.?\d+)", answer)
+        return found is not None and float(found[1].replace(",", "")) == float(row["final"])
+
+
+SPLITS = ("train", "valid", "test")
+LONGEST = 900  # characters
+MAWPS = Mawps("mawps", "Write one equation in x that solves the problem.", 64, 4, 320)
+GSM8K = Gsm8k("gsm8k", "Solve the problem step by step. End with #### and the number.", 220, 0, 256)
+TASKS = {task.name: task for task in (MAWPS, GSM8K)}
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
+    prompt, completion = (
+        tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "completion")
+    )
+    return Example(prompt, [*completion, tokenizer.eos_token_id])

@@ -1,0 +1,227 @@
+"""A Pilot that is fine-tuned, alone or with a Copilot beside it, in a plain PyTorch loop.
+
+All is float32 (TF32 matrix products on a GPU), without autocast: the model is small, and launches take the time.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from benchmarks.pretrained.tasks import Example
+from benchmarks.pretrained.variants import FeatureTap, Learner, WeightedLog, feature_copilot, top_copilot
+from hf_copilot import CopilotConfig, MistakeLog, copilot_for
+from hf_copilot.pilot.tap import PilotTap
+from hf_copilot.training.records import IGNORE
+
+BATCH, WARMUP, CLIP = 16, 10, 1.0
+LORA = {"r": 32, "lora_alpha": 64, "target_modules": "all-linear"}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "lora": {},
+    "rslora": {"r": 64, "lora_alpha": 64, "use_rslora": True},
+    "dora": {"use_dora": True},
+    "full": None,
+    "frozen": None,
+}
+
+
+@dataclass(frozen=True)
+class PilotSpec:
+    """How a Pilot is fine-tuned: `"lora"`, `"rslora"`, `"dora"`, `"full"`, or `"frozen"`, that is not at all."""
+
+    method: str = "lora"
+    rate: float = 3e-4
+    epochs: float = 1.5
+
+    def steps(self, rows: int) -> int:
+        return round(self.epochs * rows / BATCH)
+
+
+@dataclass(frozen=True)
+class CopilotSpec:
+    """A Copilot: what differs from the library's defaults.
+
+    Attributes:
+        kind: Its name in the tables.
+        config: Of [`CopilotConfig`].
+        make: `"plain"`, `"top"` (the Pilot's last layers), or `"features"`.
+        features: Of `FeatureCopilot`.
+        learner: Of `Learner`.
+        weighted: Whether documents are drawn by what the Pilot still misses.
+        shape: What its time is measured under: arms of one shape take equally long.
+    """
+
+    kind: str = "token"
+    rate: float = 5e-4
+    steps: int = 4
+    config: dict[str, Any] = field(default_factory=dict)
+    make: str = "plain"
+    features: dict[str, Any] = field(default_factory=dict)
+    learner: dict[str, Any] = field(default_factory=dict)
+    weighted: bool = False
+    shape: str = "token"
+
+
+@dataclass
+class Trained:
+    """What a run leaves.
+
+    Attributes:
+        pilot: In eval mode, adapters merged.
+        learner: With the Copilot, or None.
+        seconds: Of the Pilot's steps, of observing, and of the Copilot's steps.
+    """
+
+    pilot: PreTrainedModel
+    learner: Learner | None
+    steps: int
+    seconds: dict[str, float]
+
+
+def adapted(base: PreTrainedModel, spec: PilotSpec) -> tuple[PreTrainedModel, PeftModel | None]:
+    """A copy of the base to train in this way: the model itself, and its wrapper where it has an adapter."""
+    pilot = copy.deepcopy(base)
+    if METHODS[spec.method] is None:
+        pilot.requires_grad_(spec.method == "full")
+        return pilot, None
+    wrapped = get_peft_model(pilot, LoraConfig(**(LORA | METHODS[spec.method])))
+    return wrapped.get_base_model(), wrapped
+
+
+def make_learner(pilot: PreTrainedModel, spec: CopilotSpec, steps: int, seed: int) -> Learner:
+    config = CopilotConfig(**spec.config)
+    is_features = spec.make == "features"
+    if is_features:
+        copilot = feature_copilot(pilot, config, seed, **spec.features)
+    else:
+        copilot = (top_copilot if spec.make == "top" else copilot_for)(pilot, config)
+    learner = Learner(
+        copilot,
+        pilot,
+        learning_rate=spec.rate,
+        warmup_steps=min(WARMUP, steps // 4),
+        log=WeightedLog() if spec.weighted else MistakeLog(),
+        steps_per_round=spec.steps,
+        seed=seed,
+        tap=FeatureTap if is_features else PilotTap,
+        **spec.learner,
+    )
+    learner.start(steps)
+    return learner
+
+
+def collate(examples: list[Example], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Padded on the right, labels on the completions: `input_ids`, `attention_mask`, `labels` `[B, T]`."""
+    length = max(len(prompt) + len(completion) for prompt, completion in examples)
+    rows = {"input_ids": [], "attention_mask": [], "labels": []}
+    for prompt, completion in examples:
+        extra = length - len(prompt) - len(completion)
+        rows["input_ids"].append([*prompt, *completion] + [pad] * extra)
+        rows["attention_mask"].append([1] * (length - extra) + [0] * extra)
+        rows["labels"].append([IGNORE] * len(prompt) + completion + [IGNORE] * extra)
+    return {name: torch.tensor(values).to(device) for name, values in rows.items()}
+
+
+def pilot_loss(pilot: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy over the targets; logits are made there alone."""
+    known = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    hidden = pilot.get_decoder()(**known, use_cache=False).last_hidden_state[:, :-1]  # [B, T - 1, d_P]
+    labels = inputs["labels"][:, 1:]
+    targets = labels != IGNORE
+    logits = pilot.get_output_embeddings()(hidden[targets])  # [M, V]
+    return F.cross_entropy(logits.float(), labels[targets])
+
+
+def batches(examples: list[Example], steps: int, seed: int) -> Iterator[list[Example]]:
+    """`steps` batches, epoch after epoch in an order of its own; short ends are filled from the next epoch."""
+    generator, order = torch.Generator().manual_seed(seed), []
+    for _ in range(steps):
+        if len(order) < BATCH:
+            order += torch.randperm(len(examples), generator=generator).tolist()
+        picked, order = order[:BATCH], order[BATCH:]
+        yield [examples[i] for i in picked]
+
+
+class Clock:
+    """Seconds by part; `exact` waits for the device at the end of each."""
+
+    def __init__(self, device: torch.device, exact: bool):
+        self.wait = exact and device.type == "cuda"
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def end(self, part: str) -> None:
+        if self.wait:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now
+
+
+def train(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    pilot_spec: PilotSpec,
+    copilot_spec: CopilotSpec | None,
+    steps: int,
+    seed: int,
+    exact_clock: bool = False,
+    skip_in_clock: int = 0,
+) -> Trained:
+    """Fine-tune a copy of the base. The Pilot's own training does not depend on the Copilot.
+
+    Args:
+        exact_clock: Wait for the device between parts: a little slower, and times that can be compared.
+        skip_in_clock: Steps at the beginning that do not count.
+    """
+    torch.manual_seed(seed)
+    pilot, wrapped = adapted(base, pilot_spec)
+    trains = pilot_spec.method != "frozen"
+    learner = make_learner(pilot, copilot_spec, steps, seed) if copilot_spec else None
+    pilot.train(trains)
+    optimizer, scheduler = _optimizer(pilot, pilot_spec.rate, steps) if trains else (None, None)
+    clock = Clock(pilot.device, exact_clock)
+    for i, batch in enumerate(batches(examples, steps, seed)):
+        if i == skip_in_clock:
+            clock = Clock(pilot.device, exact_clock)
+        inputs = collate(batch, tokenizer.pad_token_id, pilot.device)
+        observed = nullcontext() if learner is None else learner.observe(inputs)
+        with observed, nullcontext() if trains else torch.no_grad():
+            loss = pilot_loss(pilot, inputs)
+            clock.end("pilot")
+        clock.end("observe")
+        if trains:
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for p in pilot.parameters() if p.requires_grad], CLIP)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        clock.end("pilot")
+        if learner is not None:
+            learner.step()
+        clock.end("copilot")
+    if wrapped is not None:
+        pilot = wrapped.merge_and_unload()
+    if learner is not None:
+        learner.close()
+        learner.optimizer = None  # its memory
+        learner.log.clear()
+        learner.copilot.eval()
+    return Trained(pilot.eval().requires_grad_(False), learner, steps, clock.seconds)
+
+
+def _optimizer(pilot: nn.Module, rate: float, steps: int):
+    parameters = [parameter for parameter in pilot.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
+    return optimizer, get_scheduler("cosine", optimizer, min(WARMUP, steps // 4), steps)

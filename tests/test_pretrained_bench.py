@@ -1,0 +1,167 @@
+"""The bench beside a pretrained Pilot: short arms on a tiny one, `generate` beside the teacher-forced pass, tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_pilot
+
+from benchmarks.common import RESULTS
+from benchmarks.pretrained import arms, report
+from benchmarks.pretrained.arms import FEATURES, FEATURES_OWN, LANGUAGE_MODEL, STATE_0, TOKEN, Arm, lora, plan
+from benchmarks.pretrained.measuring import ALONE, Model
+from benchmarks.pretrained.running import Bench, Limits
+from benchmarks.pretrained.tasks import MAWPS, Example, encode
+from benchmarks.pretrained.training import make_learner
+from hf_copilot.pilot.inspect import find_layers
+from recipes.common import train_tokenizer
+
+STORED = RESULTS / "pretrained" / "search_h100.json"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """MAWPS with a few rows, and a Pilot with a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [
+        {"question": f"{i} and {i + 1} ?", "equation": f"x={i}+{i + 1}", "final": str(2 * i + 1)} for i in range(48)
+    ]
+    (folder / "mawps").mkdir()
+    for split, part in (("train", rows[:32]), ("valid", rows[32:40]), ("test", rows[40:])):
+        (folder / "mawps" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    tokenizer = train_tokenizer([row["question"] for row in rows], 300)
+    pilot = tiny_pilot(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    return Bench(pilot, tokenizer, folder, Limits(rows=6, steps=3))
+
+
+COPILOTS = {"alone": None, "token": TOKEN, "features": FEATURES, "language model": LANGUAGE_MODEL}
+
+
+@pytest.mark.parametrize("copilot", COPILOTS.values(), ids=COPILOTS)
+def test_an_arm_runs(bench, copilot):
+    result = bench.run(Arm("mawps", lora(1e-3, 1.5), copilot, samples=copilot is None))
+    assert result["steps"] == 3 and set(result["seconds"]) == {"pilot", "observe", "copilot"}
+    assert len(result["rows"][0]["nll"]) == 6 and len(result["greedy"][0]["right"]) == 6
+    grid, nll = result["grid"], result["valid"]["nll"]
+    assert grid.index(ALONE) == 0 and len(nll) == len(grid) and result["chosen"]["nll"] == grid[nll.index(min(nll))]
+    assert (len(grid) > 1) == (copilot is not None) == ("copilot_parameters" in result)
+    assert ("sampled" in result) == (copilot is None)
+    json.dumps(result)
+
+
+def test_two_pilots_are_an_ensemble(bench):
+    result = bench.run(Arm("mawps", lora(1e-3, 1.5), second=True))
+    assert len(result["grid"]) > 1 and {row["weights"] for row in result["rows"]} >= {ALONE}
+
+
+def untrained(bench, spec):
+    """A Copilot whose last map is not zero, so that it changes the text."""
+    learner = make_learner(bench.base.eval(), spec, 1, seed=0)
+    with torch.no_grad():
+        copilot = learner.copilot.eval()
+        copilot.get_submodule(copilot.last_map).weight.normal_(std=0.3)
+        copilot.start.weight.normal_()
+    learner.close()
+    return Model(bench.base, bench.tokenizer, learner)
+
+
+READERS = {
+    "token": TOKEN,
+    "states": STATE_0,
+    "features": FEATURES,
+    "features, own vocabulary": FEATURES_OWN,
+    "features, no memory": replace(FEATURES, features={"attends": False}),
+    "features, head of a rank": replace(FEATURES, features={"rank": 4}),
+    "top layers": replace(TOKEN, make="top"),
+}
+
+
+@pytest.mark.parametrize("spec", READERS.values(), ids=READERS)
+def test_generate_and_the_teacher_forced_pass_agree(bench, spec):
+    """Left-padded prompts of several lengths: at every step the mixed logits are those of the pass over the text."""
+    model, weights = untrained(bench, spec), (1.0, 0.7)
+    prompts = [bench.tokenizer(text)["input_ids"] for text in ("1 and 2 ?", "12 and 13 and 14 ?", "7 ?")]
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    settings |= {"return_dict_in_generate": True, "output_scores": True, "eos_token_id": None}
+    with model.processor(weights, mask) as processor:
+        out = model.pilot.generate(input_ids=ids, attention_mask=mask, logits_processor=[processor], **settings)
+    written = out.sequences[:, length:].tolist()
+    examples = [Example(prompt, completion) for prompt, completion in zip(prompts, written, strict=True)]
+    rows = [[], [], []]
+    for at, z, f, _ in model.logits(examples):
+        for row, logits in zip(at.tolist(), weights[0] * z + weights[1] * f, strict=True):
+            rows[row].append(logits)
+    expected = torch.stack([torch.stack(row) for row in rows], dim=1)  # [steps, R, V]
+    torch.testing.assert_close(torch.stack(out.scores), expected, rtol=1e-3, atol=1e-3)
+    assert f.abs().max() > 0.1
+    found = model.likelihoods(examples)
+    at_one = found.grid.index((1.0, 1.0))
+    assert not torch.allclose(found.nll[0], found.nll[at_one])
+
+
+def test_generate_follows_the_second_model(bench):
+    """An ensemble of a Pilot with itself writes what it writes alone."""
+    rows = bench.splits["mawps"].test
+    examples = [encode(bench.tokenizer, row) for row in rows]
+    task = replace(MAWPS, max_new_tokens=6)
+    twice = Model(bench.base, bench.tokenizer, second=bench.base)
+    assert twice.answers(examples, task, (0.5, 0.5)) == twice.answers(examples, task, ALONE)
+
+
+def test_features_are_three_layers(bench):
+    model = untrained(bench, FEATURES)
+    tap = model.learner.forced.tap
+    assert [list(find_layers(bench.base)).index(layer) for layer in tap.pooled] == [0, 1, 2]
+    inputs = {"input_ids": torch.arange(5, 11)[None], "labels": torch.arange(5, 11)[None]}
+    caught = []
+    hooks = [layer.register_forward_hook(lambda module, args, out: caught.append(out)) for layer in tap.pooled]
+    (record,) = model.learner.forced.read(inputs, lambda: bench.base(input_ids=inputs["input_ids"]))
+    for hook in hooks:
+        hook.remove()
+    model.learner.close()
+    outputs = [output[0] if isinstance(output, tuple) else output for output in caught]
+    torch.testing.assert_close(record.hidden_states, torch.cat(outputs, dim=-1)[0, : len(record.hidden_states)])
+
+
+def test_the_plan_goes_on_from_what_is_known():
+    """Rates first, then Copilots beside the best of them; nothing twice."""
+
+    def rates_beside(found):
+        return {arm.pilot.rate for arm in found if arm.copilot == TOKEN and arm.pilot.method == "lora"}
+
+    first, results = list(plan([], ["mawps"])), []
+    assert len({arm.name for arm in first}) == len(first) and rates_beside(first) == {arms.FIRST_LOOK}
+    for arm in first:
+        nll = 0.5 - arm.pilot.rate if arm.copilot is None else 0.4
+        results.append({"name": arm.name, "arm": json.loads(json.dumps(arm.settings())), "valid": {"nll": [nll]}})
+    assert rates_beside(plan(results, ["mawps"])) == {arms.FIRST_LOOK, max(arms.RATES)}
+
+
+def test_the_table_is_that_of_the_stored_results(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", str(STORED)])
+    report.main()
+    assert capsys.readouterr().out == STORED.with_suffix(".md").read_text()
+
+
+def test_results_are_stored_without_loss_for_the_tables(bench, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "work"
+    (folder / "arms").mkdir(parents=True)
+    for i, copilot in enumerate((None, TOKEN)):
+        result = bench.run(Arm("mawps", lora(1e-3, 1.5), copilot, samples=True))
+        (folder / "arms" / f"{i}.json").write_text(json.dumps(result))
+    (folder / "timing_mawps.json").write_text(json.dumps(bench.time("mawps", steps=2, skip=1)))
+    monkeypatch.setattr(
+        sys, "argv", ["report", str(folder), "--store", "tiny", "--machine", "a CPU", "--folder", str(tmp_path)]
+    )
+    report.main()
+    text = capsys.readouterr().out
+    assert text.startswith("a CPU, 2 arms") and "token-0.0005-s4" in text and "Pilot alone, dora" in text
+    assert report.text_of(report.Results.read(tmp_path / "tiny.json")) + "\n" == text
+    assert (tmp_path / "tiny.md").read_text() == text
