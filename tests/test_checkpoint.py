@@ -273,7 +273,7 @@ def test_random_state_of_the_copilot_is_its_own(tmp_path):
     trainer.learner.update(trainer.learner.log.sample(2, trainer.learner.generator))
     assert not torch.equal(before, torch.get_rng_state())  # dropout does draw
     torch.set_rng_state(before)
-    trainer.learner.round = [next(iter(trainer.learner.log.rounds[0]))]
+    trainer.learner.round, trainer.learner.has_observed = [next(iter(trainer.learner.log.rounds[0]))], True
     trainer.learner.step(measure=True)
     assert torch.equal(before, torch.get_rng_state())
 

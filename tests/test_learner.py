@@ -318,6 +318,23 @@ def test_a_pilot_that_changed_before_the_start_raises(pilot):
         learner.start(1)
 
 
+def test_the_next_start_begins_clean_after_an_interruption(pilot):
+    """Ctrl-C inside a forward, or inside the calibration."""
+    fresh = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=2, **FLOAT)
+    broken = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=2, **FLOAT)
+    observe(broken, pilot, padded_batch())
+    with pytest.raises(KeyboardInterrupt), broken.observe(padded_batch()):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), broken.calibrate():
+        raise KeyboardInterrupt
+    broken.start(2)
+    for learner in (fresh, broken):
+        observe(learner, pilot, padded_batch())
+        learner.step(measure=True)
+    assert_same(fresh.copilot, broken.copilot)
+    assert fresh.pop_metrics() == broken.pop_metrics() and len(fresh.log) == len(broken.log)
+
+
 def test_a_round_without_a_forward_raises(pilot):
     learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=2)
     with pytest.raises(ValueError, match="No forward of the Pilot was observed"):

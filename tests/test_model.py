@@ -319,3 +319,17 @@ def test_check_pilot(pilot, tokenizer):
         check_pilot(copilot, torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no decoder"):
         check_pilot(copilot, BertForMaskedLM(BertConfig(**SHAPE)))
+
+
+def test_modules_that_are_trained_whole_come_from_the_active_adapter(pilot):
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    wrapped = get_peft_model(pilot, config, adapter_name="first")
+    wrapped.add_adapter("second", config)
+    wrapped.set_adapter("second")
+    with torch.no_grad():
+        for layer in wrapped.get_base_model().model.layers:
+            for i, copied in enumerate(layer.mlp.down_proj.modules_to_save.values()):
+                copied.weight.fill_(1.0 + i)
+    found = copilot_for(wrapped)
+    assert found.config.init == "pilot"
+    assert all(bool((layer.mlp.down_proj.weight == 2.0).all()) for layer in found.layers)

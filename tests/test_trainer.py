@@ -543,6 +543,20 @@ def test_settings_of_an_adapted_copilot_are_live(tmp_path):
     assert trainer.copilot.config.strength == 0.5
 
 
+def test_rates_of_the_schedule_are_scaled_to_the_copilots(tmp_path):
+    """`min_lr` is a rate, and the Pilot's: the Copilot's schedule ends at as large a share of its own peak."""
+    trainer = train(
+        CopilotTrainer,
+        tmp_path,
+        learning_rate=1e-3,
+        copilot_learning_rate=1e-2,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": 5e-4},
+    )
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(5e-4)
+    assert trainer.learner.optimizer.scheduler.get_last_lr()[0] == pytest.approx(5e-3)
+
+
 def rows_of_a_stream():
     yield from addition(32)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -181,21 +183,32 @@ def _layer_state(state: dict[str, torch.Tensor], layer_type: str, source: nn.Mod
 
 
 def block_state(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """A decoder layer's plain weights under the Copilot's names: adapters dropped, quantised weights dequantised."""
-    state = {}
+    """A decoder layer's plain weights under the Copilot's names: adapters dropped, quantised weights dequantised; of
+    modules that PEFT trains whole those of the active adapter."""
+    state, inactive = {}, _inactive_copies(layer)
     adapted = tuple(f"{name}." for name, module in layer.named_modules() if isinstance(module, BaseTunerLayer))
     for name, parameter in layer.named_parameters():
         of_adapter = name.startswith(adapted) and ".base_layer." not in name
-        if of_adapter or ".original_module." in name or "relative_attention_bias" in name:
+        if of_adapter or name.startswith(inactive) or "relative_attention_bias" in name:
             continue
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight" and is_quantized(layer.get_submodule(owner)):
             parameter = dequantized(layer.get_submodule(owner))
-        clean = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
+        clean = re.sub(r"\.modules_to_save\.[^.]+", "", name.replace(".base_layer", ""))
         for theirs, ours in COPILOT_NAMES.items():
             clean = clean.replace(theirs, ours)
         state[clean] = parameter.detach()
     return state
+
+
+def _inactive_copies(layer: nn.Module) -> tuple[str, ...]:
+    """Where PEFT keeps the copies of a whole module that no forward reads: the first one, and other adapters'."""
+    prefixes = []
+    for name, module in layer.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            others = set(module.modules_to_save) - set(module.active_adapters)
+            prefixes += [f"{name}.original_module.", *(f"{name}.modules_to_save.{other}." for other in others)]
+    return tuple(prefixes)
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -31,6 +31,8 @@ from .training_args import CopilotArguments
 
 logger = logging.get_logger(__name__)
 
+RATES = ("min_lr", "lr_end")  # among a schedule's arguments, those that are no share of the peak rate
+
 
 def make_copilot(
     copilot: CopilotModel | CopilotConfig | str | os.PathLike | None, pilot: torch.nn.Module, tokenizer: Any = None
@@ -56,12 +58,16 @@ def make_learner(
     peft_config: PeftConfig | None = None,
     learner_class: type[CopilotLearner] = CopilotLearner,
 ) -> CopilotLearner:
-    """A learner with the Pilot's seed, schedule and mixed precision, and the Copilot's own learning rate. A schedule
-    that follows a metric is replaced by a constant one, with a warning."""
+    """A learner with the Pilot's seed, schedule and mixed precision, and the Copilot's own learning rate, to which
+    rates among `lr_scheduler_kwargs` are scaled. A schedule that follows a metric is replaced by a constant one, with
+    a warning."""
     schedule, schedule_kwargs = args.lr_scheduler_type, args.lr_scheduler_kwargs
     if schedule in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
         logger.warning(f"lr_scheduler_type={schedule.value!r} follows the Pilot's metric: the Copilot's is constant.")
         schedule, schedule_kwargs = SchedulerType.CONSTANT_WITH_WARMUP, None
+    if schedule_kwargs:
+        ratio = copilot_args.copilot_learning_rate / args.learning_rate if args.learning_rate else 1.0
+        schedule_kwargs = {k: v * ratio if k in RATES and v is not None else v for k, v in schedule_kwargs.items()}
     if copilot_args.copilot_gradient_checkpointing:  # the second name is that of transformers before 5.23
         getattr(copilot, "activation_checkpointing_enable", copilot.gradient_checkpointing_enable)()
     return learner_class(
