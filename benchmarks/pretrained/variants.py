@@ -38,11 +38,12 @@ class FeatureTap(PilotTap):
         self.pooling = "none"  # nothing is left to do at the end of a forward
 
     def _pool(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        if self.states is None:
+        states = self.now.states
+        if states is None:
             return
         hidden = (output[0] if isinstance(output, tuple) else output).detach().float()  # [B, T, d_P]
-        known = self.states.hidden_states
-        self.states.hidden_states = hidden if known is None else torch.cat([known, hidden], dim=-1)
+        known = states.hidden_states
+        states.hidden_states = hidden if known is None else torch.cat([known, hidden], dim=-1)
 
 
 def widened(states: PilotStates) -> PilotStates:
