@@ -46,9 +46,7 @@ class Step:
 
     ids: torch.Tensor  # [R, n]
     continues: bool  # whether every row has one token more than a row of the last call
-    rows: (
-        torch.Tensor | None
-    )  # [R], the row of the last call that each row goes on from; None if all kept their places
+    rows: torch.Tensor | None  # [R], the row of the last call that each goes on from; None if all kept their places
     kept: int  # the positions whose memory stays, in that order of rows
     pieces: list[Piece]  # the others
     next_logits: torch.Tensor  # [R, V], the Pilot's

@@ -69,7 +69,7 @@ class Rectifier:
         Raises:
             ValueError: If these are not the tokens that the Pilot has just been run on.
         """
-        if self.was_with_gradient:
+        if self.was_with_gradient and not self.follower.pending:
             raise ValueError(WITH_GRADIENT)
         step = self.follower.follow(input_ids.to(self.copilot.device))
         try:
