@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig
+from peft import BeftConfig, LilyConfig, LoraConfig, PolyConfig, PromptTuningConfig
 from tiny import MEMORIES, OBJECTIVES, VOCAB_SIZE, assert_same, tiny_pilot, tiny_seq2seq, trained_like
 
 from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
@@ -96,6 +96,13 @@ def test_adapters_of_a_copilot(pilot):
         CopilotLearner(copilot_for(pilot, CopilotConfig(init="random")), pilot, peft_config=targets)
     without = LoraConfig(target_modules=r"^(?!.*embed_tokens).*q_proj$")  # names it, and leaves it out
     assert CopilotLearner(copilot_for(pilot), pilot, peft_config=without).peft_model is not None
+
+
+@pytest.mark.parametrize("make_config", [PolyConfig, LilyConfig, BeftConfig])
+def test_an_adapter_that_cant_be_merged_raises_before_training(pilot, make_config):
+    config = make_config(target_modules=["q_proj", "v_proj"])
+    with pytest.raises(ValueError, match="can't be merged into the Copilot's weights"):
+        CopilotLearner(copilot_for(pilot), pilot, peft_config=config)
 
 
 def forward(learner, records):

@@ -6,7 +6,7 @@ import copy
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from ..model.modeling_copilot import CopilotModel
@@ -17,7 +17,7 @@ def add_adapter(copilot: CopilotModel, peft_config: PeftConfig) -> PeftModel:
     started from random weights; the random matrices of its layers are changed by the adapter alone.
 
     Raises:
-        ValueError: If it is no adapter of weights, or lies on the embedding.
+        ValueError: If it is no adapter of weights, lies on the embedding, or can't be merged.
     """
     if peft_config.is_prompt_learning:
         raise ValueError(
@@ -37,10 +37,23 @@ def add_adapter(copilot: CopilotModel, peft_config: PeftConfig) -> PeftModel:
     new = [copilot.last_map, "start", *maps, *own]
     peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *new})
     model = get_peft_model(copilot, peft_config)
+    _check_merges(model, type(peft_config).__name__)
     for parameter in copilot.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def _check_merges(model: PeftModel, name: str) -> None:
+    """Merge one adapted layer of a copy: what can't be is found out before training."""
+    adapted = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    try:
+        copy.deepcopy(adapted).merge()
+    except Exception as error:
+        raise ValueError(
+            f"copilot_peft_config={name} can't be merged into the Copilot's weights, as which a Copilot is saved "
+            f"({error!r}): use another adapter, such as LoraConfig()."
+        ) from error
 
 
 def merged_copy(model: PeftModel, device: str | torch.device) -> CopilotModel:
