@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
 import threading
 import warnings
 
@@ -629,32 +628,3 @@ def test_processors_in_threads_compile_nothing_anew(pilot, monkeypatch):
         thread.start()
         thread.join()
     assert resets == [1]
-
-
-@pytest.mark.parametrize("stagger", [False, True])
-def test_threads_get_what_they_would_get_alone(pilot, config, stagger):
-    """Several generate with one Pilot at a time, each with its own processor."""
-    copilots = [trained_like(pilot, config, seed=seed) for seed in range(3)]
-    prompts = [PROMPT[:1], PROMPT[:1, :3], PROMPT[:1]]
-    alone, together = [], {}
-    for copilot, prompt in zip(copilots, prompts, strict=True):
-        with CopilotLogitsProcessor(copilot, pilot) as processor:
-            alone.append(generate(pilot, processor, prompt))
-    ready = threading.Barrier(3)
-
-    def work(i):
-        with CopilotLogitsProcessor(copilots[i], pilot) as processor:
-            ready.wait()
-            together[i] = [generate(pilot, processor, prompts[i]) for _ in range(3)]
-            ready.wait()
-
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5 if stagger else before)
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    sys.setswitchinterval(before)
-    assert set(together) == {0, 1, 2}  # no thread has raised
-    assert all(torch.equal(text, alone[i]) for i, texts in together.items() for text in texts)

@@ -124,7 +124,7 @@ def test_a_failed_forward_leaves_nothing(pilot):
         with pytest.raises(ZeroDivisionError):
             pilot(input_ids=IDS)
         handle.remove()
-        assert not records and tap.now.states is None
+        assert not records and tap.states is None
         pilot(input_ids=IDS)
     assert len(records) == 1
 

@@ -38,7 +38,7 @@ class FeatureTap(PilotTap):
         self.pooling = "none"  # nothing is left to do at the end of a forward
 
     def _pool(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        states = self.now.states
+        states = self.states
         if states is None:
             return
         hidden = (output[0] if isinstance(output, tuple) else output).detach().float()  # [B, T, d_P]

@@ -7,7 +7,6 @@ Shapes: R rows, n tokens so far, t of them in one forward, S positions of the en
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,13 +53,6 @@ class Step:
     encoder_visible: torch.Tensor | None  # [R, S] bool, likewise, of an encoder
 
 
-class Pending(threading.local):
-    """Forwards in the order in which this thread has seen them."""
-
-    def __init__(self):
-        self.forwards: list[PilotStates] = []
-
-
 class Follower:
     """Takes the forwards of a Pilot, and says at every call of a processor how it goes on from the last one.
 
@@ -75,33 +67,19 @@ class Follower:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.of_thread, self.of_compiled = Pending(), []  # forwards of the Pilot since the last call
+        self.pending: list[PilotStates] = []  # forwards of the Pilot since the last call
         self.ids: torch.Tensor | None = None  # [R, n] tokens of the last call
         self.visible: torch.Tensor | None = None  # [R, n] bool, which of them are not padding
         self.group: torch.Tensor | None = None  # [R] rows of one group began the run with the same content
         self.encoder_output: torch.Tensor | None = None  # [R, S, d_P], of an encoder-decoder
 
-    @property
-    def pending(self) -> list[PilotStates]:
-        """Of this thread; what is compiled can't ask for its thread."""
-        return [*self.of_thread.forwards, *self.of_compiled]
-
     def take(self, states: PilotStates) -> None:
         """Hear of a forward of the Pilot."""
-        pending = self.of_compiled if torch.compiler.is_compiling() else self.of_thread.forwards
-        if pending and states.past_length != pending[-1].past_length + pending[-1].length:
-            pending.clear()  # of a forward that nobody asked about
-        if pending:
-            pending[-1].next_logits = None  # nobody asked for them
-        pending.append(states)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy follows nothing yet."""
-        return {"needs_states": self.needs_states}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.reset()
+        if self.pending and states.past_length != self.pending[-1].past_length + self.pending[-1].length:
+            self.pending = []  # of a forward that nobody asked about
+        if self.pending:
+            self.pending[-1].next_logits = None  # nobody asked for them
+        self.pending.append(states)
 
     def follow(self, ids: torch.Tensor) -> Step:
         """How a call for the token after `ids` `[R, n]` goes on from the last call; all that it gives is on their
@@ -110,9 +88,7 @@ class Follower:
         Raises:
             ValueError: If these are not the tokens that the Pilot has just been run on.
         """
-        pending, self.device = self.pending, ids.device
-        self.of_thread.forwards.clear()
-        self.of_compiled.clear()
+        pending, self.pending, self.device = self.pending, [], ids.device
         is_next = self._is_next(ids) and self._has_same_encoder(pending)
         rows = self._parents(ids, ids.shape[1] - 1) if is_next else None  # [R]
         continues = rows is not None

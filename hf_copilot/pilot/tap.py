@@ -5,10 +5,8 @@ Shapes: B rows, T positions of one forward of the decoder, S of the encoder, d_P
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,13 +63,6 @@ def guard_hooks() -> None:
     compiled_without_guards = False
 
 
-class ForwardState(threading.local):
-    """What the forward that runs in this thread has shown so far: several may run at once, each in its own."""
-
-    states: PilotStates | None = None  # not None only while a forward that we listen to runs
-    latest: PilotStates | None = None  # of the forward whose logits are still to come
-
-
 class PilotTap:
     """Reads every forward of the Pilot's decoder while `listen()` is true and hands it to `sink`.
 
@@ -102,15 +93,8 @@ class PilotTap:
         self.pooled = parts[config.pooled_layers]
         self.pooling, self.sink, self.listen = config.pooling, sink, listen
         self.handles: list[RemovableHandle] = []
-        self._begin_nothing()
-
-    def _begin_nothing(self) -> None:
-        self.of_thread, self.of_compiled = ForwardState(), SimpleNamespace(states=None, latest=None)
-
-    @property
-    def now(self) -> ForwardState | SimpleNamespace:
-        """Of this forward. What is compiled can't ask for its thread, and has one state."""
-        return self.of_compiled if torch.compiler.is_compiling() else self.of_thread
+        self.states: PilotStates | None = None  # not None only while a forward that we listen to runs
+        self.latest: PilotStates | None = None  # of the forward whose logits are still to come
 
     def open(self) -> None:
         """Register the hooks, unless they are there. From the first time on, compiled forwards of this process look
@@ -141,8 +125,7 @@ class PilotTap:
         """Remove the hooks; the Pilot is as it was. May be called again."""
         for handle in self.handles:
             handle.remove()
-        self.handles = []
-        self._begin_nothing()
+        self.handles, self.states, self.latest = [], None, None
 
     def __enter__(self) -> PilotTap:
         self.open()
@@ -154,58 +137,49 @@ class PilotTap:
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the Pilot (a moving average, a file, another process) has its hooks: there they stay silent, and
         hold nothing."""
-        held = ("sink", "of_thread", "of_compiled", "model", "decoder", "layers", "pooled")
+        held = ("sink", "states", "latest", "model", "decoder", "layers", "pooled")
         return self.__dict__ | dict.fromkeys(held) | {"listen": never, "handles": []}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin_nothing()
-
     def _begin_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.now.states = None
+        self.states = None
         if not self.listen():
             return
         given = self.arguments.named(args, kwargs)
         past_length = self.arguments.past_length(given)
-        states = PilotStates(given.get("input_ids"), given.get("attention_mask"), past_length)
+        self.states = PilotStates(given.get("input_ids"), given.get("attention_mask"), past_length)
         if given.get("encoder_hidden_states") is not None:
-            states.embeddings = given["encoder_hidden_states"].detach()
-            states.encoder_length = states.embeddings.shape[1]
-            states.encoder_attention_mask = given.get("encoder_attention_mask")
-        self.now.states = states
+            self.states.embeddings = given["encoder_hidden_states"].detach()
+            self.states.encoder_length = self.states.embeddings.shape[1]
+            self.states.encoder_attention_mask = given.get("encoder_attention_mask")
 
     def _read_embeddings(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        states = self.now.states
-        if states is not None and states.embeddings is None:
-            states.embeddings = self.layer_arguments.first(args, kwargs).detach()
+        if self.states is not None and self.states.embeddings is None:
+            self.states.embeddings = self.layer_arguments.first(args, kwargs).detach()
 
     def _pool(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        states = self.now.states
-        if states is None:
+        if self.states is None:
             return
         hidden = (output[0] if isinstance(output, tuple) else output).detach()  # [B, T, d_P]
-        pooled = states.hidden_states
+        pooled = self.states.hidden_states
         if pooled is None:
-            states.hidden_states = hidden.to(torch.float32, copy=True)
+            self.states.hidden_states = hidden.to(torch.float32, copy=True)
         elif self.pooling == "max":
             torch.maximum(pooled, hidden.to(pooled), out=pooled)
         else:
             pooled += hidden.to(pooled.device)
 
     def _end_forward(self, decoder: nn.Module, args: tuple, output: Any) -> None:
-        now = self.now
-        states, now.states = now.states, None
+        states, self.states = self.states, None
         if states is None or output is None or (self.pooled and states.hidden_states is None):
             return  # not listening, or the forward failed
         if self.pooled and self.pooling == "mean":
             states.hidden_states /= len(self.pooled)
         states.last_hidden_state = output[0].detach()
-        now.latest = states
+        self.latest = states
         self.sink(states)
 
     def _read_logits(self, model: nn.Module, args: tuple, output: Any) -> None:
-        now = self.now
-        states, now.latest = now.latest, None
+        states, self.latest = self.latest, None
         logits = getattr(output, "logits", None)
         if states is not None and logits is not None:
             states.next_logits = logits[:, -1].detach().clone()
