@@ -94,7 +94,20 @@ class Unwritable(io.TextIOWrapper):
         raise BrokenPipeError("closed")
 
 
-@pytest.mark.parametrize("stream", [io.TextIOWrapper(io.BytesIO(), encoding="cp1252"), Unwritable(io.BytesIO())])
+class LacksCharactersThenCloses(Unwritable):
+    def write(self, text):
+        text.encode("ascii")
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        LacksCharactersThenCloses(io.BytesIO(), encoding="ascii"),
+        io.TextIOWrapper(io.BytesIO(), encoding="cp1252"),
+        Unwritable(io.BytesIO()),
+    ],
+)
 def test_no_run_ends_for_a_failure_to_print(monkeypatch, stream):
     monkeypatch.setattr("sys.stdout", stream)
     table = Table(title="λ = 0.5")

@@ -593,29 +593,33 @@ def test_a_decoding_loop_with_gradients_is_named(pilot):
         assert processor(ids, logits.float()).shape == logits.shape
 
 
-def test_a_failed_step_leaves_nothing_behind(pilot, config, monkeypatch):
-    """No memory, or Ctrl-C, inside the Copilot: the next call begins anew, and is not fed what belongs to no call."""
-    copilot, ids = trained_like(pilot, config), PROMPT[:1]
-    expected = Recorder(copilot, pilot)
-    generate(pilot, expected, ids)
-    expected.detach()
-    with Recorder(copilot, pilot) as processor:
-        run, calls = processor.rectifier._run, []
+@torch.no_grad()
+def test_a_failed_step_leaves_nothing_behind(unseen, pilot, monkeypatch):
+    """No memory, or Ctrl-C, inside the Copilot: the next call is not fed what belongs to no call. Tokens are read
+    anew, states in the Pilot's cache are lost."""
+    copilot, refused = unseen
+    text, cache = PROMPT[:1], DynamicCache()
 
-        def fails_once(inputs):
-            calls.append(1)
-            if len(calls) == 3:
-                raise torch.OutOfMemoryError("no memory")
-            return run(inputs)
+    def call(processor, ids, past):
+        logits = pilot(ids[:, past:], use_cache=True, **{CACHE: cache}).logits[:, -1].float()
+        return processor(ids, logits)
 
-        monkeypatch.setattr(processor.rectifier, "_run", fails_once)
+    def fails(inputs):
+        raise torch.OutOfMemoryError("no memory")
+
+    with CopilotLogitsProcessor(copilot, pilot) as processor:
+        call(processor, text[:, :-2], 0)
+        monkeypatch.setattr(processor.rectifier, "_run", fails)
         with pytest.raises(torch.OutOfMemoryError):
-            generate(pilot, processor, ids)
-        processor.calls.clear()
-        generate(pilot, processor, ids)
-        assert len(processor.calls) == len(expected.calls)
-        for (_, found), (_, wanted) in zip(processor.calls, expected.calls, strict=True):
-            torch.testing.assert_close(found, wanted)
+            call(processor, text[:, :-1], cache.get_seq_length())
+        monkeypatch.undo()
+        with refused:
+            call(processor, text, cache.get_seq_length())
+            found = processor.rectifier.last_correction
+            cache = DynamicCache()
+            with CopilotLogitsProcessor(copilot, pilot) as fresh:
+                call(fresh, text, 0)
+                torch.testing.assert_close(found, fresh.rectifier.last_correction, rtol=1e-4, atol=1e-4)
 
 
 def test_processors_in_threads_compile_nothing_anew(pilot, monkeypatch):

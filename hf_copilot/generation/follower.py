@@ -115,10 +115,7 @@ class Follower:
     def _pieces(self, forwards: list[PilotStates], kept: int) -> list[Piece]:
         if not self.needs_states:
             return [Piece(self.ids[:, kept:], None, None, kept == 0)]
-        pieces = [Piece(s.input_ids, s.embeddings, s.hidden_states, s.past_length == 0) for s in forwards]
-        if self.encoder_output is None:
-            return pieces
-        return [piece if piece.is_first else piece._replace(embeddings=None) for piece in pieces]  # X̃ is kept already
+        return [_piece(states) for states in forwards]
 
     # ---- which tokens ----------------------------------------------------------------------------------------------
 
@@ -230,3 +227,10 @@ class Follower:
             columns = mask[:, 0, :, :n][..., -(n - start) :]  # a sliding window has fewer than n
             visible = (columns if mask.dtype == torch.bool else columns == 0).any(1)
         return visible.to(self.device)
+
+
+def _piece(states: PilotStates) -> Piece:
+    """The positions of one forward. An encoder's X̃ is kept from the first ones on."""
+    is_first = states.past_length == 0
+    is_kept = states.encoder_length is not None and not is_first
+    return Piece(states.input_ids, None if is_kept else states.embeddings, states.hidden_states, is_first)

@@ -67,7 +67,7 @@ class Rectifier:
         """f for the token after `input_ids` `[R, n]`: `[R, V]` float32.
 
         Raises:
-            ValueError: If these are not the tokens that the Pilot has just been run on.
+            ValueError: If these are not the tokens that the Pilot has just been run on, or it was run with gradients.
         """
         if self.was_with_gradient and not self.follower.pending:
             raise ValueError(WITH_GRADIENT)

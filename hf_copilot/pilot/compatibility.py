@@ -1,4 +1,4 @@
-"""Does this Copilot fit this Pilot? The rules and their error texts, in one place."""
+"""Does this Copilot fit this Pilot, and this way to train or to generate? Rules and error texts, in one place."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
-
 from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
 from ..version import __version__
 from .head import PilotHead
 from .inspect import find_decoder, find_layers, is_encoder_decoder, is_sharded, unwrap
 from .vocabulary import lent_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
 NO_FINGERPRINT = (  # what to do about it
     "set copilot.config.tokenizer_fingerprint = hf_copilot.pilot.compatibility.tokenizer_fingerprint(<the tokenizer "

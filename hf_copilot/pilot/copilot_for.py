@@ -115,17 +115,17 @@ def _take_over(config: CopilotConfig, source: nn.Module) -> CopilotModel:
     if source_config.model_type not in FAMILIES:
         raise DoesNotFit(_cannot_start(config, f"the family {source_config.model_type!r} is not among {FAMILIES}"))
     layers = find_layers(source)
-    states = [block_state(layer) for layer in layers]
-    if "mlp.up_proj.weight" not in states[0]:
+    first = block_state(layers[0])
+    if "mlp.up_proj.weight" not in first:
         raise DoesNotFit(_cannot_start(config, "its weights are stored in a form that is not known (quantised?)"))
-    for name, value in _block_settings(source_config, states[0]).items():
+    for name, value in _block_settings(source_config, first).items():
         _take_from(f"its source (init={config.init!r})", config, name, value, ", or use init='random'")
-    config.intermediate_size = config.intermediate_size or len(states[0]["mlp.up_proj.weight"])
+    config.intermediate_size = config.intermediate_size or len(first["mlp.up_proj.weight"])
     _fill_sizes(config, source)
     copilot = _build(config)
     picked = torch.linspace(0, len(layers) - 1, config.num_hidden_layers).round().int().tolist()
     for layer, index in zip(copilot.layers, picked, strict=True):
-        _load(layer, _layer_state(states[index], layer.layer_type, source), config)
+        _load(layer, _layer_state(block_state(layers[index]), layer.layer_type, source), config)
     decoder = find_decoder(source)
     final_norm = decoder.final_layer_norm if source_config.model_type in T5_FAMILIES else decoder.norm
     _load(copilot.norm, {"weight": final_norm.weight}, config)

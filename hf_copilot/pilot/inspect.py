@@ -33,11 +33,11 @@ def isolated_rng(device: torch.device, seed: int | None = None) -> Iterator[None
 
 
 @contextmanager
-def eval_mode(pilot: nn.Module) -> Iterator[None]:
-    """The Pilot in eval mode inside, each module as it was afterwards. Layers of bitsandbytes stay in training mode:
-    on a CPU they repack their weights for inference, and could not be trained any more."""
-    modes = [(module, module.training) for module in pilot.modules()]
-    pilot.eval()
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode inside, each module as it was afterwards. Layers of bitsandbytes stay in training mode: on
+    a CPU they repack their weights for inference, and could not be trained any more."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     for module, _ in modes:
         if type(module).__module__.startswith("bitsandbytes."):
             module.training = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ MIN_LENGTH_RATIO = 0.75  # of its shortest to its longest
 
 
 def group_by_length(
-    records: list[MistakeRecord], max_positions: int, has_encoder: bool = False
+    records: Sequence[MistakeRecord], max_positions: float, has_encoder: bool = False
 ) -> list[list[MistakeRecord]]:
     """Split into groups of like length (of decoder and encoder together), whose padded size (rows x longest) stays
     within `max_positions`. A group that has `MIN_FULL_POSITIONS` takes no record shorter than `MIN_LENGTH_RATIO` of
@@ -59,7 +59,7 @@ class CopilotBatch:
     @classmethod
     def collate(
         cls,
-        records: list[MistakeRecord],
+        records: Sequence[MistakeRecord],
         embedding: PilotEmbedding,
         config: CopilotConfig,
         device: torch.device,
@@ -85,7 +85,7 @@ class CopilotBatch:
 
 
 def _inputs(
-    records: list[MistakeRecord],
+    records: Sequence[MistakeRecord],
     positions: torch.Tensor,
     embedding: PilotEmbedding,
     config: CopilotConfig,

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..model.configuration_copilot import check_strength
-from ..model.discrepancy import fuse
+from ..pilot.inspect import eval_mode
 from .distributed import num_processes, sum_over_processes
 from .mistake_log import MistakeRecord
-from .teacher_forced import TeacherForced
+from .teacher_forced import TeacherForced, label_figures
 
 METRICS = ("pilot_nll", "pilot_token_accuracy", "rectified_nll", "rectified_token_accuracy", "copilot_dropped_mass")
 METRICS_OF_STRENGTH = ("nll", "token_accuracy")
@@ -45,14 +45,10 @@ def sum_metrics(
         dropped: `[c]` float32, the mass left out of each ℓ.
         strengths: λ; 0 gives the Pilot's own figures.
     """
-    pilot, label = logits.log_softmax(-1), labels[:, None]  # [c, V], [c, 1]
-    rows = []
-    for strength in strengths:
-        fused = fuse(pilot, correction, strength, fusion)  # [c, V]
-        hits = (fused.argmax(-1, keepdim=True) == label).sum()
-        rows.append(torch.stack([-fused.gather(-1, label).sum(), hits]))
-    rows.append(torch.stack([dropped.sum(), dropped.new_tensor(len(labels))]))
-    return torch.stack(rows)
+    likelihoods, hits = label_figures(logits, correction, labels, strengths, fusion)  # [s, c] twice
+    sums = torch.stack([-likelihoods.sum(-1), hits.sum(-1)], dim=-1)  # [s, 2]
+    left_out = torch.stack([dropped.sum(), dropped.new_tensor(len(labels))])  # [2]
+    return torch.cat([sums, left_out[None]])
 
 
 @torch.no_grad()
@@ -63,14 +59,12 @@ def measure(
     max_positions: float = math.inf,
 ) -> torch.Tensor:
     """[`sum_metrics`] over the records' targets, by the Copilot in eval mode, on the CPU."""
-    copilot, parts = forced.copilot, []
-    was_training = copilot.training
-    copilot.eval()
-    for batch in forced.batches(records, max_positions):
-        for rows, logits, correction in forced.corrections(batch):
-            labels, dropped = batch.labels[rows], batch.target.dropped[rows]  # [c], [c]
-            parts.append(sum_metrics(logits, correction, labels, dropped, strengths, copilot.config.fusion))
-    copilot.train(was_training)
+    parts, fusion = [], forced.copilot.config.fusion
+    with eval_mode(forced.copilot):
+        for batch in forced.batches(records, max_positions):
+            for rows, logits, correction in forced.corrections(batch):
+                labels, dropped = batch.labels[rows], batch.target.dropped[rows]  # [c], [c]
+                parts.append(sum_metrics(logits, correction, labels, dropped, strengths, fusion))
     return torch.stack(parts).cpu().double().sum(0) if parts else empty_sums(strengths)
 
 

@@ -45,17 +45,22 @@ def multiplied_parameters(model: PreTrainedModel) -> int:
 
 
 def show(renderable: Any) -> None:
-    """Print it; where an encoding lacks a character it shows a question mark. No run ends for a failure to print."""
+    """Print it. No run ends for a failure to print."""
+    try:
+        _print(renderable)
+    except (OSError, ValueError) as error:  # a closed pipe or file
+        logger.warning(f"What the Copilot has to say could not be printed: {error}.")
+
+
+def _print(renderable: Any) -> None:
+    """With a question mark for what the encoding lacks."""
     console = Console()
     try:
         console.print(renderable, highlight=False)
     except UnicodeEncodeError:
         with console.capture() as text:
             console.print(renderable, highlight=False)
-        encoding = console.encoding
-        console.file.write(text.get().encode(encoding, "replace").decode(encoding))
-    except (OSError, ValueError) as error:  # a closed pipe or file
-        logger.warning(f"What the Copilot has to say could not be printed: {error}.")
+        console.file.write(text.get().encode(console.encoding, "replace").decode(console.encoding))
 
 
 def describe_start(learner: CopilotLearner) -> str:

@@ -251,21 +251,22 @@ def _score_batch(
             raise ValueError("The Pilot's forward on a row is not finite, so it can't be scored.")
         for batch in [forced.collate(records)] if records else []:
             for queries, logits, correction in forced.corrections(batch):
-                parts.append(_figures(logits, correction, batch.labels[queries], strengths, config.fusion))
+                parts.append(label_figures(logits, correction, batch.labels[queries], strengths, config.fusion).cpu())
     figures = torch.cat(parts, dim=-1).split(counts, dim=-1)  # B x [2, s, m]
     return [RowScore(likelihoods, likeliest.bool()) for likelihoods, likeliest in figures]
 
 
-def _figures(
+def label_figures(
     logits: torch.Tensor, correction: torch.Tensor, labels: torch.Tensor, strengths: Sequence[float], fusion: str
 ) -> torch.Tensor:
-    """log p̃ of the labels `[c]`, and whether they are the likeliest, at every λ: `[2, s, c]` on the CPU."""
+    """log p̃ of the labels `[c]` (nats), and 1 where they are the likeliest, at every λ: `[2, s, c]` float32, from the
+    Pilot's z and the Copilot's f, `[c, V]` float32 (Eq. 8, see [`fuse`]). One `[c, V]` buffer for one λ at a time."""
     pilot, figures = logits.log_softmax(-1), []  # [c, V]
     for strength in strengths:
         fused = fuse(pilot, correction, strength, fusion)  # [c, V]
         likelihoods = fused.gather(-1, labels[:, None])[:, 0]  # [c]
         figures.append(torch.stack([likelihoods, (fused.argmax(-1) == labels).float()]))
-    return torch.stack(figures, dim=1).cpu()
+    return torch.stack(figures, dim=1)
 
 
 def _padded(rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
