@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_learner import padded_batch
@@ -66,7 +67,7 @@ def test_the_most_right_tokens_are_another_choice():
     assert by["token_accuracy"] == by["nll"] | {"strength": 2.0, "metric": "token_accuracy"}
 
 
-@pytest.mark.parametrize("strength, best", [("auto", "nll"), ("auto_accuracy", "token_accuracy")])
+@pytest.mark.parametrize("strength, best", [(None, "nll"), ("auto", "nll"), ("auto_accuracy", "token_accuracy")])
 def test_the_argument_names_the_metric(tmp_path, strength, best):
     trainer = make_trainer(tmp_path, addition(8, seed=1), copilot_strength=strength)
     trainer.train()
@@ -140,10 +141,22 @@ def test_auto_at_the_end_of_training(tmp_path, capsys):
     if loaded.config.strength:
         with CopilotLogitsProcessor(loaded, trainer.model) as processor:
             assert processor.strength == found["strength"]
-    again = make_trainer(tmp_path / "again", sets, copilot=loaded)
+    again = make_trainer(tmp_path / "again", sets, copilot=loaded, copilot_strength="config")
     assert (loaded.config.strength, loaded.config.calibration) == (found["strength"], found)  # nothing trained yet
     again.train()
     assert (loaded.config.strength, loaded.config.calibration, loaded.config.results) == (1.0, None, None)
+
+
+def test_without_a_labelled_token_the_strength_stays(tmp_path, caplog):
+    """Nobody asked for a choice, so the end of a training is no place to raise."""
+    unlabelled = Dataset.from_list([{"input_ids": [5, 6, 7], "completion_mask": [0, 0, 0]}] * 2)
+    trainer = make_trainer(tmp_path, unlabelled)
+    trainer.train()
+    assert trainer.copilot.config.strength == 1.0 and trainer.copilot.config.calibration is None
+    assert "λ stays at 1" in caplog.text and "No labelled token" in caplog.text
+    no_set = make_trainer(tmp_path, None)
+    no_set.train()
+    assert no_set.copilot.config.calibration is None
 
 
 def test_calibrating_on_another_set_when_asked(tmp_path):

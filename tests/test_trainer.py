@@ -256,6 +256,7 @@ def test_best_model_takes_its_copilot_along(tmp_path):
             load_best_model_at_end=True,
             metric_for_best_model="eval_rectified_nll",
             greater_is_better=True,  # the first is the best: not the last
+            copilot_strength="config",
         ),
         train_dataset=addition(64),
         eval_dataset=addition(8, seed=3),

@@ -182,7 +182,7 @@ def has_virtual_tokens(pilot: nn.Module) -> bool:
 
 def check_callback_arguments(copilot_args: Any) -> None:
     """Raise a `ValueError` for [`CopilotArguments`] that a [`CopilotCallback`] can't follow."""
-    if copilot_args.copilot_strength != "config" or copilot_args.copilot_predict:
+    if copilot_args.copilot_strength not in (None, "config") or copilot_args.copilot_predict:
         raise ValueError(
             "CopilotCallback sees no evaluation: copilot_strength='auto' or 'auto_accuracy' and copilot_predict "
             "need a trainer of hf_copilot. Calibrate with callback.learner.calibrate()."

@@ -23,6 +23,10 @@ METRICS_OF_STRENGTH = ("nll", "token_accuracy")
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
 
 
+class NothingMeasured(ValueError):
+    """λ can't be chosen: no labelled token was measured."""
+
+
 def empty_sums(strengths: Sequence[float]) -> torch.Tensor:
     """Zeros to add what [`sum_metrics`] gives, on the CPU."""
     return torch.zeros(len(strengths) + 1, 2, dtype=torch.float64)
@@ -118,11 +122,11 @@ def choose_strength(sums: torch.Tensor, strengths: Sequence[float], data: str, m
     `"token_accuracy"`, the most top-1 hits, and of equals the least negative log-likelihood.
 
     Raises:
-        ValueError: If nothing was measured.
+        NothingMeasured: A `ValueError`, if nothing was.
     """
     targets = int(sums[-1, 1])
     if not targets:
-        raise ValueError("No labelled token was measured: calibrate on a data set with labels.")
+        raise NothingMeasured("No labelled token was measured: calibrate on a data set with labels.")
     nll, accuracy = (sums[:-1] / targets).T.tolist()
     found = {"metric": metric, "strengths": list(strengths), "nll": nll, "token_accuracy": accuracy}
     return {"strength": best_strength(found, metric), **found, "targets": targets, "data": data}

@@ -34,7 +34,7 @@ from .checkpoint import (
 )
 from .learner import CopilotLearner
 from .lifecycle import TrainerLifecycle, make_copilot, make_learner
-from .metrics import STRENGTHS, results_at_chosen
+from .metrics import STRENGTHS, NothingMeasured, results_at_chosen
 from .mistake_source import hold_out
 from .records import find_documents
 from .report import show, table_of_training
@@ -131,10 +131,19 @@ class CopilotMixin:
         finally:
             self.is_in_train = False  # transformers leaves it set where training ended with an exception
             self.learner.close()
-        if self.copilot_args.copilot_strength in AUTO_STRENGTHS:
-            self.calibrate(metric=AUTO_STRENGTHS[self.copilot_args.copilot_strength])
+        self._choose_strength()
         self._print_table()
         return output
+
+    def _choose_strength(self):
+        strength = self.copilot_args.copilot_strength
+        if strength in AUTO_STRENGTHS:
+            self.calibrate(metric=AUTO_STRENGTHS[strength])
+        elif strength is None and self.eval_dataset is not None:
+            try:
+                self.calibrate()
+            except NothingMeasured as error:  # nobody asked for it
+                logger.warning(f"λ stays at {self.learner.copilot.config.strength:g}. {error}")
 
     def _print_table(self):
         log, calibration = self.learner.log, self.learner.copilot.config.calibration

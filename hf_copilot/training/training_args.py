@@ -44,9 +44,9 @@ class CopilotArguments:
         copilot_torch_compile (`bool`, defaults to `False`): Compile it, with the Pilot's `torch_compile_backend`.
         copilot_save_mistake_log (`bool`, defaults to `True`): Save the log in checkpoints. Without it the Pilot still
             resumes exactly, the Copilot with an empty log. It may be large, and holds token ids of the training data.
-        copilot_strength (`str`, defaults to `"config"`): λ is the one in the Copilot's config, or the one that is best
-            on `eval_dataset` when training ends: with `"auto"` by NLL, with `"auto_accuracy"` by token accuracy (for
-            greedy answers; its probabilities may be too sure). A fixed λ is `CopilotConfig.strength`.
+        copilot_strength (`str`, *optional*): Where λ comes from. `"config"` leaves the Copilot's own. `"auto"` takes
+            the best one on `eval_dataset` when training ends, by NLL; `"auto_accuracy"` by token accuracy (for greedy
+            answers; its probabilities may be too sure). None is `"auto"` with an `eval_dataset`, else `"config"`.
         copilot_predict (`bool`, defaults to `False`): With `predict_with_generate=True` (Seq2Seq), evaluation and
             prediction generate with the Copilot.
         copilot_start_fresh (`bool`, defaults to `False`): On resuming from a checkpoint that holds no Copilot, start a
@@ -99,10 +99,11 @@ class CopilotArguments:
         default=True,
         metadata={"help": "Save the Mistake Log (with token ids of the training data) in checkpoints."},
     )
-    copilot_strength: str = field(
-        default="config",
+    copilot_strength: str | None = field(
+        default=None,
         metadata={
-            "help": "λ is the config's, or the best on eval_dataset when training ends: by NLL, or by accuracy.",
+            "help": "λ is the config's, or the best on eval_dataset when training ends: by NLL (the default with "
+            "an eval_dataset), or by token accuracy.",
             "choices": ["config", *AUTO_STRENGTHS],
         },
     )
@@ -118,7 +119,7 @@ class CopilotArguments:
     def __post_init__(self):
         for option in fields(CopilotArguments):
             choices = option.metadata.get("choices")
-            if choices is not None and getattr(self, option.name) not in choices:
+            if choices is not None and getattr(self, option.name) not in [*choices, option.default]:
                 hint = FIXED_STRENGTH if option.name == "copilot_strength" else ""
                 raise ValueError(f"{option.name}={getattr(self, option.name)!r}: choose one of {choices}.{hint}")
         check_ranges(
