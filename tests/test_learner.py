@@ -10,13 +10,15 @@ from peft import BeftConfig, LilyConfig, LoraConfig, PolyConfig, PromptTuningCon
 from tiny import MEMORIES, OBJECTIVES, VOCAB_SIZE, assert_same, tiny_pilot, tiny_seq2seq, trained_like
 
 from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
-from hf_copilot.training.batch import MIN_FULL_POSITIONS, MIN_LENGTH_RATIO, CopilotBatch, group_by_length
+from hf_copilot.training.batch import MIN_LENGTH_RATIO, CopilotBatch, full_positions, group_by_length
 from hf_copilot.training.checkpoint import load_state
 from hf_copilot.training.metrics import measure
 from hf_copilot.training.mistake_log import MistakeRecord
 from hf_copilot.training.records import find_documents, random_start
 
 FLOAT = {"log_dtype": torch.float32}
+
+FULL = full_positions(torch.device("cpu"))
 
 
 def padded_batch():
@@ -98,6 +100,27 @@ def test_adapters_of_a_copilot(pilot):
     assert CopilotLearner(copilot_for(pilot), pilot, peft_config=without).peft_model is not None
 
 
+def test_frozen_weights_are_held_in_the_type_of_autocast(pilot):
+    """What autocast makes of them at every use anyway: what is learnt, and saved, is the same."""
+
+    def trained(hold):
+        copilot = trained_like(pilot, CopilotConfig(dropout=0.0))
+        learner = CopilotLearner(copilot, pilot, 2, autocast_dtype=torch.bfloat16, peft_config=LoraConfig(r=2))
+        frozen = [p for name, p in copilot.named_parameters() if "base_layer" in name]
+        assert frozen and all(p.dtype == torch.bfloat16 for p in frozen)
+        if not hold:
+            for p in frozen:
+                p.data = p.data.float()
+        learner.update(observe(learner, pilot, padded_batch()))
+        learner.update(learner.round)
+        return learner.exported().state_dict()
+
+    held, cast = trained(True), trained(False)
+    assert {tensor.dtype for tensor in held.values()} == {torch.float32}
+    for name, tensor in held.items():
+        torch.testing.assert_close(tensor, cast[name], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("make_config", [PolyConfig, LilyConfig, BeftConfig])
 def test_an_adapter_that_cant_be_merged_raises_before_training(pilot, make_config):
     config = make_config(target_modules=["q_proj", "v_proj"])
@@ -110,7 +133,7 @@ def forward(learner, records):
         records, learner.forced.embedding, learner.copilot.config, learner.device, torch.float32
     )
     with torch.no_grad():
-        return learner.copilot(**batch.inputs, return_logits=True, lent=learner.forced.lent).logits[batch.valid]
+        return learner.copilot(**batch.inputs, return_logits=True, lent=learner.forced.lent).logits[batch.queries]
 
 
 @pytest.mark.parametrize("config", [CopilotConfig(), CopilotConfig(memory="pilot", pattern=2, hidden_state_lag=0)])
@@ -167,23 +190,23 @@ def test_whole_documents_start_anywhere_and_prompts_do_not(pilot):
 def test_groups_stay_within_the_bound(pilot):
     learner = CopilotLearner(copilot_for(pilot), pilot)
     records = observe(learner, pilot, padded_batch())
-    groups = group_by_length(records, 14)
+    groups = group_by_length(records, 14, FULL)
     assert [[len(r.input_ids) for r in group] for group in groups] == [[8], [6, 5]]
-    assert [[len(r.input_ids) for r in group] for group in group_by_length(records, 1)] == [[8], [6], [5]]
+    assert [[len(r.input_ids) for r in group] for group in group_by_length(records, 1, FULL)] == [[8], [6], [5]]
 
 
 def test_groups_hold_little_padding(pilot):
-    """Beyond `MIN_FULL_POSITIONS` positions a group takes records of like length alone; within, any."""
+    """Beyond `full_positions` a group takes records of like length alone; within, any."""
     learner = CopilotLearner(copilot_for(pilot), pilot)
     (record, *_) = observe(learner, pilot, padded_batch())
     lengths = list(range(300, 20, -7))
     records = [dataclasses.replace(record, input_ids=torch.zeros(length, dtype=torch.long)) for length in lengths]
-    groups = [[len(r.input_ids) for r in group] for group in group_by_length(records, 10**6)]
+    groups = [[len(r.input_ids) for r in group] for group in group_by_length(records, 10**6, FULL)]
     assert sum(groups, []) == lengths and 2 < len(groups) < len(lengths) / 4
     for group in groups:
-        beyond = group[1 + MIN_FULL_POSITIONS // group[0] :]
+        beyond = group[1 + FULL // group[0] :]
         assert all(length >= MIN_LENGTH_RATIO * group[0] for length in beyond)
-    assert len(group_by_length(records[-10:], 10**6)) == 1
+    assert len(group_by_length(records[-10:], 10**6, FULL)) == 1
 
 
 @pytest.mark.parametrize("config", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -193,7 +216,7 @@ def test_the_groups_of_a_step_do_not_matter(pilot, config):
     for largest in (1, 1000):
         learner = CopilotLearner(trained_like(pilot, config), pilot, num_training_steps=3, **FLOAT)
         records = observe(learner, pilot, padded_batch())
-        learner.max_positions = largest
+        learner.max_positions = learner.optimizer.room = largest
         learner.update(records)
         weights.append(torch.cat([p.detach().flatten() for p in learner.copilot.parameters()]))
     assert torch.allclose(*weights, atol=1e-5)

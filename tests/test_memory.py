@@ -47,7 +47,7 @@ def learner_of(copilot, pilot, **settings):
 def corrections(learner, records):
     (batch,) = learner.forced.batches(records)
     with torch.no_grad():
-        return learner.copilot(**batch.inputs, return_logits=True).logits[batch.valid]  # [Q, V]
+        return learner.copilot(**batch.inputs, return_logits=True).logits[batch.queries]  # [Q, V]
 
 
 def test_no_state_of_the_pilot_is_read_or_logged(pilot):

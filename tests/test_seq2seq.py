@@ -204,7 +204,7 @@ def test_padding_of_the_encoder_is_not_read(family):
         learner.close()
         (batch,) = learner.forced.batches(learner.round)
         with torch.no_grad():
-            found.append(copilot(**batch.inputs).last_hidden_state[batch.valid])
+            found.append(copilot(**batch.inputs).last_hidden_state[batch.queries])
         assert [len(record.embeddings) for record in learner.round] == MASK.sum(1).tolist()
     assert torch.allclose(*found, atol=1e-5)
 
@@ -345,7 +345,9 @@ def test_groups_hold_as_much_as_the_pilots_batches():
         with torch.no_grad(), learner.observe(inputs):
             pilot(**inputs)
     assert learner.max_positions == 2 * 44
-    assert [len(batch.valid) for batch in learner.forced.batches(learner.round, learner.max_positions)] == [2] * 4
+    assert [
+        len(batch.inputs["is_start"]) for batch in learner.forced.batches(learner.round, learner.max_positions)
+    ] == [2] * 4
 
 
 def test_gradients_that_grow_with_accumulation_are_named(tmp_path, caplog):

@@ -152,7 +152,7 @@ def test_half_precision_of_the_pilot(pilot):
     ((_, _, trained),) = learner.forced.corrections(batch)
     with torch.no_grad():
         generated = (
-            learner.copilot(**batch.inputs, return_logits=True, lent=learner.forced.lent).logits[batch.valid].float()
+            learner.copilot(**batch.inputs, return_logits=True, lent=learner.forced.lent).logits[batch.queries].float()
         )
     assert torch.equal(trained, generated)
     before = learner.copilot.output_proj.weight.clone()

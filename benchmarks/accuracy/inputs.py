@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hf_copilot import CopilotLearner, CopilotModel
+from hf_copilot.model.attention import NOWHERE
 from hf_copilot.model.discrepancy import SparseDiscrepancy
 from hf_copilot.model.modeling_copilot import CopilotOutput
 from hf_copilot.training.batch import CopilotBatch
@@ -25,7 +26,7 @@ class XTildeAlone(TeacherForced):
 
     def collate(self, records: Sequence[MistakeRecord]) -> CopilotBatch:
         batch = super().collate(records)
-        batch.inputs["memory_mask"][..., 1::2] = False  # [B, m, 2n]
+        batch.inputs["memory_mask"].places[:, 1::2] = NOWHERE  # of [B, 2n]
         return batch
 
 
@@ -47,11 +48,9 @@ class WithPrompts(TeacherForced):
         """The batch with its queries in prompts read, but not asked for."""
         batch = super().collate(records)
         asked = batch.target.dropped != PROMPT  # [Q]
-        valid = batch.valid.clone()
-        valid[batch.valid] = asked
         return replace(
             batch,
-            valid=valid,
+            queries=tuple(index[asked] for index in batch.queries),
             final_states=batch.final_states[asked],
             labels=batch.labels[asked],
             target=SparseDiscrepancy(*(column[asked] for column in batch.target)),

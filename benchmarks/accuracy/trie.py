@@ -102,6 +102,7 @@ def _correction(
     memory, reads = memory_of(copilot.config), sees[start:]  # [Q, n + N]
     itself = torch.eye(len(sees), dtype=torch.bool, device=device)[start:]  # [Q, n + N]
     reads_state = reads & ~itself if memory.lag else reads  # [Q, n + N]
+    reads_entry = torch.stack([reads, reads_state], dim=-1) if memory.reads_states else reads
     is_start = torch.zeros(1, len(tokens), dtype=torch.bool, device=device)
     is_start[:, 0] = True
     output = copilot(
@@ -109,7 +110,7 @@ def _correction(
         mistake.values[None],
         is_start,
         memory.entries(states.input_ids, states.embeddings, states.hidden_states),  # [1, entries, ...]
-        memory.join(reads[None], reads_state[None], None),  # [1, Q, entries]
+        reads_entry.flatten(1)[None],  # [1, Q, entries]
         trie.sees.to(device)[None],
         **rotary_positions(copilot.config, positions[None, start:], positions[None]),
         return_logits=True,

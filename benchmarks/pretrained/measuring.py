@@ -110,7 +110,7 @@ class Model:
         if len(records) != len(inputs["labels"]):
             raise ValueError("The Pilot's forward on a row is not finite: it can't be scored.")
         batch = forced.collate(records)
-        rows = batch.valid.nonzero()[:, 0]  # [Q]
+        rows, _ = batch.queries  # [Q]
         for chunk, z, f in forced.corrections(batch):
             yield rows[chunk], z, f, batch.labels[chunk]
 

@@ -117,10 +117,10 @@ class Rectifier:
         """The memory's new entries, what the one query of each row may read of it, and where both stand."""
         entries = torch.cat([self._entries(piece) for piece in step.pieces], dim=1)  # [R, new entries, ...]
         last = step.ids.new_full((len(step.ids), 1), step.ids.shape[1] - 1)  # [R, 1]
-        mask = self.memory.mask(last, step.visible, step.encoder_visible)  # [R, 1, entries]
+        reads = self.memory.reads(last, step.visible, step.encoder_visible)
         positions = step.visible.cumsum(1) - 1  # [R, n], as in a row without padding
         where = rotary_positions(self.config, positions[:, -1:], positions[:, step.kept :])
-        return {"memory": entries, "memory_mask": mask, **where}
+        return {"memory": entries, "memory_mask": reads, **where}
 
     def _entries(self, piece: Piece) -> torch.Tensor:
         states = {"device": self.copilot.device, "dtype": self.copilot.dtype}

@@ -10,13 +10,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from .attention import NOWHERE, Span
 from .configuration_copilot import CopilotConfig
-
-
-def up_to(last: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Which of n positions are visible and not after `last` `[B, m]`: `[B, m, n]` bool."""
-    position = torch.arange(visible.shape[1], device=visible.device)  # [n]
-    return (position <= last[:, :, None]) & visible[:, None]  # [B, m, n]
 
 
 class Memory(ABC):
@@ -48,25 +43,21 @@ class Memory(ABC):
             is_first: Whether they are the first positions: with these come the entries of an encoder.
         """
 
-    def mask(
-        self, queries: torch.Tensor, visible: torch.Tensor, encoder_visible: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Which entries a query may read, `[B, m, entries]` bool: tokens and X̃ at positions ≤ j, h at positions
-        ≤ j − lag, all of an encoder's output.
+    def reads(self, queries: torch.Tensor, visible: torch.Tensor, encoder_visible: torch.Tensor | None = None) -> Span:
+        """Which entries a query reads: tokens and X̃ at positions ≤ j, h at positions ≤ j − lag, all of an encoder's
+        output.
 
         Args:
             queries: `[B, m]`, the position j of every query in its row.
             visible: `[B, n]` bool, False at padding.
             encoder_visible: `[B, S]` bool, likewise, of an encoder.
         """
-        return self.join(up_to(queries, visible), up_to(queries - self.lag, visible), encoder_visible)
+        position = torch.arange(visible.shape[1], device=visible.device)  # [n]
+        return Span(self.places(position.where(visible, NOWHERE), encoder_visible), queries)
 
     @abstractmethod
-    def join(
-        self, reads_token: torch.Tensor, reads_state: torch.Tensor, encoder_visible: torch.Tensor | None
-    ) -> torch.Tensor:
-        """[`mask`] of queries whose positions are not in one line: the positions that each may read token (or X̃) and
-        state of, `[B, m, n]` bool twice, and `[B, S]` of an encoder -> `[B, m, entries]`."""
+    def places(self, position: torch.Tensor, encoder_visible: torch.Tensor | None) -> torch.Tensor:
+        """The least j that reads each entry, of positions `[B, n]` and of an encoder's `[B, S]`: `[B, entries]`."""
 
     @abstractmethod
     def positions(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -85,11 +76,8 @@ class TokenMemory(Memory):
     def entries(self, input_ids, embeddings, hidden_states, is_first=True):
         return input_ids  # [B, n]
 
-    def mask(self, queries, visible, encoder_visible=None):
-        return up_to(queries, visible)  # [B, m, n]
-
-    def join(self, reads_token, reads_state, encoder_visible):
-        return reads_token  # [B, m, n]
+    def places(self, position, encoder_visible):
+        return position  # [B, n]
 
     def positions(self, tokens):
         return tokens
@@ -104,8 +92,8 @@ class StateMemory(Memory):
     def entries(self, input_ids, embeddings, hidden_states, is_first=True):
         return torch.stack([embeddings, hidden_states], dim=2).flatten(1, 2)  # [B, 2n, d_P]
 
-    def join(self, reads_token, reads_state, encoder_visible):
-        return torch.stack([reads_token, reads_state], dim=-1).flatten(2)  # [B, m, 2n]
+    def places(self, position, encoder_visible):
+        return torch.stack([position, position + self.lag], dim=-1).flatten(1)  # [B, 2n]
 
     def positions(self, tokens):
         return tokens.repeat_interleave(2, dim=1)  # [B, 2n]
@@ -122,9 +110,9 @@ class EncoderMemory(Memory):
             return hidden_states  # [B, n, d_P]
         return torch.cat([embeddings, hidden_states], dim=1)  # [B, S + n, d_P]
 
-    def join(self, reads_token, reads_state, encoder_visible):
-        encoder = encoder_visible[:, None].expand(-1, reads_state.shape[1], -1)  # [B, m, S]
-        return torch.cat([encoder, reads_state], dim=-1)  # [B, m, S + n]
+    def places(self, position, encoder_visible):
+        encoder = torch.where(encoder_visible, 0, NOWHERE)  # [B, S]
+        return torch.cat([encoder, position + self.lag], dim=-1)  # [B, S + n]
 
     def positions(self, tokens):
         raise NotImplementedError("An encoder's output has no positions in its decoder.")

@@ -18,10 +18,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import rotate_half
 from transformers.utils import ModelOutput
 
+from .attention import CopilotAttention, Span, as_mask, rotation
 from .configuration_copilot import CopilotConfig
 from .hub import CopilotPreTrainedModel
 from .memory import memory_of
@@ -40,77 +39,6 @@ def rotary_positions(config: CopilotConfig, queries: torch.Tensor, tokens: torch
     if config.position_embedding != "rotary":
         return {}
     return {"positions": queries, "memory_positions": memory_of(config).positions(tokens)}
-
-
-def rotation(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
-    """cos and sin of the angles p θ^(−2i / head_dim) of rotary positions (RoFormer), in the Llama family's order of
-    dimensions: `[B, s]` -> `[2, B, 1, s, head_dim]` float32."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device) / head_dim  # [head_dim / 2]
-    angles = positions[:, None, :, None] * theta**-exponents  # [B, 1, s, head_dim / 2]
-    angles = torch.cat([angles, angles], dim=-1)  # [B, 1, s, head_dim]
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-def rotated(x: torch.Tensor, cos_and_sin: torch.Tensor) -> torch.Tensor:
-    """Queries or keys `[B, heads, s, head_dim]`, turned by what [`rotation`] gave for their positions."""
-    cos, sin = cos_and_sin.to(x.dtype)
-    return x * cos + rotate_half(x) * sin
-
-
-class CopilotAttention(nn.Module):
-    """Attention whose keys and values are the queries' own states or the memory."""
-
-    def __init__(self, config: CopilotConfig, cache_index: int):
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.cache_index = cache_index  # among the layers of its kind
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5 if config.attention_scaling is None else config.attention_scaling
-        heads, kv_heads = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, heads, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.attention_output_bias)
-        if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = None
-
-    def split_heads(self, x: torch.Tensor, norm: nn.RMSNorm | None = None) -> torch.Tensor:
-        """`[B, s, heads * head_dim]` -> `[B, heads, s, head_dim]`, normed where there is a norm."""
-        heads = x.unflatten(-1, (-1, self.head_dim))
-        return (heads if norm is None else norm(heads.to(norm.weight.dtype))).transpose(1, 2)
-
-    def forward(
-        self,
-        queries: torch.Tensor,
-        source: torch.Tensor,
-        mask: torch.Tensor | None,
-        cache: DynamicCache | None,
-        rotations: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """Q = H W_Q; K, V = source W_K, source W_V (Eq. 6 where source = [X̃ ; h]).
-
-        Args:
-            queries: H, `[B, m, d]`.
-            source: `[B, s, d]`, states that are not in the cache yet.
-            mask: `[B, m, cached + s]` bool, True where a query may read; None for all.
-            cache: Keys and values of earlier calls; these are appended to it.
-            rotations: Of queries and source, from [`rotation`]; None without positions.
-        """
-        q = self.split_heads(self.q_proj(queries), self.q_norm)  # [B, heads, m, head_dim]
-        k = self.split_heads(self.k_proj(source), self.k_norm)  # [B, kv_heads, s, head_dim]
-        if rotations is not None:
-            q, k = rotated(q, rotations[0]), rotated(k, rotations[1])
-        v = self.split_heads(self.v_proj(source))  # [B, kv_heads, s, head_dim]
-        if cache is not None:
-            k, v = cache.update(k, v, self.cache_index)  # [B, kv_heads, cached + s, head_dim]
-        mask = None if mask is None else mask[:, None]  # [B, 1, m, cached + s]
-        out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
-            self, q, k, v, mask, scaling=self.scaling, is_causal=False
-        )  # [B, m, heads, head_dim]
-        return self.o_proj(out.flatten(2))  # [B, m, d]
 
 
 class CopilotMLP(nn.Module):
@@ -156,8 +84,8 @@ class CopilotLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         memory: torch.Tensor,
-        memory_mask: torch.Tensor,
-        self_mask: torch.Tensor | None,
+        memory_mask: torch.Tensor | Span,
+        self_mask: torch.Tensor | Span | None,
         cache: EncoderDecoderCache | None,
         rotations: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
@@ -306,8 +234,8 @@ class CopilotModel(CopilotPreTrainedModel):
         input_values: torch.Tensor,
         is_start: torch.Tensor,
         memory: torch.Tensor,
-        memory_mask: torch.Tensor,
-        self_mask: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | Span,
+        self_mask: torch.Tensor | Span | None = None,
         positions: torch.Tensor | None = None,
         memory_positions: torch.Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
@@ -319,8 +247,8 @@ class CopilotModel(CopilotPreTrainedModel):
         Args:
             input_indices, input_values, is_start: As in [`embed`].
             memory: `[B, s, d_P]`, or ids `[B, s]` with `memory="tokens"`: from `Memory.entries`.
-            memory_mask: `[B, m, cached + s]` bool, from `Memory.mask`.
-            self_mask: `[B, m, cached + m]` bool, which of its own states a query reads; None for all.
+            memory_mask: What each query reads, from `Memory.reads`; or `[B, m, cached + s]` bool.
+            self_mask: Likewise of its own states, cached + m; None for all.
             positions, memory_positions: `[B, m]` and `[B, s]`, from [`rotary_positions`]; not read without positions.
             cache: From [`new_cache`]; updated in place.
             inputs_embeds: `[B, m, d]` instead of what [`embed`] makes of the first three.
@@ -335,10 +263,10 @@ class CopilotModel(CopilotPreTrainedModel):
             inputs_embeds = self.embed(input_indices, input_values, is_start, vocabulary.embedding)
         hidden_states = inputs_embeds.to(self.norm.weight.dtype)  # [B, m, d]
         rotations = self._rotations(positions, memory_positions)
+        memory_mask, self_mask = as_mask(memory_mask), as_mask(self_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, memory, memory_mask, self_mask, cache, rotations)
-        hidden_states = self.output_proj(self.norm(hidden_states))  # [B, m, e]
-        head = vocabulary.head
+        hidden_states, head = self.output_proj(self.norm(hidden_states)), vocabulary.head  # [B, m, e], [V, e]
         return CopilotOutput(hidden_states, F.linear(hidden_states.to(head.dtype), head) if return_logits else None)
 
     def _rotations(self, *positions: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:

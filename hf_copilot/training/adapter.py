@@ -12,9 +12,12 @@ from torch import nn
 from ..model.modeling_copilot import CopilotModel
 
 
-def add_adapter(copilot: CopilotModel, peft_config: PeftConfig) -> PeftModel:
+def add_adapter(copilot: CopilotModel, peft_config: PeftConfig, compute_dtype: torch.dtype | None = None) -> PeftModel:
     """Put an adapter into the Copilot, in place. Its new maps are trained in full, and so is the embedding of one that
     started from random weights; the random matrices of its layers are changed by the adapter alone.
+
+    Args:
+        compute_dtype: Of autocast, where there is one: frozen matrices are held in it, and not cast at every use.
 
     Raises:
         ValueError: If it is no adapter of weights, lies on the embedding, or can't be merged.
@@ -41,6 +44,9 @@ def add_adapter(copilot: CopilotModel, peft_config: PeftConfig) -> PeftModel:
     for parameter in copilot.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in copilot.modules():
+        if compute_dtype is not None and isinstance(module, BaseTunerLayer):
+            module.get_base_layer().to(compute_dtype)
     return model
 
 
@@ -57,8 +63,12 @@ def _check_merges(model: PeftModel, name: str) -> None:
 
 
 def merged_copy(model: PeftModel, device: str | torch.device) -> CopilotModel:
-    """A Copilot of plain weights, made on `device`; it shares the config."""
-    copies = {id(p): nn.Parameter(p.detach().to(device, copy=True)) for p in model.parameters()}
+    """A Copilot of plain weights, made on `device`, in its own type or a wider one; it shares the config."""
+    own = model.get_base_model().norm.weight.dtype
+    copies = {
+        id(p): nn.Parameter(p.detach().to(device, torch.promote_types(p.dtype, own), copy=True))
+        for p in model.parameters()
+    }
     merged = copy.deepcopy(model, copies).merge_and_unload()
     merged.config = model.get_base_model().config
     return merged

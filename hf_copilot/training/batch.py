@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
+from ..model.attention import Span
 from ..model.configuration_copilot import CopilotConfig
 from ..model.discrepancy import SparseDiscrepancy
 from ..model.memory import memory_of
@@ -15,16 +16,22 @@ from ..model.modeling_copilot import rotary_positions
 from ..pilot.head import PilotEmbedding
 from .mistake_log import MistakeRecord
 
-MIN_FULL_POSITIONS = 1024  # a group with as many keeps to documents of like length
-MIN_LENGTH_RATIO = 0.75  # of its shortest to its longest
+ROOM = 2**13  # positions of one batch, whatever the Pilot's own have
+MIN_LENGTH_RATIO = 0.75  # of a full group's shortest document to its longest
+
+
+def full_positions(device: torch.device) -> int:
+    """A group with as many keeps to documents of like length. Padding costs a CPU time; on an accelerator a batch
+    more does."""
+    return 1024 if device.type == "cpu" else ROOM
 
 
 def group_by_length(
-    records: Sequence[MistakeRecord], max_positions: float, has_encoder: bool = False
+    records: Sequence[MistakeRecord], max_positions: float, full: float, has_encoder: bool = False
 ) -> list[list[MistakeRecord]]:
     """Split into groups of like length (of decoder and encoder together), whose padded size (rows x longest) stays
-    within `max_positions`. A group that has `MIN_FULL_POSITIONS` takes no record shorter than `MIN_LENGTH_RATIO` of
-    its longest, which would be padding for the most part."""
+    within `max_positions`. A group that has `full` takes no record shorter than `MIN_LENGTH_RATIO` of its longest,
+    which would be padding for the most part."""
 
     def length(record: MistakeRecord) -> int:
         return len(record.input_ids) + (len(record.embeddings) if has_encoder else 0)
@@ -32,7 +39,7 @@ def group_by_length(
     def has_room(group: list[MistakeRecord], record: MistakeRecord) -> bool:
         longest = length(group[0])
         padded = len(group) * longest
-        is_like = padded < MIN_FULL_POSITIONS or length(record) >= MIN_LENGTH_RATIO * longest
+        is_like = padded < full or length(record) >= MIN_LENGTH_RATIO * longest
         return is_like and padded + longest <= max_positions
 
     groups: list[list[MistakeRecord]] = []
@@ -44,12 +51,15 @@ def group_by_length(
     return groups
 
 
+OF_TARGETS = ("positions", "is_start", "final_states", "labels", "indices", "values", "dropped")
+
+
 @dataclass
 class CopilotBatch:
     """Records, padded for one forward of the Copilot; B documents, m queries, n positions, Q queries in all."""
 
-    inputs: dict[str, torch.Tensor]  # the arguments of CopilotModel.forward
-    valid: torch.Tensor  # [B, m] bool, which queries are not padding
+    inputs: dict[str, Any]  # the arguments of CopilotModel.forward
+    queries: tuple[torch.Tensor, torch.Tensor]  # [Q] twice, the row and the column of each query
     final_states: torch.Tensor  # [Q, d_P]
     labels: torch.Tensor  # [Q]
     target: SparseDiscrepancy  # [Q, k + 1]
@@ -66,70 +76,103 @@ class CopilotBatch:
         dtype: torch.dtype,
     ) -> CopilotBatch:
         """Pad the records; queries of different runs do not see each other."""
-
-        def cat(name: str) -> torch.Tensor:
-            return torch.cat([getattr(record, name) for record in records]).to(device)
-
-        sequence = torch.cat([record.is_start for record in records]).cumsum(0) - 1  # [Q]
-        length = max(len(record.input_ids) for record in records)
-        positions = pad((record.positions for record in records), device, length)  # [B, m]; padding sees all
+        columns = {name: [getattr(record, name) for record in records] for name in OF_TARGETS}
+        flat = {name: torch.cat(column) for name, column in columns.items()}  # [Q, ...]
+        targets = Ragged.of([len(record.labels) for record in records])
+        on_device = {name: to_device(flat[name], device) for name in flat.keys() - {"positions"}}
         return cls(
-            inputs=_inputs(records, positions, embedding, config, device, dtype),
-            valid=positions < length,
-            final_states=cat("final_states"),
-            labels=cat("labels"),
-            target=SparseDiscrepancy(cat("indices").long(), cat("values"), cat("dropped")),
-            sequence=sequence.to(device),
-            num_sequences=int(sequence[-1]) + 1,
+            inputs=_inputs(records, flat, targets, embedding, config, device, dtype),
+            queries=(to_device(targets.rows, device), to_device(targets.columns, device)),
+            final_states=on_device["final_states"],
+            labels=on_device["labels"],
+            target=SparseDiscrepancy(on_device["indices"].long(), on_device["values"], on_device["dropped"]),
+            sequence=on_device["is_start"].cumsum(0) - 1,
+            num_sequences=sum(record.num_sequences for record in records),
         )
 
 
 def _inputs(
     records: Sequence[MistakeRecord],
-    positions: torch.Tensor,
+    flat: dict[str, torch.Tensor],
+    targets: Ragged,
     embedding: PilotEmbedding,
     config: CopilotConfig,
     device: torch.device,
     dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     memory = memory_of(config)
-    is_start = pad((record.is_start for record in records), device)  # [B, m]
-    run = is_start.cumsum(1)  # [B, m]
-    same_run = run[:, :, None] == run[:, None, :]  # [B, m, m]
-    visible = unpadded((record.input_ids for record in records), device)  # [B, n]
-    encoder_visible = unpadded((record.embeddings for record in records), device)  # [B, S], read beside an encoder
-    entries = memory.entries(
-        pad((record.input_ids for record in records), device),  # [B, n]
-        pad((known_embeddings(record, embedding) for record in records), device).to(dtype),  # [B, n or S, d_P]
-        pad((record.hidden_states for record in records), device).to(dtype),  # [B, n, d_P]
-    )
+    tokens = Ragged.of([len(record.input_ids) for record in records])
+    positions = to_device(targets.pad(flat["positions"], tokens.shape[1]), device)  # [B, m]; padding sees all
+    is_start = to_device(targets.pad(flat["is_start"]), device)  # [B, m]
+    own = torch.arange(is_start.shape[1], device=device).expand_as(is_start)  # [B, m]
+    run_start = own.where(is_start, 0).cummax(1).values  # [B, m]
+    visible = to_device(tokens.pad(torch.ones_like(tokens.rows, dtype=torch.bool)), device)  # [B, n]
+    entries, encoder_visible = _entries(records, tokens, embedding, config, device, dtype)
     return {
-        "input_indices": pad((record.indices for record in records), device).long().roll(1, dims=1),  # [B, m, k + 1]
-        "input_values": pad((record.values for record in records), device).roll(1, dims=1),  # of the target before
+        "input_indices": to_device(targets.pad(flat["indices"].long()).roll(1, dims=1), device),  # [B, m, k + 1]
+        "input_values": to_device(targets.pad(flat["values"]).roll(1, dims=1), device),  # of the target before
         "is_start": is_start,
         "memory": entries,
-        "memory_mask": memory.mask(positions, visible, encoder_visible),  # [B, m, entries]
-        "self_mask": same_run.tril(),
+        "memory_mask": memory.reads(positions, visible, encoder_visible),
+        "self_mask": Span(own, own, run_start),
         **rotary_positions(config, positions, visible.cumsum(1) - 1),
     }
 
 
+def _entries(
+    records: Sequence[MistakeRecord],
+    tokens: Ragged,
+    embedding: PilotEmbedding,
+    config: CopilotConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The memory's entries, and which positions of an encoder are no padding, `[B, S]` bool, where there is one."""
+    memory = memory_of(config)
+    ids = to_device(tokens.pad(torch.cat([record.input_ids for record in records])), device)  # [B, n]
+    if not memory.reads_states:
+        return memory.entries(ids, None, None), None
+    hidden_states = tokens.pad(torch.cat([record.hidden_states for record in records]))  # [B, n, d_P]
+    hidden_states, encoder_visible = to_device(hidden_states, device).to(dtype), None
+    if not any(len(record.embeddings) for record in records):
+        embeddings = embedding(ids).to(device, dtype)  # [B, n, d_P]
+    else:
+        logged = [known_embeddings(record, embedding).to(record.hidden_states) for record in records]
+        places = Ragged.of([len(part) for part in logged])
+        embeddings = to_device(places.pad(torch.cat(logged)), device).to(dtype)  # [B, n or S, d_P]
+        encoder_visible = to_device(places.pad(torch.ones_like(places.rows, dtype=torch.bool)), device)  # [B, S]
+    return memory.entries(ids, embeddings, hidden_states), encoder_visible
+
+
 def known_embeddings(record: MistakeRecord, embedding: PilotEmbedding) -> torch.Tensor:
-    """X̃ of a record: as it was logged, or from the ids where these give it; empty where no state was logged."""
-    if len(record.embeddings) or not len(record.hidden_states):
-        return record.embeddings
-    return embedding(record.input_ids)
+    """X̃ of a record: as it was logged, or from the ids where these give it."""
+    return record.embeddings if len(record.embeddings) else embedding(record.input_ids)
 
 
-def pad(tensors: Iterable[torch.Tensor], device: torch.device, value: float = 0) -> torch.Tensor:
-    """`[n, ...]` of each record -> `[B, longest n, ...]` on the device."""
-    rows = list(tensors)
-    if not any(map(len, rows)):  # what this kind of memory does not log
-        return torch.empty(len(rows), *rows[0].shape, dtype=rows[0].dtype, device=device)
-    return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
+class Ragged(NamedTuple):
+    """Where the values of all documents, one after the other, stand in a padded batch."""
+
+    rows: torch.Tensor  # [N]
+    columns: torch.Tensor  # [N]
+    shape: tuple[int, int]  # B, the longest
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Ragged:
+        """Of documents that have so many values each."""
+        sizes = torch.tensor(lengths)  # [B]
+        rows = torch.repeat_interleave(sizes, output_size=sum(lengths))  # [N]
+        columns = torch.arange(len(rows)) - (sizes.cumsum(0) - sizes)[rows]  # [N]
+        return cls(rows, columns, (len(lengths), max(lengths)))
+
+    def pad(self, values: torch.Tensor, fill: float = 0) -> torch.Tensor:
+        """`[N, ...]` -> `[B, longest, ...]`."""
+        padded = values.new_full((*self.shape, *values.shape[1:]), fill)
+        padded[self.rows, self.columns] = values
+        return padded
 
 
-def unpadded(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """`[B, longest n]` bool, False at padding."""
-    lengths = [len(tensor) for tensor in tensors]
-    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that the CPU does not wait for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

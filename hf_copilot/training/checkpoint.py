@@ -273,7 +273,7 @@ def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
             state.setdefault(int(index), {})[key] = tensor
     learner.optimizer.adamw.load_state_dict({"state": state, "param_groups": scalars["param_groups"]})
     learner.optimizer.scheduler.load_state_dict(scalars["scheduler"])
-    learner.steps, learner.optimizer.skipped_steps = scalars["steps"], scalars["skipped_steps"]
+    learner.steps, learner.optimizer.skips[0] = scalars["steps"], scalars["skipped_steps"]
     learner.max_positions = scalars["largest_batch"]
     with torch.no_grad():
         for name, parameter in _beside_exported(learner):

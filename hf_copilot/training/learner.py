@@ -99,7 +99,7 @@ class CopilotLearner:
         self.forced = self.teacher_forced_class(copilot, pilot, autocast_dtype, compile_backend)
         self.head, self.copilot = self.forced.head, copilot
         with isolated_rng(self.device, seed):
-            self.peft_model = add_adapter(copilot, peft_config) if peft_config is not None else None
+            self.peft_model = peft_config and add_adapter(copilot, peft_config, autocast_dtype)
         self.warmup_steps = warmup_steps
         settings = {"lr_scheduler_type": lr_scheduler_type, "lr_scheduler_kwargs": lr_scheduler_kwargs or {}}
         settings |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
@@ -115,7 +115,7 @@ class CopilotLearner:
     @property
     def skipped_steps(self) -> int:
         """The Copilot's steps that were left out."""
-        return 0 if self.optimizer is None else self.optimizer.skipped_steps
+        return 0 if self.optimizer is None else self.optimizer.count_skips()
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +128,7 @@ class CopilotLearner:
         self.round: list[MistakeRecord] = []
         self.has_observed = False  # whether the round has a forward, be it without a target
         self.log.clear()
-        self.max_positions = 1  # of the Pilot's largest micro-batch, the bound of the Copilot's own
+        self.max_positions = 1  # of the Pilot's largest micro-batch
         self.metrics = RunningMetrics(self.strengths, self.device)
 
     def start(self, num_training_steps: int) -> None:
@@ -226,15 +226,20 @@ class CopilotLearner:
         self.steps += 1
         self.optimizer.scheduler.step()
 
+    @property
+    def room(self) -> int:
+        """Positions that one batch of the Copilot may have: as many as the Pilot's, or what is known to fit."""
+        return max(self.max_positions, self.optimizer.room)
+
     def _measure(self, records: list[MistakeRecord]) -> None:
         try:
-            self.metrics.sums["train"] += measure(self.forced, records, self.strengths, self.max_positions)
+            self.metrics.sums["train"] += measure(self.forced, records, self.strengths, self.room)
         except torch.OutOfMemoryError:
             logger.warning("Memory ran out while the Copilot was measured: these documents are not in the metrics.")
 
     def update(self, records: Sequence[MistakeRecord]) -> None:
         """One optimizer step on these documents; see [`CopilotOptimizer.step`]."""
-        loss = self.optimizer.step(self.forced, records, self.max_positions)
+        loss = self.optimizer.step(self.forced, records, self.room)
         if loss is not None:
             self.metrics.add_loss(loss)
 
@@ -273,8 +278,9 @@ class CopilotLearner:
         """The metrics since the last call, over all processes: means over targets, and in training the mean of the
         Copilot's loss."""
         metrics = self.metrics.pop(mode, self.device)
-        if mode == "train" and self.skipped_steps:
-            metrics["copilot_skipped_steps"] = self.skipped_steps
+        skipped_steps = self.skipped_steps if mode == "train" else 0
+        if skipped_steps:
+            metrics["copilot_skipped_steps"] = skipped_steps
         if mode == "train" and self.log.capped:
             metrics["copilot_log_rounds"] = len(self.log.rounds)
         return metrics

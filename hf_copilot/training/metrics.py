@@ -87,12 +87,13 @@ class RunningMetrics:
     def __init__(self, strengths: Sequence[float], device: torch.device):
         self.sums = {mode: empty_sums(strengths) for mode in ("train", "eval")}
         self.loss_sum = torch.zeros((), device=device)
-        self.loss_count = 0
+        self.loss_count = torch.zeros((), device=device)
 
     def add_loss(self, loss: torch.Tensor) -> None:
-        """The Copilot's loss of one step, over all processes."""
-        self.loss_sum += loss
-        self.loss_count += 1
+        """The Copilot's loss of one step, over all processes; NaN is of one that was left out."""
+        counts = loss.isfinite()
+        self.loss_sum += loss.where(counts, 0.0)
+        self.loss_count += counts
 
     def forget(self, mode: str) -> None:
         self.sums[mode] = torch.zeros_like(self.sums[mode])
@@ -103,9 +104,11 @@ class RunningMetrics:
         *totals, targets = over_processes(self.sums[mode], device).flatten().tolist()
         self.forget(mode)
         metrics = {name: total / targets for name, total in zip(METRICS, totals, strict=True)} if targets else {}
-        if mode == "train" and self.loss_count:
-            metrics["copilot_loss"] = self.loss_sum.item() / self.loss_count
-            self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
+        if mode == "train":
+            loss, count = torch.stack([self.loss_sum, self.loss_count]).tolist()
+            if count:
+                metrics["copilot_loss"] = loss / count
+            self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), torch.zeros_like(self.loss_count)
         return metrics
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -34,12 +35,22 @@ class MistakeRecord:
     def nbytes(self) -> int:
         return sum(getattr(self, field.name).nbytes for field in fields(self))
 
-    @property
+    @cached_property
     def is_start(self) -> torch.Tensor:
         """`[m]` bool: the first target of each run (a contiguous stretch of targets)."""
         starts = torch.ones_like(self.positions, dtype=torch.bool)
         starts[1:] = self.positions[1:] != self.positions[:-1] + 1
         return starts
+
+    @cached_property
+    def num_sequences(self) -> int:
+        """Runs."""
+        return int(self.is_start.sum())
+
+    @cached_property
+    def has_prompt(self) -> bool:
+        """Whether a token stands before its first target's."""
+        return bool(self.positions[0] != 0)
 
     def starting_at(self, first: int) -> MistakeRecord:
         """The same document with its first targets left out: they are memory only."""

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from ..model.modeling_copilot import CopilotModel
+from .batch import ROOM
 from .distributed import num_processes, sum_count, sum_over_processes
 from .mistake_log import MistakeRecord
 from .teacher_forced import TeacherForced
@@ -57,7 +58,9 @@ class CopilotOptimizer:
         lr_scheduler_kwargs: dict[str, Any],
     ):
         self.copilot, self.max_grad_norm = copilot, max_grad_norm
-        self.skipped_steps = self.skips_in_a_row = 0
+        self.room = ROOM  # positions of one batch that fit, as far as is known
+        self.skips = torch.zeros(2, dtype=torch.int64, device=copilot.device)  # in all, and in a row
+        self.has_warned = False  # of those in a row
         decay = [p for p in self.parameters() if p.ndim > 1]
         no_decay = [p for p in self.parameters() if p.ndim <= 1]
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
@@ -77,34 +80,33 @@ class CopilotOptimizer:
         self, forced: TeacherForced, records: Sequence[MistakeRecord], max_positions: float = math.inf
     ) -> torch.Tensor | None:
         """One step on these documents of this process and those of the others; gives the loss, a mean over targets or
-        sequences, or None if it was left out: without a target, or where the loss or gradient is not finite, or memory
-        ran out, in any process.
+        sequences. It is NaN if the step was left out, where loss or gradient is not finite, or memory ran out, in any
+        process; the device decides that, the CPU does not wait for it. Without a target the loss is None.
 
         Args:
             forced: Gives the loss.
-            max_positions: Of one micro-batch.
+            max_positions: Of one batch.
         """
         per_sequence = self.copilot.config.objective == "rmse"
-        count = sum(int(r.is_start.sum()) if per_sequence else len(r.labels) for r in records)
+        count = sum(r.num_sequences if per_sequence else len(r.labels) for r in records)
         total = sum_count(count, forced.device)
         if not total:
             return None
         self.copilot.train()
         loss = self._backward(forced, records, total, max_positions)
         norm = self._sum_gradients(loss)
-        is_finite = bool((loss + norm).isfinite())
-        if is_finite:
-            self.adamw.step()
-            self.skips_in_a_row = 0
-        else:
-            self._skip()
+        failed = ~(loss + norm).isfinite()  # []
+        self.adamw.found_inf = failed.float()  # the fused step leaves all as it was where this is 1
+        self.adamw.step()
         self.adamw.zero_grad()
-        return loss if is_finite else None
+        self.skips = self.skips.to(failed.device) + failed
+        self.skips[1] *= failed
+        return loss.masked_fill(failed, torch.nan)
 
     def _backward(
         self, forced: TeacherForced, records: Sequence[MistakeRecord], total: int, max_positions: float
     ) -> torch.Tensor:
-        """This process's part of the loss, with its gradients; NaN where memory ran out."""
+        """This process's part of the loss, with its gradients. Where memory ran out NaN, and less room after."""
         loss = torch.zeros((), device=forced.device)
         try:
             for batch in forced.batches(records, max_positions):
@@ -114,6 +116,8 @@ class CopilotOptimizer:
                 loss += part.detach()
         except torch.OutOfMemoryError:
             loss.fill_(torch.nan)
+            self.adamw.zero_grad()
+            self.room //= 2
         return loss
 
     def _sum_gradients(self, loss: torch.Tensor) -> torch.Tensor:
@@ -125,14 +129,16 @@ class CopilotOptimizer:
         sum_over_processes([loss, *(p.grad for p in parameters if p.grad is not None)])
         return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
 
-    def _skip(self) -> None:
-        self.skipped_steps += 1
-        self.skips_in_a_row += 1
-        if self.skips_in_a_row == SKIPS_TO_WARN:
+    def count_skips(self) -> int:
+        """Steps that were left out; warns of many in a row."""
+        total, in_a_row = self.skips.tolist()
+        if in_a_row >= SKIPS_TO_WARN and not self.has_warned:
             logger.warning(
                 "The Copilot's step was left out %d times in a row: its loss or gradient is not finite, or its memory "
                 "ran out. The Pilot's training goes on. Lower copilot_learning_rate or copilot_max_grad_norm; for "
                 "memory lower per_device_train_batch_size, or train a smaller Copilot or one with an adapter "
                 "(copilot_peft_config).",
-                SKIPS_TO_WARN,
+                in_a_row,
             )
+        self.has_warned = in_a_row >= SKIPS_TO_WARN
+        return total

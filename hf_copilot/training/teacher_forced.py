@@ -22,7 +22,7 @@ from ..pilot.head import PilotEmbedding, PilotHead
 from ..pilot.inspect import eval_mode, without_logits
 from ..pilot.tap import PilotStates, PilotTap
 from ..pilot.vocabulary import lent_vocabulary
-from .batch import CopilotBatch, group_by_length, pad
+from .batch import CopilotBatch, Ragged, full_positions, group_by_length
 from .mistake_log import MistakeRecord
 from .records import IGNORE, make_records
 
@@ -130,7 +130,8 @@ class TeacherForced:
 
     def batches(self, records: Sequence[MistakeRecord], max_positions: float = math.inf) -> Iterator[CopilotBatch]:
         """The records, padded, in groups of like length with at most `max_positions`."""
-        for group in group_by_length(records, max_positions, self.copilot.config.pilot_is_encoder_decoder):
+        full, has_encoder = full_positions(self.device), self.copilot.config.pilot_is_encoder_decoder
+        for group in group_by_length(records, max_positions, full, has_encoder):
             yield self.collate(group)
 
     def collate(self, records: Sequence[MistakeRecord]) -> CopilotBatch:
@@ -151,7 +152,7 @@ class TeacherForced:
         """What f = W h is made of at the batch's queries: h `[Q, e]`, in the type of its matrix products, and W
         `[V, e]`."""
         lent = self.lent
-        hidden = self.run(**batch.inputs, lent=lent).last_hidden_state[batch.valid]  # [Q, e]
+        hidden = self.run(**batch.inputs, lent=lent).last_hidden_state[batch.queries]  # [Q, e]
         weight = self.copilot.vocabulary(lent).head  # [V, e]
         return hidden.to(self.autocast_dtype or weight.dtype), weight
 
@@ -272,8 +273,10 @@ def label_figures(
 def _padded(rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
     """Rows as a batch, padded on the right."""
     ids, labels = ([torch.as_tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
-    return {
-        "input_ids": pad(ids, device),
-        "attention_mask": pad([torch.ones_like(row) for row in ids], device),
-        "labels": pad(labels, device, IGNORE),
+    tokens, targets = (Ragged.of([len(row) for row in column]) for column in (ids, labels))
+    inputs = {
+        "input_ids": tokens.pad(torch.cat(ids)),
+        "attention_mask": tokens.pad(torch.ones_like(tokens.rows)),
+        "labels": targets.pad(torch.cat(labels), IGNORE),
     }
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
