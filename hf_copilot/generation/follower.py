@@ -2,6 +2,9 @@
 
 Its state hangs on content alone: a row of this call continues the row of the last call that has the same tokens (and
 the same encoder output), so beams, kept caches and several `generate` calls in a row need no hint from outside.
+
+An accelerator is not waited for where sizes say that every row goes on by one token: whether the tokens do is decided
+there, and looked at one call later.
 Shapes: R rows, n tokens so far, t of them in one forward, S positions of the encoder, d_P the Pilot's hidden size.
 """
 
@@ -61,6 +64,8 @@ class Follower:
             read again.
     """
 
+    waits: bool | None = None  # whether values are looked at at once; None is where they lie on the CPU
+
     def __init__(self, needs_states: bool):
         self.needs_states = needs_states
         self.reset()
@@ -72,6 +77,18 @@ class Follower:
         self.visible: torch.Tensor | None = None  # [R, n] bool, which of them are not padding
         self.group: torch.Tensor | None = None  # [R] rows of one group began the run with the same content
         self.encoder_output: torch.Tensor | None = None  # [R, S, d_P], of an encoder-decoder
+        self.unsettled: torch.Tensor | None = None  # [] bool, whether the last call's tokens were what sizes said
+
+    def settle(self) -> None:
+        """Look at what the last call left to be seen.
+
+        Raises:
+            ValueError: If its tokens were not those that the Pilot had been run on.
+        """
+        holds, self.unsettled = self.unsettled, None
+        if holds is not None and not bool(holds):
+            self.reset()
+            raise ValueError(UNKNOWN_CALL)
 
     def take(self, states: PilotStates) -> None:
         """Hear of a forward of the Pilot."""
@@ -88,15 +105,13 @@ class Follower:
         Raises:
             ValueError: If these are not the tokens that the Pilot has just been run on.
         """
+        self.settle()
         pending, self.pending, self.device = self.pending, [], ids.device
-        is_next = self._is_next(ids) and self._has_same_encoder(pending)
-        rows = self._parents(ids, ids.shape[1] - 1) if is_next else None  # [R]
-        continues = rows is not None
-        forwards = self._chain(pending, ids, continues)
-        past = forwards[0].past_length
-        if past and not continues:
-            rows = self._parents(ids, past)
-        rows = self._arrange(rows)
+        if self._goes_on(pending, ids):
+            forwards, rows, continues = pending, self._next_rows(pending[0], ids), True
+        else:
+            forwards, rows, continues = self._look_back(pending, ids)
+        past, rows = forwards[0].past_length, self._arrange(rows)
         before = self.visible[:, :past] if continues else self._visible_before(forwards[0])  # [R, past]
         visible = torch.cat([before, *(self._visible(s, s.past_length) for s in forwards)], dim=1)  # [R, n]
         self.ids, self.visible = ids, visible
@@ -117,7 +132,41 @@ class Follower:
             return [Piece(self.ids[:, kept:], None, None, kept == 0)]
         return [_piece(states) for states in forwards]
 
+    # ---- what sizes say --------------------------------------------------------------------------------------------
+
+    def _goes_on(self, pending: list[PilotStates], ids: torch.Tensor) -> bool:
+        """Whether, by its sizes, one forward on one token of every row leads from the last call to this one."""
+        waits = ids.device.type == "cpu" if self.waits is None else self.waits
+        if waits or not self._is_next(ids) or len(ids) != len(self.ids) or len(pending) != 1:
+            return False
+        states, old = pending[0], self.encoder_output
+        has_same_encoder = old is None or old.data_ptr() == states.embeddings.data_ptr()
+        is_one_token = states.input_ids is not None and states.input_ids.shape == (len(ids), 1)
+        follows = states.past_length == self.ids.shape[1] and states.next_logits is not None
+        return has_same_encoder and is_one_token and follows
+
+    def _next_rows(self, states: PilotStates, ids: torch.Tensor) -> torch.Tensor:
+        """The row of the last call that each row goes on from, `[R]`; that there is one is left to be seen."""
+        same = (ids[:, None, :-1] == self.ids[None]).all(-1)  # [R, R]
+        same &= self.group[:, None] == self.group[None]
+        is_read = states.input_ids.to(self.device) == ids[:, -1:]  # [R, 1]
+        self.unsettled = (same.any(-1) & is_read[:, 0]).all()
+        return same.int().argmax(-1)
+
     # ---- which tokens ----------------------------------------------------------------------------------------------
+
+    def _look_back(
+        self, pending: list[PilotStates], ids: torch.Tensor
+    ) -> tuple[list[PilotStates], torch.Tensor | None, bool]:
+        """The forwards that lead to this call, by their tokens; the row of the last call that each row has its
+        beginning of, if one has; and whether every row goes on by one token."""
+        is_next = self._is_next(ids) and self._has_same_encoder(pending)
+        rows = self._parents(ids, ids.shape[1] - 1) if is_next else None  # [R]
+        forwards, continues = self._chain(pending, ids, rows is not None), rows is not None
+        past = forwards[0].past_length
+        if past and not continues:
+            rows = self._parents(ids, past)
+        return forwards, rows, continues
 
     def _chain(self, pending: list[PilotStates], ids: torch.Tensor, continues: bool) -> list[PilotStates]:
         """The forwards, last ones first to be looked at, that lead from tokens whose memory is known to `ids`."""
@@ -174,7 +223,9 @@ class Follower:
 
     def _arrange(self, rows: torch.Tensor | None) -> torch.Tensor | None:
         """Put the rows of the state in the order of this call; gives the order back, or None if it was that."""
-        if rows is None or torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+        if rows is None or (len(rows) == 1 and len(self.ids) == 1):
+            return None
+        if self.unsettled is None and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
             return None
         self.visible, self.ids, self.group = self.visible[rows], self.ids[rows], self.group[rows]
         return rows

@@ -65,5 +65,9 @@ class CopilotLogitsProcessor(LogitsProcessor):
     def __enter__(self) -> CopilotLogitsProcessor:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.detach()
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        try:
+            if kind is None and self.rectifier is not None:
+                self.rectifier.follower.settle()
+        finally:
+            self.detach()

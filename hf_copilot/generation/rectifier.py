@@ -59,6 +59,8 @@ class Rectifier:
         self.reset()
 
     def _listens(self) -> bool:
+        """Asked before a forward of the Pilot, when `generate` has just waited for the last token."""
+        self.follower.settle()
         self.was_with_gradient = torch.is_grad_enabled()
         return not self.was_with_gradient
 

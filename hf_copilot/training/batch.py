@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -15,6 +15,7 @@ from ..model.memory import memory_of
 from ..model.modeling_copilot import rotary_positions
 from ..pilot.head import PilotEmbedding
 from .mistake_log import MistakeRecord
+from .ragged import Ragged
 
 ROOM = 2**13  # positions of one batch, whatever the Pilot's own have
 MIN_LENGTH_RATIO = 0.75  # of a full group's shortest document to its longest
@@ -147,28 +148,6 @@ def _entries(
 def known_embeddings(record: MistakeRecord, embedding: PilotEmbedding) -> torch.Tensor:
     """X̃ of a record: as it was logged, or from the ids where these give it."""
     return record.embeddings if len(record.embeddings) else embedding(record.input_ids)
-
-
-class Ragged(NamedTuple):
-    """Where the values of all documents, one after the other, stand in a padded batch."""
-
-    rows: torch.Tensor  # [N]
-    columns: torch.Tensor  # [N]
-    shape: tuple[int, int]  # B, the longest
-
-    @classmethod
-    def of(cls, lengths: Sequence[int]) -> Ragged:
-        """Of documents that have so many values each."""
-        sizes = torch.tensor(lengths)  # [B]
-        rows = torch.repeat_interleave(sizes, output_size=sum(lengths))  # [N]
-        columns = torch.arange(len(rows)) - (sizes.cumsum(0) - sizes)[rows]  # [N]
-        return cls(rows, columns, (len(lengths), max(lengths)))
-
-    def pad(self, values: torch.Tensor, fill: float = 0) -> torch.Tensor:
-        """`[N, ...]` -> `[B, longest, ...]`."""
-        padded = values.new_full((*self.shape, *values.shape[1:]), fill)
-        padded[self.rows, self.columns] = values
-        return padded
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

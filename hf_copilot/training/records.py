@@ -19,6 +19,7 @@ from ..pilot.head import PilotEmbedding, PilotHead
 from ..pilot.inspect import is_encoder_decoder
 from ..pilot.tap import PilotStates
 from .mistake_log import MistakeRecord
+from .ragged import Ragged
 
 IGNORE = -100
 
@@ -59,37 +60,45 @@ def _unpadded_stretches(mask: torch.Tensor) -> list[Document]:
         raise ValueError(
             f"The Mistake Log reads documents from a 2D attention_mask, this one has {mask.ndim} dimensions."
         )
-    spans = [row.nonzero()[:, 0].tolist() for row in mask.cpu()]
-    holes = [i for i, span in enumerate(spans) if span and len(span) != span[-1] + 1 - span[0]]
+    is_token = mask.cpu() != 0  # [B, T]
+    starts = is_token.int().argmax(1)  # [B], the first of equals
+    ends = is_token.shape[1] - is_token.flip(1).int().argmax(1)  # [B]
+    spans = torch.stack([starts, ends, is_token.sum(1)]).T.tolist()  # B x [3]
+    holes = [i for i, (start, end, count) in enumerate(spans) if 0 < count < end - start]
     if holes:
         raise ValueError(
             f"attention_mask has holes in rows {holes}: the Mistake Log reads a row's tokens as one document. Pad "
             "at the sides alone, or leave the mask out and begin position_ids anew in every document."
         )
-    return [Document(i, span[0], span[-1] + 1) for i, span in enumerate(spans) if span]
+    return [Document(i, start, end) for i, (start, end, count) in enumerate(spans) if count]
 
 
 def _position_runs(position_ids: torch.Tensor) -> list[Document]:
-    documents = []
-    for i, row in enumerate(position_ids.cpu()):
-        starts = (row == 0).nonzero()[:, 0].tolist()
-        if starts[:1] != [0]:
+    positions = position_ids.cpu()  # [B, T]
+    for i, first in enumerate(positions[:, 0].tolist()):
+        if first != 0:
             raise ValueError(
-                f"position_ids of row {i} begin at {int(row[0])}, and without an attention_mask a document begins "
-                "where they are 0: begin them there, or pass a mask."
+                f"position_ids of row {i} begin at {first}, and without an attention_mask a document begins where "
+                "they are 0: begin them there, or pass a mask."
             )
-        documents += [Document(i, *span) for span in zip(starts, [*starts[1:], len(row)], strict=True)]
-    return documents
+    starts, length = (positions == 0).nonzero().tolist(), positions.shape[1]  # D x [row, position]
+    nexts = [*starts[1:], (None, None)]
+    return [
+        Document(row, start, end if row == next_row else length)
+        for (row, start), (next_row, end) in zip(starts, nexts, strict=True)
+    ]
 
 
 @dataclass
 class Targets:
-    """The documents of a batch that have a target, and where these lie in its flattened positions."""
+    """The D documents of a batch that have a target, and where M targets and N positions lie in its flattened ones."""
 
     rows: list[int]  # D, of the batch
-    spans: list[torch.Tensor]  # D x [n], positions up to the last target
-    offsets: list[torch.Tensor]  # D x [m], targets, counted from the document's start
+    lengths: list[int]  # D, positions up to the last target
+    counts: list[int]  # D, targets
+    context: torch.Tensor  # [N], the positions
     where: torch.Tensor  # [M], the positions of the targets
+    positions: torch.Tensor  # [M], likewise, counted from the document's start
     labels: torch.Tensor  # [M] int64
 
 
@@ -97,17 +106,30 @@ def find_targets(inputs: Mapping[str, Any], has_encoder: bool) -> Targets | None
     """The targets of a batch; None if it has none."""
     labels = inputs["labels"].cpu()  # [B, T]
     length, shift = labels.shape[1], 0 if has_encoder else 1  # the label of position j is at j + shift
-    rows, spans, offsets = [], [], []
-    for row, start, end in find_documents(inputs, has_encoder):
-        targets = (labels[row, start + shift : end] != IGNORE).nonzero()[:, 0]  # [m]
-        if len(targets):
-            rows.append(row)
-            spans.append(torch.arange(int(targets[-1]) + 1) + row * length + start)  # [n]
-            offsets.append(targets)
-    if not rows:
+    documents = find_documents(inputs, has_encoder)
+    if not documents:
         return None
-    where = torch.cat([span[targets] for span, targets in zip(spans, offsets, strict=True)])  # [M]
-    return Targets(rows, spans, offsets, where, labels.flatten()[where + shift])
+    starts = torch.tensor([document.row * length + document.start for document in documents])  # [D]
+    ends = torch.tensor([document.row * length + document.end for document in documents])  # [D]
+    where = (labels.flatten() != IGNORE).nonzero()[:, 0] - shift  # [M]
+    document = torch.searchsorted(starts, where, right=True) - 1  # [M], the last one that starts before it
+    is_inside = (document >= 0) & (where + shift < ends[document])  # a label of padding, or of a first token, is none
+    where, document = where[is_inside], document[is_inside]
+    if not len(where):
+        return None
+    document, counts = document.unique_consecutive(return_counts=True)  # [D] twice, of those that have a target
+    starts, last = starts[document], where[counts.cumsum(0) - 1]  # [D] twice
+    lengths = (last + 1 - starts).tolist()
+    tokens = Ragged.of(lengths)
+    return Targets(
+        rows=[documents[i].row for i in document.tolist()],
+        lengths=lengths,
+        counts=counts.tolist(),
+        context=starts[tokens.rows] + tokens.columns,
+        where=where,
+        positions=where - starts.repeat_interleave(counts),
+        labels=labels.flatten()[where + shift],
+    )
 
 
 class Column(NamedTuple):
@@ -141,9 +163,9 @@ def make_records(
         return []
     final = _at(targets.where, states.last_hidden_state, inputs)  # [M, d_P]
     mistake = discrepancy(head, final, targets.labels.to(final.device), top_k)
-    counts = [len(offsets) for offsets in targets.offsets]
+    counts = targets.counts
     of_targets = {
-        "positions": torch.cat(targets.offsets),
+        "positions": targets.positions,
         "labels": targets.labels,
         "final_states": final.to(dtype=dtype),
         "indices": mistake.indices.int(),
@@ -154,8 +176,9 @@ def make_records(
     columns |= _context(states, inputs, targets, embedding, dtype)
     parts = [column.tensor.to(device or final.device).split(column.sizes) for column in columns.values()]
     records = [MistakeRecord(**dict(zip(columns, row, strict=True))) for row in zip(*parts, strict=True)]
-    finite = mistake.values.isfinite().all(-1).cpu().split(counts)  # D x [m]
-    return [record for record, is_finite in zip(records, finite, strict=True) if bool(is_finite.all())]
+    is_bad = ~mistake.values.isfinite().all(-1).cpu()  # [M]
+    bad = set(Ragged.of(counts).rows[is_bad].tolist())
+    return [record for i, record in enumerate(records) if i not in bad]
 
 
 def _at(positions: torch.Tensor, tensor: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -172,7 +195,7 @@ def _context(
     dtype: torch.dtype | None,
 ) -> dict[str, Column]:
     """What records hold of all positions and not of targets alone: ids, X̃ and h."""
-    where, sizes = torch.cat(targets.spans), [len(span) for span in targets.spans]  # [N]
+    where, sizes = targets.context, targets.lengths  # [N], D
     none = Column(states.last_hidden_state.new_empty(0, states.last_hidden_state.shape[-1]), [0] * len(sizes))
 
     def column(tensor: torch.Tensor | None) -> Column:

@@ -22,8 +22,9 @@ from ..pilot.head import PilotEmbedding, PilotHead
 from ..pilot.inspect import eval_mode, without_logits
 from ..pilot.tap import PilotStates, PilotTap
 from ..pilot.vocabulary import lent_vocabulary
-from .batch import CopilotBatch, Ragged, full_positions, group_by_length
+from .batch import CopilotBatch, full_positions, group_by_length
 from .mistake_log import MistakeRecord
+from .ragged import Ragged
 from .records import IGNORE, make_records
 
 

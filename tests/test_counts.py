@@ -1,0 +1,105 @@
+"""What a Copilot asks of a device: operators and waits, of a step in training and of a generated token.
+
+The bounds are what was counted, and a little more. Raise one only with a reason in the commit.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from counting import Count
+from tiny import MEMORIES, tiny_pilot, trained_like
+from versions import CACHE
+
+from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
+from hf_copilot.generation.follower import Follower
+
+OPERATORS_OF_A_TOKEN = {"greedy": 190, "beams": 205}
+OPERATORS_OF_A_STEP = 540
+OPERATORS_OF_A_LOOK = 110  # at one forward of the Pilot
+WAITS_OF_A_LOOK = 10
+HOW = {"greedy": {"rows": 2}, "beams": {"rows": 2, "num_beams": 3}}
+
+
+def per_token(pilot, copilot, rows, **how):
+    """Operators and waits of one more token."""
+    ids, counts = torch.randint(5, 40, (rows, 8), generator=torch.Generator().manual_seed(0)), []
+    settings = {"do_sample": False, "pad_token_id": 0, **how}
+    for tokens in (4, 8):
+        processors = [] if copilot is None else [CopilotLogitsProcessor(copilot, pilot)]
+        with Count() as count:
+            pilot.generate(ids, logits_processor=processors, max_new_tokens=tokens, min_new_tokens=tokens, **settings)
+        for processor in processors:
+            processor.detach()
+        counts.append(count)
+    return [(getattr(counts[1], name) - getattr(counts[0], name)) / 4 for name in ("operators", "waits")]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_token(memory, how, monkeypatch):
+    """A run that goes on waits for nothing, as on an accelerator."""
+    monkeypatch.setattr(Follower, "waits", False)
+    pilot = tiny_pilot().eval()
+    alone = per_token(pilot, None, **HOW[how])
+    operators, waits = per_token(pilot, trained_like(pilot, CopilotConfig(memory=memory)), **HOW[how])
+    assert operators - alone[0] <= OPERATORS_OF_A_TOKEN[how]
+    assert waits - alone[1] == 1  # for what the last call left to be seen, before the Pilot's next forward
+
+
+def test_tokens_of_another_run_raise_one_call_later(monkeypatch):
+    """Sizes alone go on; that the tokens do not is seen before the next forward, or when the block ends."""
+    monkeypatch.setattr(Follower, "waits", False)
+    pilot = tiny_pilot().eval()
+    copilot = trained_like(pilot)
+
+    def deceive(processor):
+        ids = torch.randint(5, 40, (2, 6))
+        cache = pilot(ids, use_cache=True)[CACHE]
+        scores = processor(ids, torch.zeros(2, pilot.config.vocab_size))
+        grown = torch.cat([ids, ids[:, :1]], dim=1)
+        pilot(grown[:, -1:], **{CACHE: cache})
+        processor(grown + 1, scores)
+
+    with torch.no_grad(), CopilotLogitsProcessor(copilot, pilot) as processor:
+        deceive(processor)
+        with pytest.raises(ValueError, match="has not just been run on"):
+            pilot(torch.randint(5, 40, (2, 6)))
+    expected = pytest.raises(ValueError, match="has not just been run on")
+    with torch.no_grad(), expected, CopilotLogitsProcessor(copilot, pilot) as processor:
+        deceive(processor)
+    assert not processor.rectifier.tap.handles
+
+
+def batch_of(documents):
+    """Documents of 32 tokens, the last 5 to 12 of them labelled."""
+    ids = torch.randint(5, 40, (documents, 32))
+    labels = ids.clone()
+    for i in range(documents):
+        labels[i, : 20 + i % 8] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
+def a_round(memory, documents):
+    """Counts of the learner's look at a forward, beyond the Pilot's own, and of its step."""
+    pilot = tiny_pilot()
+    copilot = copilot_for(pilot, CopilotConfig(memory=memory))
+    learner = CopilotLearner(copilot, pilot, num_training_steps=4, steps_per_round=1)
+    for _ in range(2):
+        inputs = batch_of(documents)
+        with Count() as alone:
+            pilot(**inputs)
+        with Count() as look, learner.observe(inputs):
+            pilot(**inputs)
+        with Count() as step:
+            learner.step()
+    return look.operators - alone.operators, look.waits - alone.waits, step
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_round(memory):
+    """Neither grows with the documents, but for what a document is asked once in its life."""
+    few, many = a_round(memory, 4), a_round(memory, 16)
+    assert few[:2] == many[:2]
+    assert many[0] <= OPERATORS_OF_A_LOOK and many[1] <= WAITS_OF_A_LOOK
+    assert few[2].operators <= many[2].operators <= OPERATORS_OF_A_STEP
