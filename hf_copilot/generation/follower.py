@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..pilot.cache import holds_every_state
 from ..pilot.tap import PilotStates
 
 UNKNOWN_CALL = (
@@ -20,13 +21,18 @@ UNKNOWN_CALL = (
     "decoding, prompt lookup, guidance_scale and inputs_embeds call processors for other tokens and are not supported "
     "(leave assistant_model, prompt_lookup_num_tokens and guidance_scale out). If it was detached, make a new one. A "
     "Pilot in training mode with gradient checkpointing generates without its cache: call pilot.eval() first. "
-    "One whose cache holds no positions (state-space models) needs use_cache=False."
+    "The cache of a state-space model must be filled while the processor is attached."
 )
 UNSEEN_CACHE = (
     "The Pilot's cache holds tokens whose states (or padding, behind the sliding window of a static cache) "
     "this processor has not seen: make the processor before the cache is filled, with all of its rows (not "
     "one that is repeated later), and one for each conversation that has a cache of its own, or call generate "
     "without a kept cache."
+)
+
+STATE_OUTSIDE = (
+    "Beams change their places, and this Pilot keeps states outside of its cache, or in a cache that does not reorder "
+    "them: transformers gives each beam the state of another. Pass use_cache=False, or num_beams=1."
 )
 
 
@@ -97,6 +103,9 @@ class Follower:
         if past and not continues:
             rows = self._parents(ids, past)
         rows = self._arrange(rows)
+        if continues and past and rows is not None and not holds_every_state(forwards[-1].cache):
+            self.reset()
+            raise ValueError(STATE_OUTSIDE)
         before = self.visible[:, :past] if continues else self._visible_before(forwards[0])  # [R, past]
         visible = torch.cat([before, *(self._visible(s, s.past_length) for s in forwards)], dim=1)  # [R, n]
         self.ids, self.visible = ids, visible

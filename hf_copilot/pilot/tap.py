@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import Cache
 
 from ..model.configuration_copilot import CopilotConfig
+from .cache import CachedPositions, find_cache
 from .forward_arguments import OF_CROSS_ATTENTION, OF_DECODERS, ForwardArguments
 from .inspect import find_decoder, find_layers, is_encoder_decoder, unwrap
 
@@ -25,6 +27,7 @@ class PilotStates:
     input_ids: torch.Tensor | None  # [B, T]; None if the forward was given embeddings
     attention_mask: Any  # as the decoder was given it: 2D, 4D, a mapping of these, or None
     past_length: int  # positions that were in the Pilot's cache before
+    cache: Cache | None = None  # the Pilot's own, as it is now
     # X̃ and h, None where the tap reads no layers
     embeddings: torch.Tensor | None = None  # X̃, [B, T, d_P], the input of layer 0; or [B, S, d_P], of the encoder
     encoder_length: int | None = None  # S; None without an encoder
@@ -93,6 +96,7 @@ class PilotTap:
         self.pooled = parts[config.pooled_layers]
         self.pooling, self.sink, self.listen = config.pooling, sink, listen
         self.handles: list[RemovableHandle] = []
+        self.cached = CachedPositions()
         self.states: PilotStates | None = None  # not None only while a forward that we listen to runs
         self.latest: PilotStates | None = None  # of the forward whose logits are still to come
 
@@ -137,7 +141,7 @@ class PilotTap:
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the Pilot (a moving average, a file, another process) has its hooks: there they stay silent, and
         hold nothing."""
-        held = ("sink", "states", "latest", "model", "decoder", "layers", "pooled")
+        held = ("sink", "cached", "states", "latest", "model", "decoder", "layers", "pooled")
         return self.__dict__ | dict.fromkeys(held) | {"listen": never, "handles": []}
 
     def _begin_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -145,8 +149,9 @@ class PilotTap:
         if not self.listen():
             return
         given = self.arguments.named(args, kwargs)
-        past_length = self.arguments.past_length(given)
-        self.states = PilotStates(given.get("input_ids"), given.get("attention_mask"), past_length)
+        cache = self.arguments.cache(given)
+        past_length = self.cached.before(cache)
+        self.states = PilotStates(given.get("input_ids"), given.get("attention_mask"), past_length, cache)
         if given.get("encoder_hidden_states") is not None:
             self.states.embeddings = given["encoder_hidden_states"].detach()
             self.states.encoder_length = self.states.embeddings.shape[1]
@@ -175,6 +180,9 @@ class PilotTap:
         if self.pooled and self.pooling == "mean":
             states.hidden_states /= len(self.pooled)
         states.last_hidden_state = output[0].detach()
+        if states.cache is None:  # the decoder may have made one
+            states.cache = find_cache(output.values() if isinstance(output, dict) else output)
+        self.cached.count(states.cache, states.past_length + states.length)
         self.latest = states
         self.sink(states)
 
