@@ -8,6 +8,7 @@ Shapes: R rows, n tokens so far, t of them in one forward, S positions of the en
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,8 @@ UNKNOWN_CALL = (
     "decoding, prompt lookup, guidance_scale and inputs_embeds call processors for other tokens and are not supported "
     "(leave assistant_model, prompt_lookup_num_tokens and guidance_scale out). If it was detached, make a new one. A "
     "Pilot in training mode with gradient checkpointing generates without its cache: call pilot.eval() first. "
-    "The cache of a state-space model must be filled while the processor is attached."
+    "One processor is for one thread at a time. The cache of a state-space model must be filled while the processor "
+    "is attached."
 )
 UNSEEN_CACHE = (
     "The Pilot's cache holds tokens whose states (or padding, behind the sliding window of a static cache) "
@@ -73,7 +75,7 @@ class Follower:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.pending: list[PilotStates] = []  # forwards of the Pilot since the last call
+        self.of_threads: dict[int, list[PilotStates]] = {}  # forwards of the Pilot since the last call
         self.ids: torch.Tensor | None = None  # [R, n] tokens of the last call
         self.visible: torch.Tensor | None = None  # [R, n] bool, which of them are not padding
         self.group: torch.Tensor | None = None  # [R] rows of one group began the run with the same content
@@ -81,11 +83,17 @@ class Follower:
 
     def take(self, states: PilotStates) -> None:
         """Hear of a forward of the Pilot."""
-        if self.pending and states.past_length != self.pending[-1].past_length + self.pending[-1].length:
-            self.pending = []  # of a forward that nobody asked about
-        if self.pending:
-            self.pending[-1].next_logits = None  # nobody asked for them
-        self.pending.append(states)
+        pending = self.of_threads.setdefault(get_ident(), [])
+        if pending and states.past_length != pending[-1].past_length + pending[-1].length:
+            pending.clear()  # of a forward that nobody asked about
+        if pending:
+            pending[-1].next_logits = None  # nobody asked for them
+        pending.append(states)
+
+    @property
+    def pending(self) -> list[PilotStates]:
+        """Those of this thread."""
+        return self.of_threads.get(get_ident(), [])
 
     def follow(self, ids: torch.Tensor) -> Step:
         """How a call for the token after `ids` `[R, n]` goes on from the last call; all that it gives is on their
@@ -94,7 +102,8 @@ class Follower:
         Raises:
             ValueError: If these are not the tokens that the Pilot has just been run on.
         """
-        pending, self.pending, self.device = self.pending, [], ids.device
+        pending, self.device = self.pending, ids.device
+        self.of_threads = {}
         is_next = self._is_next(ids) and self._has_same_encoder(pending)
         rows = self._parents(ids, ids.shape[1] - 1) if is_next else None  # [R]
         continues = rows is not None
@@ -103,7 +112,7 @@ class Follower:
         if past and not continues:
             rows = self._parents(ids, past)
         rows = self._arrange(rows)
-        if continues and past and rows is not None and not holds_every_state(forwards[-1].cache):
+        if continues and past and rows is not None and not self._holds_every_state(forwards[-1]):
             self.reset()
             raise ValueError(STATE_OUTSIDE)
         before = self.visible[:, :past] if continues else self._visible_before(forwards[0])  # [R, past]
@@ -125,6 +134,9 @@ class Follower:
         if not self.needs_states:
             return [Piece(self.ids[:, kept:], None, None, kept == 0)]
         return [_piece(states) for states in forwards]
+
+    def _holds_every_state(self, states: PilotStates) -> bool:
+        return states.cache is None or holds_every_state(states.cache())
 
     # ---- which tokens ----------------------------------------------------------------------------------------------
 

@@ -149,10 +149,13 @@ class CopilotMixin:
             watch = self.learner.evaluate(self._without_repeated_rows(inputs))
         else:
             watch = contextlib.nullcontext()
-        with watch:
-            return super().compute_loss(
+        with contextlib.ExitStack() as of_copilot, watch:
+            loss = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+            if self.model.training:
+                of_copilot.enter_context(self.lifecycle.watch.of_copilot())  # what it logs, when `watch` ends
+        return loss
 
     def _without_repeated_rows(self, inputs):
         """In the last batch of an evaluation, accelerate repeats rows so that all processes have as many: unlabelled
