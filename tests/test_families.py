@@ -63,8 +63,6 @@ LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_h
 LATENT |= MOE | {"pad_token_id": 0, "num_local_experts": 4, "moe_intermediate_size": 24}
 NARROW = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
 CONV = {"layer_types": ["conv", "conv", "full_attention"]}
-GRANITE = {"shared_intermediate_size": 48, "layer_types": ["mamba", "mamba", "attention"]}
-GRANITE |= {"num_local_experts": 0}  # as the small ones of the family
 TYPES = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
 FAMILIES = {
     "Llama": ("Llama", SHAPE),
@@ -97,10 +95,6 @@ FAMILIES = {
     "LFM2": ("Lfm2", SHAPE | {"full_attn_idxs": [2], "block_multiple_of": 8}),
     "LFM2-MoE": ("Lfm2Moe", SHAPE | MOE | {"num_experts": 4, "moe_intermediate_size": 24} | CONV),
     "LFM3": ("Lfm3", SHAPE),
-    "Granite 4 (hybrid)": (
-        "GraniteMoeHybrid",
-        SHAPE | MAMBA_2 | {"num_local_experts": 4, "num_experts_per_tok": 2} | GRANITE,
-    ),
     "Falcon-H1": ("FalconH1", SHAPE | MAMBA_2 | {"mamba_d_ssm": 64}),
     "Nemotron-H": (
         "NemotronH",
