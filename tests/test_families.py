@@ -34,7 +34,8 @@ Each of these trains, generates with beams, saves and loads, with a Copilot of e
 each step's correction equals the one computed in training. `tests/test_families.py` shows it, and wrote this table.
 
 "Tokens" is a token Copilot, "the Pilot's states" a state Copilot. By default (`CopilotConfig(init=None)`) it starts
-from the Pilot's own layers where their block is the Copilot's, and from random weights elsewhere.
+from the Pilot's own layers where their block is the Copilot's, and from random weights elsewhere. RecurrentGemma and
+MiniMax keep states that do not follow beams: with `num_beams` they need `use_cache=False`, and raise without.
 
 | family | class | the Copilot starts from | and reads |
 |---|---|---|---|
@@ -50,6 +51,19 @@ OLD = {
 PLAIN_3N = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4, "activation_sparsity_pattern": [0.0] * 4}
 PLAIN_3N |= {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
 MOE = {"num_experts_per_tok": 2}
+SSM = {key: OLD[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "eos_token_id")} | {
+    "pad_token_id": 0
+}
+SSM_2 = {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8}
+MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
+MAMBA_2 = MAMBA | {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+LINEAR = {"linear_conv_kernel_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4}
+LATENT |= MOE | {"pad_token_id": 0, "num_local_experts": 4, "moe_intermediate_size": 24}
+NARROW = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+CONV = {"layer_types": ["conv", "conv", "full_attention"]}
+TYPES = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
 FAMILIES = {
     "Llama": ("Llama", SHAPE),
     "Mistral": ("Mistral", SHAPE),
@@ -68,6 +82,38 @@ FAMILIES = {
     "Bloom": ("Bloom", OLD | {"n_layer": 3, "n_head": 4}),
     "Mixtral (mixture of experts)": ("Mixtral", SHAPE | MOE | {"num_local_experts": 4}),
     "Qwen3-MoE (mixture of experts)": ("Qwen3Moe", SHAPE | MOE | {"num_experts": 4, "moe_intermediate_size": 24}),
+    "Mamba": ("Mamba", SSM | {"state_size": 8}),
+    "Mamba 2": ("Mamba2", SSM | SSM_2 | {"state_size": 8}),
+    "Falcon Mamba": ("FalconMamba", SSM | {"state_size": 8}),
+    "RecurrentGemma": ("RecurrentGemma", SHAPE | {"lru_width": 32, "attention_window_size": 64}),
+    "Jamba": ("Jamba", SHAPE | MAMBA | MOE | {"num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 1}),
+    "Bamba": ("Bamba", SHAPE | MAMBA_2 | {"attn_layer_indices": [1]}),
+    "Zamba": ("Zamba", SHAPE | MAMBA | {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]}),
+    "Zamba 2": ("Zamba2", SHAPE | MAMBA | {"chunk_size": 8, "layers_block_type": ["mamba", "hybrid", "hybrid"]}),
+    "Qwen3-Next": ("Qwen3Next", SHAPE | LINEAR | TYPES | MOE | {"num_experts": 4} | NARROW),
+    "Qwen3.5": ("Qwen3_5", SHAPE | LINEAR | TYPES),
+    "LFM2": ("Lfm2", SHAPE | {"full_attn_idxs": [2], "block_multiple_of": 8}),
+    "LFM2-MoE": ("Lfm2Moe", SHAPE | MOE | {"num_experts": 4, "moe_intermediate_size": 24} | CONV),
+    "LFM3": ("Lfm3", SHAPE),
+    "Falcon-H1": ("FalconH1", SHAPE | MAMBA_2 | {"mamba_d_ssm": 64}),
+    "Nemotron-H": (
+        "NemotronH",
+        SHAPE
+        | {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8}
+        | {"hybrid_override_pattern": "M*-"},
+    ),
+    "MiniMax": (
+        "MiniMax",
+        SHAPE
+        | MOE
+        | {"num_local_experts": 4, "layer_types": ["full_attention", "linear_attention", "full_attention"]},
+    ),
+    "OLMo hybrid": ("OlmoHybrid", SHAPE | LINEAR | TYPES),
+    "Kimi Linear": ("KimiLinear", OLD | LATENT | TYPES | {"linear_head_dim": 8, "linear_num_heads": 4}),
+    "Bailing (hybrid)": (
+        "BailingHybrid",
+        OLD | LATENT | TYPES | {"head_dim": 8, "n_group": 1, "topk_group": 1, "num_mtp_layers": 0},
+    ),
     "T5": ("T5", T5_SHAPE),
     "FLAN-T5": ("T5", T5_SHAPE | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "mT5": ("MT5", T5_SHAPE | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
@@ -80,11 +126,12 @@ CLASSES = {
     "MT5": "MT5ForConditionalGeneration",
     "Bart": "BartForConditionalGeneration",
 }
-CONFIGS = {"Gemma3": "Gemma3TextConfig", "Gemma3n": "Gemma3nTextConfig"}
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Gemma3n": "Gemma3nTextConfig", "Qwen3_5": "Qwen3_5TextConfig"}
+UNCACHED_BEAMS = ("RecurrentGemma", "MiniMax")  # whose states do not follow beams in transformers
 READS = dict.fromkeys(FAMILIES, MEMORIES) | dict.fromkeys(("T5", "FLAN-T5", "mT5", "BART"), ("pilot",))
 READS["Gemma 3n"] = ("tokens",)  # its layers' states have another form
 CASES = [(name, memory) for name, memories in READS.items() for memory in memories]
-QUICK = [("Llama", "tokens"), ("Qwen3", "pilot"), ("GPT-2", "pilot"), ("T5", "pilot")]
+QUICK = [("Llama", "tokens"), ("Qwen3", "pilot"), ("GPT-2", "pilot"), ("Mamba", "pilot"), ("T5", "pilot")]
 
 
 def make_pilot(family: str) -> PreTrainedModel:
@@ -135,10 +182,11 @@ def test_a_family(family, memory, tmp_path):
     loaded = CopilotModel.from_pretrained(tmp_path / "copilot")
     assert_same(loaded, trainer.copilot)
     pilot.eval()
+    settings = {"num_beams": 3, "use_cache": family not in UNCACHED_BEAMS}
     texts = []
     for copilot in (trainer.copilot, loaded):
         with Recorder(copilot, pilot, strength=3.0) as processor:
-            texts.append(generate(pilot, processor, num_beams=3))
+            texts.append(generate(pilot, processor, **settings))
         check_steps(copilot, pilot, processor.calls)
     assert torch.equal(*texts)
 

@@ -7,8 +7,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from test_generation import PROMPT, Recorder, generate, left_padded
 from test_learner import padded_batch
-from tiny import MEMORIES, QUIET, VOCAB_SIZE, tiny_pilot, tiny_seq2seq, trained_like
-from transformers import Cache, MambaConfig, MambaForCausalLM, Trainer, TrainingArguments
+from tiny import MEMORIES, QUIET, tiny_pilot, tiny_seq2seq, trained_like
+from transformers import Cache, Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 from versions import CACHE
 
@@ -133,19 +133,6 @@ def test_the_names_come_through_wrappers(pilot, wrap):
 def test_arguments_by_position_without_a_name_raise():
     with pytest.raises(NotImplementedError, match="called with 2 arguments by position, and its signature names 1"):
         ForwardArguments(torch.nn.ReLU()).named((1, 2), {})
-
-
-def test_a_state_space_pilot_generates_without_its_cache():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        pilot = MambaForCausalLM(MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2)).eval()
-    copilot = trained_like(pilot, CopilotConfig(init="random", num_attention_heads=4, intermediate_size=48))
-    bare = generate(pilot, None)
-    with CopilotLogitsProcessor(copilot, pilot) as processor:
-        assert torch.equal(generate(pilot, None), bare)
-        assert not torch.equal(generate(pilot, processor, use_cache=False), bare)
-        with pytest.raises(ValueError, match="needs use_cache=False"):
-            generate(pilot, processor)
 
 
 class Positional(Trainer):

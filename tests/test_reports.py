@@ -1,4 +1,4 @@
-"""What the user sees: four lines at the start, a table at the end, and every metric in Trainer's integrations."""
+"""What the user sees: lines at the start and after the first rounds, a table at the end, metrics in integrations."""
 
 from __future__ import annotations
 

@@ -11,10 +11,12 @@ Shapes: R rows, n tokens so far, t of them in one forward, S positions of the en
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 
+from ..pilot.cache import holds_every_state
 from ..pilot.tap import PilotStates
 
 UNKNOWN_CALL = (
@@ -23,13 +25,19 @@ UNKNOWN_CALL = (
     "decoding, prompt lookup, guidance_scale and inputs_embeds call processors for other tokens and are not supported "
     "(leave assistant_model, prompt_lookup_num_tokens and guidance_scale out). If it was detached, make a new one. A "
     "Pilot in training mode with gradient checkpointing generates without its cache: call pilot.eval() first. "
-    "One whose cache holds no positions (state-space models) needs use_cache=False."
+    "One processor is for one thread at a time. The cache of a state-space model must be filled while the processor "
+    "is attached."
 )
 UNSEEN_CACHE = (
     "The Pilot's cache holds tokens whose states (or padding, behind the sliding window of a static cache) "
     "this processor has not seen: make the processor before the cache is filled, with all of its rows (not "
     "one that is repeated later), and one for each conversation that has a cache of its own, or call generate "
     "without a kept cache."
+)
+
+STATE_OUTSIDE = (
+    "Beams change their places, and this Pilot keeps states outside of its cache, or in a cache that does not reorder "
+    "them: transformers gives each beam the state of another. Pass use_cache=False, or num_beams=1."
 )
 
 
@@ -72,31 +80,40 @@ class Follower:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.pending: list[PilotStates] = []  # forwards of the Pilot since the last call
+        self.of_threads: dict[int, list[PilotStates]] = {}  # forwards of the Pilot since the last call
         self.ids: torch.Tensor | None = None  # [R, n] tokens of the last call
         self.visible: torch.Tensor | None = None  # [R, n] bool, which of them are not padding
         self.group: torch.Tensor | None = None  # [R] rows of one group began the run with the same content
         self.encoder_output: torch.Tensor | None = None  # [R, S, d_P], of an encoder-decoder
         self.unsettled: torch.Tensor | None = None  # [] bool, whether the last call's tokens were what sizes said
+        self.thread = get_ident()  # of the last call
 
     def settle(self) -> None:
-        """Look at what the last call left to be seen.
+        """Look at what the last call of this thread left to be seen.
 
         Raises:
             ValueError: If its tokens were not those that the Pilot had been run on.
         """
-        holds, self.unsettled = self.unsettled, None
-        if holds is not None and not bool(holds):
+        if self.unsettled is None or self.thread != get_ident():
+            return
+        holds, self.unsettled = bool(self.unsettled), None
+        if not holds:
             self.reset()
             raise ValueError(UNKNOWN_CALL)
 
     def take(self, states: PilotStates) -> None:
         """Hear of a forward of the Pilot."""
-        if self.pending and states.past_length != self.pending[-1].past_length + self.pending[-1].length:
-            self.pending = []  # of a forward that nobody asked about
-        if self.pending:
-            self.pending[-1].next_logits = None  # nobody asked for them
-        self.pending.append(states)
+        pending = self.of_threads.setdefault(get_ident(), [])
+        if pending and states.past_length != pending[-1].past_length + pending[-1].length:
+            pending.clear()  # of a forward that nobody asked about
+        if pending:
+            pending[-1].next_logits = None  # nobody asked for them
+        pending.append(states)
+
+    @property
+    def pending(self) -> list[PilotStates]:
+        """Those of this thread."""
+        return self.of_threads.get(get_ident(), [])
 
     def follow(self, ids: torch.Tensor) -> Step:
         """How a call for the token after `ids` `[R, n]` goes on from the last call; all that it gives is on their
@@ -106,12 +123,16 @@ class Follower:
             ValueError: If these are not the tokens that the Pilot has just been run on.
         """
         self.settle()
-        pending, self.pending, self.device = self.pending, [], ids.device
+        pending, self.device = self.pending, ids.device
+        self.of_threads, self.thread = {}, get_ident()
         if self._goes_on(pending, ids):
             forwards, rows, continues = pending, self._next_rows(pending[0], ids), True
         else:
             forwards, rows, continues = self._look_back(pending, ids)
         past, rows = forwards[0].past_length, self._arrange(rows)
+        if continues and past and rows is not None and not self._holds_every_state(forwards[-1]):
+            self.reset()
+            raise ValueError(STATE_OUTSIDE)
         before = self.visible[:, :past] if continues else self._visible_before(forwards[0])  # [R, past]
         visible = torch.cat([before, *(self._visible(s, s.past_length) for s in forwards)], dim=1)  # [R, n]
         self.ids, self.visible = ids, visible
@@ -132,6 +153,9 @@ class Follower:
             return [Piece(self.ids[:, kept:], None, None, kept == 0)]
         return [_piece(states) for states in forwards]
 
+    def _holds_every_state(self, states: PilotStates) -> bool:
+        return states.cache is None or holds_every_state(states.cache())
+
     # ---- what sizes say --------------------------------------------------------------------------------------------
 
     def _goes_on(self, pending: list[PilotStates], ids: torch.Tensor) -> bool:
@@ -143,7 +167,7 @@ class Follower:
         has_same_encoder = old is None or old.data_ptr() == states.embeddings.data_ptr()
         is_one_token = states.input_ids is not None and states.input_ids.shape == (len(ids), 1)
         follows = states.past_length == self.ids.shape[1] and states.next_logits is not None
-        return has_same_encoder and is_one_token and follows
+        return has_same_encoder and is_one_token and follows and self._holds_every_state(states)
 
     def _next_rows(self, states: PilotStates, ids: torch.Tensor) -> torch.Tensor:
         """The row of the last call that each row goes on from, `[R]`; that there is one is left to be seen."""

@@ -15,7 +15,7 @@ from ..model.discrepancy import sparse_discrepancy
 from ..model.memory import memory_of
 from ..model.modeling_copilot import CopilotModel, Vocabulary, rotary_positions
 from ..pilot.compatibility import check_generation
-from ..pilot.tap import PilotTap
+from ..pilot.tap import GenerationTap
 from ..pilot.vocabulary import lent_vocabulary
 from .follower import Follower, Piece, Step
 
@@ -41,7 +41,7 @@ class Rectifier:
         self.copilot, self.config, self.memory = copilot, copilot.config, memory_of(copilot.config)
         self.follower = Follower(self.memory.reads_states)
         self.was_with_gradient = False  # the Pilot's last forward, which is one of training then
-        self.tap = PilotTap(pilot, self.config, self.follower.take, self._listens)
+        self.tap = GenerationTap(pilot, self.config, self.follower.take, self._listens)
         self.tap.open()
         self.reset()
 

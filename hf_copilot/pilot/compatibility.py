@@ -68,6 +68,27 @@ def describe_pilot(config: CopilotConfig, pilot: nn.Module, tokenizer: PreTraine
     config.hf_copilot_version = __version__
 
 
+def check_kind(pilot: nn.Module) -> None:
+    """Raise a `NotImplementedError` for a Pilot that is no language model of one piece."""
+    base = unwrap(pilot)
+    decoder, name = find_decoder(base), type(base).__name__
+    if base.main_input_name != "input_ids":
+        raise NotImplementedError(
+            f"{name} reads {base.main_input_name}, and a Copilot is for models of text: use one that reads input_ids "
+            "(T5, FLAN-T5, mT5, BART, or any `...ForCausalLM`)."
+        )
+    if is_encoder_decoder(base) and decoder.can_generate():
+        raise NotImplementedError(
+            f"{name} is composed of two models, and its decoder is a whole {type(decoder).__name__} with a head of "
+            "its own, which a Copilot can't read: use an encoder-decoder of one piece (T5, FLAN-T5, mT5, BART)."
+        )
+    if not is_encoder_decoder(base) and base.config.get_text_config() is not base.config:
+        raise NotImplementedError(
+            f"{name} reads more than text, and gives its decoder embeddings where a Copilot reads token ids: use a "
+            "language model alone (AutoModelForCausalLM; for many of these there is a `...ForCausalLM` too)."
+        )
+
+
 def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Raise if the Copilot can't rectify this Pilot, warn if nobody can tell from here.
 
@@ -81,14 +102,15 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
         ValueError: Another tokenizer, another number of rows without proof that the tokens are the same, another
             hidden size (with `memory="pilot"`), a Pilot whose decoder, layers or head can't be found, or one that
             can't lend its vocabulary to a Copilot that uses it (`vocab_projection="pilot"`).
-        NotImplementedError: If it can't because it is sharded or offloaded.
+        NotImplementedError: If it can't because it is sharded or offloaded, or for a Pilot that is no language model
+            of one piece (speech, images, two models in one).
 
     Warns:
         UserWarning: If the Pilot is of another architecture than the one that the Copilot was trained beside, or the
             Copilot does not know its tokenizer, so that the one given can't be compared with it.
     """
     base = unwrap(pilot)
-    find_decoder(base)
+    check_kind(base)
     _check_vocabulary(copilot.config, base, tokenizer)
     _check_states(copilot.config, base)
     model_type = base.config.get_text_config().model_type

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
-from .compatibility import describe_pilot
+from .compatibility import check_kind, describe_pilot
 from .head import PilotHead
 from .inspect import find_decoder, find_layers, is_encoder_decoder, isolated_rng, unwrap
 from .vocabulary import lent_vocabulary
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 LLAMA_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 T5_FAMILIES = ("t5", "mt5")
 FAMILIES = LLAMA_FAMILIES + T5_FAMILIES
+HEAD_WIDTH = 64  # of attention, where the source has none
 COPILOT_NAMES = {  # of a layer's parameters, by the source's; applied one after the other
     "self_attn.": "attention.",
     "layer.0.SelfAttention.": "attention.",
@@ -67,9 +68,11 @@ def copilot_for(
     Raises:
         ValueError: If weights can't be taken over from the source that `init` names, or the config asks for another
             kind of block than the source's, or other sizes than the Pilot's; the message names the way out.
+        NotImplementedError: If the Pilot is no language model of one piece.
     """
     config = copy.deepcopy(config) if config is not None else CopilotConfig()
     base = unwrap(pilot)
+    check_kind(base)
     _take_from("the Pilot", config, "vocab_size", PilotHead(pilot).vocab_size)
     _take_from("the Pilot", config, "pilot_is_encoder_decoder", is_encoder_decoder(base))
     _take_from("the Pilot", config, "pilot_hidden_size", base.config.get_text_config().hidden_size)
@@ -248,8 +251,8 @@ def _fill_sizes(config: CopilotConfig, model: nn.Module) -> None:
         value = getattr(source, name, None)
         if getattr(config, name) is None and isinstance(value, int):  # Gemma 3n has a list, one for each layer
             setattr(config, name, value)
-    if config.num_attention_heads is None:
-        raise ValueError(f"{type(source).__name__} has no num_attention_heads: give CopilotConfig one.")
+    if config.num_attention_heads is None:  # beside a state-space model
+        config.num_attention_heads = max(config.hidden_size // HEAD_WIDTH, 1)
     config.intermediate_size = config.intermediate_size or 4 * config.hidden_size
     config.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
     config.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Cache
 
 from ..version import TESTED_TRANSFORMERS
+from .cache import find_cache
 
 OF_DECODERS = ("input_ids", "attention_mask")
 OF_CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask")
@@ -70,24 +71,15 @@ class ForwardArguments:
         if "use_cache" in self.names and not self.cache_names:
             raise NotImplementedError(self._not_found("the cache"))
 
-    def past_length(self, named: Mapping[str, Any]) -> int:
-        """The positions in the cache among the arguments of one call, which is known by its type; 0 without one.
+    def cache(self, named: Mapping[str, Any]) -> Cache | None:
+        """The cache among the arguments of one call, which is known by its type.
 
         Raises:
             NotImplementedError: If what is passed for it is no `transformers.Cache`.
         """
-        cache = self._cache(named)
-        if cache is None:
-            return 0
-        try:
-            return int(cache.get_seq_length())
-        except ValueError:  # of a state-space model, which keeps no positions
-            return 0
-
-    def _cache(self, named: Mapping[str, Any]) -> Cache | None:
-        for value in named.values():
-            if isinstance(value, Cache):
-                return value
+        cache = find_cache(named.values())
+        if cache is not None:
+            return cache
         for name in (*CACHE_NAMES, *self.cache_names):
             if named.get(name) is not None:
                 raise NotImplementedError(

@@ -61,7 +61,7 @@ class PilotHead:
             )
         config = self.pilot.config.get_text_config()
         self.scale = _logit_scale(config)
-        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
         self.gathered_parameters: dict[str, torch.Tensor] = {}  # of the head, inside `gathered`
 
     @property

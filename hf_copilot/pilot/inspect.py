@@ -81,10 +81,13 @@ def find_layers(pilot: nn.Module) -> nn.ModuleList:
     """The layers of the Pilot's decoder, or a `ValueError` if they can't be found."""
     lists = [child for child in find_decoder(pilot).children() if isinstance(child, nn.ModuleList) and len(child)]
     if len(lists) != 1:
+        tokens = (
+            "A Copilot that reads tokens does not look for them: CopilotConfig(memory='tokens', init='random'), with "
+            "num_hidden_layers of its own."
+        )
         raise ValueError(
             f"The decoder layers of {type(unwrap(pilot)).__name__} can't be found: expected one non-empty ModuleList "
-            f"that holds them, found {len(lists)}. A Copilot that reads tokens does not look for them: "
-            "CopilotConfig(memory='tokens', init='random'), with num_hidden_layers of its own."
+            f"that holds them, found {len(lists)}. {'Take another Pilot.' if is_encoder_decoder(pilot) else tokens}"
         )
     return lists[0]
 

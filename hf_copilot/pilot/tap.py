@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import Cache
 
 from ..model.configuration_copilot import CopilotConfig
+from .cache import CachedPositions, find_cache
 from .forward_arguments import OF_CROSS_ATTENTION, OF_DECODERS, ForwardArguments
 from .inspect import find_decoder, find_layers, is_encoder_decoder, unwrap
 
@@ -25,6 +29,7 @@ class PilotStates:
     input_ids: torch.Tensor | None  # [B, T]; None if the forward was given embeddings
     attention_mask: Any  # as the decoder was given it: 2D, 4D, a mapping of these, or None
     past_length: int  # positions that were in the Pilot's cache before
+    cache: ref[Cache] | None = None  # the Pilot's own, as it is now
     # X̃ and h, None where the tap reads no layers
     embeddings: torch.Tensor | None = None  # X̃, [B, T, d_P], the input of layer 0; or [B, S, d_P], of the encoder
     encoder_length: int | None = None  # S; None without an encoder
@@ -32,6 +37,11 @@ class PilotStates:
     hidden_states: torch.Tensor | None = None  # h, [B, T, d_P], the pooled outputs of the layers
     last_hidden_state: torch.Tensor | None = None  # [B, T, d_P], the decoder's output
     next_logits: torch.Tensor | None = None  # [B, V], the model's logits at the last position, where it made any
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the decoder has given its output."""
+        return self.last_hidden_state is not None
 
     @property
     def length(self) -> int:
@@ -93,8 +103,8 @@ class PilotTap:
         self.pooled = parts[config.pooled_layers]
         self.pooling, self.sink, self.listen = config.pooling, sink, listen
         self.handles: list[RemovableHandle] = []
-        self.states: PilotStates | None = None  # not None only while a forward that we listen to runs
-        self.latest: PilotStates | None = None  # of the forward whose logits are still to come
+        self.cached = CachedPositions()
+        self.states: PilotStates | None = None  # of a forward that we listen to, until its logits are read
 
     def open(self) -> None:
         """Register the hooks, unless they are there. From the first time on, compiled forwards of this process look
@@ -125,7 +135,7 @@ class PilotTap:
         """Remove the hooks; the Pilot is as it was. May be called again."""
         for handle in self.handles:
             handle.remove()
-        self.handles, self.states, self.latest = [], None, None
+        self.handles, self.states = [], None
 
     def __enter__(self) -> PilotTap:
         self.open()
@@ -137,7 +147,7 @@ class PilotTap:
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the Pilot (a moving average, a file, another process) has its hooks: there they stay silent, and
         hold nothing."""
-        held = ("sink", "states", "latest", "model", "decoder", "layers", "pooled")
+        held = ("sink", "cached", "states", "model", "decoder", "layers", "pooled")
         return self.__dict__ | dict.fromkeys(held) | {"listen": never, "handles": []}
 
     def _begin_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -145,41 +155,77 @@ class PilotTap:
         if not self.listen():
             return
         given = self.arguments.named(args, kwargs)
-        past_length = self.arguments.past_length(given)
-        self.states = PilotStates(given.get("input_ids"), given.get("attention_mask"), past_length)
+        cache = self.arguments.cache(given)
+        states = PilotStates(given.get("input_ids"), given.get("attention_mask"), self.cached.before(cache))
+        states.cache = None if cache is None else ref(cache)
         if given.get("encoder_hidden_states") is not None:
-            self.states.embeddings = given["encoder_hidden_states"].detach()
-            self.states.encoder_length = self.states.embeddings.shape[1]
-            self.states.encoder_attention_mask = given.get("encoder_attention_mask")
+            states.embeddings = given["encoder_hidden_states"].detach()
+            states.encoder_length = states.embeddings.shape[1]
+            states.encoder_attention_mask = given.get("encoder_attention_mask")
+        self.states = states
 
     def _read_embeddings(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.states is not None and self.states.embeddings is None:
-            self.states.embeddings = self.layer_arguments.first(args, kwargs).detach()
+        states = self.states
+        if states is not None and not states.is_over and states.embeddings is None:
+            states.embeddings = self.layer_arguments.first(args, kwargs).detach()
 
     def _pool(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        if self.states is None:
+        states = self.states
+        if states is None or states.is_over:
             return
         hidden = (output[0] if isinstance(output, tuple) else output).detach()  # [B, T, d_P]
-        pooled = self.states.hidden_states
+        pooled = states.hidden_states
         if pooled is None:
-            self.states.hidden_states = hidden.to(torch.float32, copy=True)
+            states.hidden_states = hidden.to(torch.float32, copy=True)
         elif self.pooling == "max":
             torch.maximum(pooled, hidden.to(pooled), out=pooled)
         else:
             pooled += hidden.to(pooled.device)
 
     def _end_forward(self, decoder: nn.Module, args: tuple, output: Any) -> None:
-        states, self.states = self.states, None
+        states = self.states
         if states is None or output is None or (self.pooled and states.hidden_states is None):
-            return  # not listening, or the forward failed
+            self.states = None  # not listening, or the forward failed
+            return
         if self.pooled and self.pooling == "mean":
             states.hidden_states /= len(self.pooled)
         states.last_hidden_state = output[0].detach()
-        self.latest = states
+        cache = None if states.cache is None else states.cache()
+        if cache is None:  # the decoder may have made one
+            cache = find_cache(output.values() if isinstance(output, dict) else output)
+        self.cached.count(cache, states.past_length + states.length)
         self.sink(states)
 
     def _read_logits(self, model: nn.Module, args: tuple, output: Any) -> None:
-        states, self.latest = self.latest, None
+        states, self.states = self.states, None
         logits = getattr(output, "logits", None)
-        if states is not None and logits is not None:
+        if states is not None and states.is_over and logits is not None:
             states.next_logits = logits[:, -1].detach().clone()
+
+
+class GenerationTap(PilotTap):
+    """A tap of a Pilot that several threads may run at a time: what a forward shows belongs to its thread. What is
+    compiled can't ask for its thread, so no hook is."""
+
+    def __init__(self, *args: Any):
+        self.of_threads: dict[int, PilotStates] = {}
+        super().__init__(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"of_threads": {}}
+
+    @property
+    def states(self) -> PilotStates | None:
+        return self.of_threads.get(get_ident())
+
+    @states.setter
+    def states(self, states: PilotStates | None) -> None:
+        self.of_threads[get_ident()] = states
+        if states is None:
+            del self.of_threads[get_ident()]
+
+    _begin_forward = torch.compiler.disable(PilotTap._begin_forward)
+    _read_embeddings = torch.compiler.disable(PilotTap._read_embeddings)
+    _pool = torch.compiler.disable(PilotTap._pool)
+    _end_forward = torch.compiler.disable(PilotTap._end_forward)
+    _read_logits = torch.compiler.disable(PilotTap._read_logits)

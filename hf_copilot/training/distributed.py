@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import distributed as dist
+from transformers import TrainingArguments
+
+from .records import IGNORE, find_documents
 
 
 def num_processes() -> int:
@@ -41,3 +46,26 @@ def sum_count(count: int, device: torch.device) -> int:
     total = torch.tensor(count, device=device)
     dist.all_reduce(total)
     return int(total)
+
+
+def without_repeated_rows(
+    inputs: Mapping[str, Any], accelerator: Accelerator, args: TrainingArguments
+) -> dict[str, Any]:
+    """In the last batch of an evaluation, accelerate repeats rows so that all processes have as many: unlabelled here,
+    they are not counted twice. Where rows are packed, those that are repeated are not known, and counted."""
+    inputs, state = dict(inputs), accelerator.gradient_state
+    if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return inputs
+    labels = inputs["labels"] = inputs["labels"].clone()  # [B, T], or all rows one after the other [1, N]
+    if len(labels) > 1 or inputs.get("position_ids") is None:
+        labels[max(state.remainder - args.process_index * len(labels), 0) :] = IGNORE
+    elif not _packs_evaluation(args):
+        documents = find_documents(inputs)
+        own = max(state.remainder - args.process_index * len(documents), 0)
+        labels[:, documents[own].start if own < len(documents) else labels.shape[1] :] = IGNORE
+    return inputs
+
+
+def _packs_evaluation(args: TrainingArguments) -> bool:
+    packs = getattr(args, "eval_packing", None)  # of SFTConfig alone; None is as in training
+    return getattr(args, "packing", False) if packs is None else packs

@@ -26,7 +26,8 @@ from .checkpoint import load_checkpoint
 from .learner import CopilotLearner
 from .mistake_log import MistakeLog
 from .mistake_source import FirstVisit, TrainingErrors
-from .report import describe_start, show
+from .preflight import Stopwatch, find_shortages
+from .report import describe_rounds, describe_start, show
 from .training_args import CopilotArguments
 
 logger = logging.get_logger(__name__)
@@ -130,9 +131,32 @@ class CopilotLifecycle(TrainerCallback):
 
 
 class TrainerLifecycle(CopilotLifecycle):
-    """Says what is trained."""
+    """Says what is trained, what it takes, and what will not fit.
+
+    Attributes:
+        watch: Of the first rounds.
+    """
+
+    def __init__(self, learner: CopilotLearner, copilot_args: CopilotArguments):
+        super().__init__(learner, copilot_args)
+        self.watch = Stopwatch(learner.device)
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
+        self.watch = Stopwatch(self.learner.device)
+        self._say(args, state, describe_start(self.learner))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.watch.begin_round()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        with self.watch.of_copilot():
+            super().on_step_end(args, state, control, **kwargs)
+        if self.watch.end_round():
+            self._say(args, state, describe_rounds(self.learner, self.watch))
+
+    def _say(self, args, state, lines: str) -> None:
+        for shortage in find_shortages(self.learner, args, state):
+            logger.warning(shortage)
         if state.is_world_process_zero and not args.disable_tqdm:
-            show(describe_start(self.learner))
+            show(lines)

@@ -1,4 +1,4 @@
-"""What a user is told: four lines when training starts, a table when it ends."""
+"""What a user is told: five lines when training starts, one after its first rounds, a table when it ends."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..model.configuration_copilot import CopilotConfig
 from .learner import CopilotLearner
+from .preflight import MEASURED, Stopwatch, checkpoint_bytes, in_words, log_bytes, memory_bytes
 
 logger = logging.get_logger(__name__)
 
@@ -64,7 +65,7 @@ def _print(renderable: Any) -> None:
 
 
 def describe_start(learner: CopilotLearner) -> str:
-    """Sizes of both models, the log's bounds, and the cost to expect from the share of weights."""
+    """Sizes of both models, in memory and on disk, the log's bounds, and the cost to expect by the weights."""
     pilot, copilot, log = learner.head.pilot, learner.copilot, learner.log
     (pilot_all, pilot_trained), (own_all, own_trained) = count_parameters(pilot), count_parameters(copilot)
     share = multiplied_parameters(copilot) / multiplied_parameters(pilot)
@@ -74,9 +75,19 @@ def describe_start(learner: CopilotLearner) -> str:
             f"Copilot: {own_all / 1e6:,.1f}M parameters, {own_trained / 1e6:,.1f}M trained; first weights: "
             f"{first_weights(copilot.config)}.",
             f"Mistake Log: {log.max_rounds} rounds, at most {log.max_bytes / 1e6:,.0f} MB.",
+            f"Memory of the Copilot: {in_words(memory_bytes(copilot))} (weights, gradients, AdamW), and activations. "
+            f"In each checkpoint: {in_words(checkpoint_bytes(learner))}, and the Mistake Log.",
             f"Expected extra time: {share:.0%} of the Pilot's per generated token, {share:.0%} times the share of "
             "labelled tokens per training step.",
         ]
+    )
+
+
+def describe_rounds(learner: CopilotLearner, watch: Stopwatch) -> str:
+    """What the first rounds took, and the log's size to expect from them."""
+    return (
+        f"Measured in {MEASURED} rounds: the Copilot takes {watch.share:.0%} of the Pilot's time on top. The Mistake "
+        f"Log will take {in_words(log_bytes(learner))} when it is full, in memory and in each checkpoint."
     )
 
 

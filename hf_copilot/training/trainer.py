@@ -32,11 +32,11 @@ from .checkpoint import (
     save_weights,
     write_manifest,
 )
+from .distributed import without_repeated_rows
 from .learner import CopilotLearner
 from .lifecycle import TrainerLifecycle, make_copilot, make_learner
 from .metrics import STRENGTHS, NothingMeasured, results_at_chosen
 from .mistake_source import hold_out
-from .records import find_documents
 from .report import show, table_of_training
 from .training_args import AUTO_STRENGTHS, CopilotArguments, least_is_best
 
@@ -155,32 +155,16 @@ class CopilotMixin:
         if self.model.training:
             watch = self.learner.observe(dict(inputs))
         elif inputs.get("labels") is not None:
-            watch = self.learner.evaluate(self._without_repeated_rows(inputs))
+            watch = self.learner.evaluate(without_repeated_rows(inputs, self.accelerator, self.args))
         else:
             watch = contextlib.nullcontext()
-        with watch:
-            return super().compute_loss(
+        with contextlib.ExitStack() as of_copilot, watch:
+            loss = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-
-    def _without_repeated_rows(self, inputs):
-        """In the last batch of an evaluation, accelerate repeats rows so that all processes have as many: unlabelled
-        here, they are not counted twice. Where rows are packed, those that are repeated are not known, and counted."""
-        inputs, state = dict(inputs), self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        labels = inputs["labels"] = inputs["labels"].clone()  # [B, T], or all rows one after the other [1, N]
-        if len(labels) > 1 or inputs.get("position_ids") is None:
-            labels[max(state.remainder - self.args.process_index * len(labels), 0) :] = -100
-        elif not self._packs_evaluation():
-            documents = find_documents(inputs)
-            own = max(state.remainder - self.args.process_index * len(documents), 0)
-            labels[:, documents[own].start if own < len(documents) else labels.shape[1] :] = -100
-        return inputs
-
-    def _packs_evaluation(self) -> bool:
-        packs = getattr(self.args, "eval_packing", None)  # of SFTConfig alone; None is as in training
-        return getattr(self.args, "packing", False) if packs is None else packs
+            if self.model.training:
+                of_copilot.enter_context(self.lifecycle.watch.of_copilot())  # what it logs, when `watch` ends
+        return loss
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
