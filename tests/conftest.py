@@ -12,11 +12,22 @@ os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read once, on import
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from tiny import tiny_pilot, tiny_tokenizer
 
 torch.set_num_threads(THREADS)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+# The same cases in every run of the suite; others with `--hypothesis-profile long --hypothesis-seed SEED`.
+settings.register_profile(
+    "suite", max_examples=50, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "long", settings.get_profile("suite"), max_examples=2000, derandomize=False, database=None, print_blob=True
+)
+settings.load_profile("suite")
 
 
 def pytest_configure(config):

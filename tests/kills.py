@@ -10,6 +10,7 @@ command goes on where it was stopped, and prints the sum.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -21,13 +22,13 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 STEPS = 30
-KILLS_PER_RUN = 40  # then a run is left alone: on a busy machine 0.3 s may be too short for a step
+MOST_STEPS = 3  # that a process may take before it is killed
 SUM = "sum.json"
 NOTHING = {"kills": 0, "runs": 0, "torn": 0, "seconds": 0.0}
 
 
-def train(folder: str, has_begun) -> None:
-    """Start, or go on from the newest whole checkpoint; every step writes one."""
+def train(folder: str, steps) -> None:
+    """Start, or go on from the newest whole checkpoint; every step writes one, and releases the semaphore before."""
     import torch
     from test_checkpoint import make_trainer
     from transformers import TrainerCallback
@@ -35,10 +36,11 @@ def train(folder: str, has_begun) -> None:
     from hf_copilot.training.checkpoint import newest_whole_checkpoint
 
     class Tell(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            has_begun.set()
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.release()
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported, which Trainer would look through at every start
     try:
         checkpoint = newest_whole_checkpoint(folder)
     except ValueError:
@@ -68,16 +70,18 @@ def forks_with_imports() -> multiprocessing.context.BaseContext:
 
 
 def survive(folder: Path, kills: int, seed: int = 0) -> tuple[int, int]:
-    """Train in processes that are killed up to `kills` times, within 0.3 s after their training has begun: how many
-    were, and how many torn checkpoints are left (one that is written anew later is not counted)."""
+    """Train in processes that are killed up to `kills` times, each within 0.3 s after one of its first steps, when a
+    checkpoint is written: how many were, and how many torn checkpoints are left (one that is written anew later is
+    not counted)."""
     context = forks_with_imports()
     rng, killed = random.Random(seed), 0
     while True:
-        has_begun = context.Event()
-        process = context.Process(target=train, args=(str(folder), has_begun))
+        steps = context.Semaphore(0)
+        process = context.Process(target=train, args=(str(folder), steps))
         process.start()
-        while process.is_alive() and not has_begun.wait(0.05):
-            pass
+        for _ in range(rng.randint(1, MOST_STEPS)):
+            while not steps.acquire(timeout=0.05) and process.is_alive():
+                pass
         process.join(rng.uniform(0.0, 0.3) if killed < kills else None)
         if process.exitcode is not None:
             break
@@ -114,7 +118,7 @@ def main() -> None:
             survive(Path(whole), kills=0)
             expected = final_weights(Path(whole))
     while done["kills"] < arguments.kills:
-        done = survive_once_more(folder, done, min(KILLS_PER_RUN, arguments.kills - done["kills"]), expected)
+        done = survive_once_more(folder, done, arguments.kills - done["kills"], expected)
         written.write_text(json.dumps(done), encoding="utf-8")
     print(  # noqa: T201
         f"{done['kills']} kills survived in {done['runs']} runs of {STEPS} steps, {done['torn']} checkpoints torn, "
