@@ -20,8 +20,8 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-# The same cases in every run of the suite; others with `--hypothesis-profile long --hypothesis-seed SEED`, which prints
-# what fails as it was drawn: making it smaller takes longer than all the rest.
+# The same cases in every run of the suite; others with `--hypothesis-profile long --hypothesis-seed SEED`, which
+# prints what fails as it was drawn: making it smaller takes longer than all the rest.
 CASES = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True, "database": None}
 settings.register_profile("suite", max_examples=50, derandomize=True, **CASES)
 settings.register_profile("long", max_examples=2000, phases=[Phase.explicit, Phase.generate], **CASES)
