@@ -12,11 +12,20 @@ os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read once, on import
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, Phase, settings
 from tiny import tiny_pilot, tiny_tokenizer
 
 torch.set_num_threads(THREADS)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+# The same cases in every run of the suite; others with `--hypothesis-profile long --hypothesis-seed SEED`, which
+# prints what fails as it was drawn: making it smaller takes longer than all the rest.
+CASES = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True, "database": None}
+settings.register_profile("suite", max_examples=50, derandomize=True, **CASES)
+settings.register_profile("long", max_examples=2000, phases=[Phase.explicit, Phase.generate], **CASES)
+settings.load_profile("suite")
 
 
 def pytest_configure(config):

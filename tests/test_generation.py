@@ -228,6 +228,18 @@ def test_all_caches_give_the_same_text(pilot):
     assert all(torch.equal(texts[0], text) for text in texts[1:])
 
 
+def test_a_prompt_again_in_chunks_after_the_pilot_has_changed(pilot, config):
+    """As when generating between the steps of its training: nothing is kept of what it was."""
+    copilot = trained_like(pilot, config)
+    with Recorder(copilot, pilot) as processor:
+        generate(pilot, processor, prefill_chunk_size=2)
+        with torch.no_grad():
+            pilot.model.layers[0].mlp.up_proj.weight.neg_()
+        processor.calls.clear()
+        generate(pilot, processor, prefill_chunk_size=2)
+    check_against_training_path(copilot, pilot, processor.calls, PROMPT.shape[1], lambda row: 0)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_chat_on_a_kept_cache(pilot, window, config):
     """Two turns on one cache: the second turn is a new run over the memory of the whole chat. A static cache with a

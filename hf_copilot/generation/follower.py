@@ -193,17 +193,20 @@ class Follower:
         return forwards, rows, continues
 
     def _chain(self, pending: list[PilotStates], ids: torch.Tensor, continues: bool) -> list[PilotStates]:
-        """The forwards, last ones first to be looked at, that lead from tokens whose memory is known to `ids`."""
+        """The forwards that lead from tokens whose memory is known to `ids`, as far back as they go: what the Pilot
+        has just been run on may have other states than it had at the last call, since it may have been trained."""
         if not pending or pending[-1].next_logits is None:
             raise ValueError(UNKNOWN_CALL)
-        start = ids.shape[1]
-        for count, states in enumerate(reversed(pending), 1):
+        forwards, start = [], ids.shape[1]
+        for states in reversed(pending):
             if not self._ends_with(states, ids[:, :start]):
                 break
-            start = states.past_length
-            if start == 0 or continues or self._is_enough(states) or self._parents(ids, start) is not None:
-                return pending[-count:]
-        raise ValueError(UNKNOWN_CALL if start == ids.shape[1] else UNSEEN_CACHE)
+            forwards, start = [states, *forwards], states.past_length
+            if start == 0 or self._is_enough(states):
+                return forwards
+        if forwards and (continues or self._parents(ids, start) is not None):
+            return forwards
+        raise ValueError(UNSEEN_CACHE if forwards else UNKNOWN_CALL)
 
     def _ends_with(self, states: PilotStates, ids: torch.Tensor) -> bool:
         """Whether a forward was run on the last of these tokens `[R, n]`, at their positions."""

@@ -9,27 +9,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ..version import __version__
-
-# What is on disk: raised by one when an older hf_copilot could no longer read a Copilot rightly (CONTRIBUTING.md).
-FORMAT_VERSION = 1
+from .fields import FIELDS, FORMAT_VERSION, check_fields, check_names
 
 # The loss that trains f and the space in which f is added belong together (docs/method.md).
 OBJECTIVE_OF_FUSION = {"logit": "cross_entropy", "probability": "rmse"}
 
-CHOICES = {
-    "memory": (None, "pilot", "tokens"),
-    "position_embedding": (None, "rotary", "none"),
-    "pattern": (1, 2),
-    "pooled_layers": ("all", "first_half", "second_half"),
-    "pooling": ("mean", "max", "sum"),
-    "hidden_state_lag": (0, 1),
-    "copilot_input": ("both", "discrepancy", "token"),
-    "vocab_projection": ("own", "pilot"),
-    "objective": ("cross_entropy", "rmse"),
-    "fusion": ("logit", "probability"),
-    "error_feedback": ("realized", "predicted"),
-    "format_version": (FORMAT_VERSION,),
-}
 STATE_FIELDS = ("pooled_layers", "pooling", "hidden_state_lag")  # which of the Pilot's states are in the memory
 PROVENANCE_FIELDS = (  # where a Copilot comes from and how it did; not what it computes or how it is trained
     *("init", "initializer_range", "strength", "results", "calibration"),
@@ -171,10 +155,8 @@ class CopilotConfig(PreTrainedConfig):
         self.check()
 
     def check(self) -> None:
-        """Raise a `ValueError` for a value that is not among a field's choices, or two that do not go together."""
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"CopilotConfig.{name}={getattr(self, name)!r}: choose one of {choices}.")
+        """Raise a `ValueError` for a value that a field does not take, or two that do not go together."""
+        check_fields({name: getattr(self, name) for name in FIELDS})
         if OBJECTIVE_OF_FUSION[self.fusion] != self.objective:
             raise ValueError(
                 f"objective={self.objective!r} does not go with fusion={self.fusion!r}: train the one that you fuse. "
@@ -199,9 +181,17 @@ class CopilotConfig(PreTrainedConfig):
                 "(one of self-attention and one of the modified cross-attention; beside an encoder-decoder, with "
                 "pilot_is_encoder_decoder=True, one layer has both)."
             )
-        if self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: must be at least 1.")
-        check_strength(self.strength)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """As in transformers; raises a `ValueError` if there is no file, or one that holds no settings."""
+        try:
+            settings, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, TypeError):
+            settings = None
+        if not isinstance(settings, dict) or not settings:
+            raise ValueError(f"{pretrained_model_name_or_path} has no config.json, or one that holds no settings.")
+        return settings, unused
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> CopilotConfig:
@@ -210,7 +200,7 @@ class CopilotConfig(PreTrainedConfig):
 
         Raises:
             ValueError: If these are the settings of another kind of model, or of a format that is newer than this
-                version of hf_copilot.
+                version of hf_copilot, or if a field has a damaged name or a value that makes no sense.
         """
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
@@ -230,8 +220,10 @@ class CopilotConfig(PreTrainedConfig):
         is_built = config_dict.get("vocab_size") is not None
         before = {"init": "pilot", "memory": "pilot", "position_embedding": "none"} if is_built else {}
         unknown = {name: value for name, value in before.items() if config_dict.get(name) is None}
-        current = {"format_version": FORMAT_VERSION}
-        return super().from_dict(config_dict | unknown | current, **kwargs)
+        settings = config_dict | unknown | {"format_version": FORMAT_VERSION}
+        check_names(config_dict, [name for name in config_dict if not hasattr(cls, name)])
+        check_fields(settings)
+        return super().from_dict(settings, **kwargs)
 
     @classmethod
     def paper(cls, **kwargs: Any) -> CopilotConfig:
@@ -287,12 +279,6 @@ def check_strength(strength: float) -> float:
 
 def _check_heads(config: CopilotConfig) -> None:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ValueError(
-                f"{name}={getattr(config, name)}: must be at least 1. Where hidden_size is smaller than the number "
-                "of the Pilot's heads, give num_attention_heads."
-            )
     if heads is not None and kv_heads is not None and heads % kv_heads:
         raise ValueError(
             f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}: every key head "

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from transformers import PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration_copilot import CopilotConfig
+from .fields import SIZES
 
 TEMPLATE = Path(__file__).with_name("card.md")
+# of `from_pretrained`: where a file is found
+PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class CopilotPreTrainedModel(PreTrainedModel):
@@ -23,7 +30,9 @@ class CopilotPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
         """As `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `revision`, `subfolder`, ...), safetensors
-        only, but raises a `ValueError` if a tensor is missing or unexpected."""
+        only, but raises a `ValueError` if a file is damaged, or a tensor missing, unexpected or of another size than
+        the config says; the last before anything is allocated."""
+        _check_weights(cls, pretrained_model_name_or_path, kwargs)
         asked_for_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
@@ -73,6 +82,43 @@ class CopilotPreTrainedModel(PreTrainedModel):
                 revision=revision,
                 create_pr=create_pr,
             )
+
+
+def _check_weights(model_class: type, name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> None:
+    """Compare what the weights' header lists with what the config asks for. Weights in several files are compared
+    when they are loaded."""
+    place, config = {name: kwargs[name] for name in PLACE if name in kwargs}, kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        config = CopilotConfig.from_pretrained(config or name_or_path, **place)
+    try:
+        file = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **place)
+    except OSError:
+        return
+    found = _listed(file)
+    layers = len({name.split(".")[1] for name in found if name.startswith("layers.")})
+    if layers != config.num_hidden_layers:  # before as many are built
+        raise ValueError(f"num_hidden_layers={config.num_hidden_layers} in the config, and {file} has {layers}.")
+    with torch.device("meta"):
+        expected = model_class(copy.deepcopy(config)).state_dict()
+    other = [name for name in found.keys() & expected.keys() if found[name] != list(expected[name].shape)]
+    if other:
+        sizes = {name: getattr(config, name) for name in SIZES}
+        listed = {name: (found[name], list(expected[name].shape)) for name in sorted(other)}
+        raise ValueError(f"{file} has tensors of other sizes (found, expected): {listed}. The config has {sizes}.")
+
+
+def _listed(file: str) -> dict[str, list[int]]:
+    """The names and shapes of a file's tensors, of its header alone."""
+    try:
+        with safe_open(file, "pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            whole = [name for name, tensor in slices.items() if tensor.get_dtype()[0] not in "FB"]  # F32, BF16
+            shapes = {name: list(tensor.get_shape()) for name, tensor in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut off: {error}. Download or save it again.") from error
+    if whole:
+        raise ValueError(f"{file} is damaged: {whole} are no floating-point numbers. Download or save it again.")
+    return shapes
 
 
 def copilot_card(config: CopilotConfig) -> ModelCard:

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from .attention import CopilotAttention, Span, as_mask, rotation
 from .configuration_copilot import CopilotConfig
+from .fields import SIZES
 from .hub import CopilotPreTrainedModel
 from .memory import memory_of
 
@@ -131,9 +132,7 @@ class CopilotModel(CopilotPreTrainedModel):
         config.resolve_defaults()
         config.init = config.init or "random"
         super().__init__(config)
-        sizes = ["hidden_size", "vocab_size"]
-        if config.reads_states:
-            sizes.append("pilot_hidden_size")
+        sizes = [name for name in SIZES if name != "pilot_hidden_size" or config.reads_states]
         missing = [name for name in sizes if getattr(config, name) is None]
         if missing:
             raise ValueError(
