@@ -14,7 +14,17 @@ import pytest
 import hf_copilot
 
 PACKAGE = Path(hf_copilot.__file__).parent
-WINGS = ("version", "model", "pilot", "generation", "training", "lm_eval", "plots")  # each imports from those before it
+WINGS = (
+    "version",
+    "model",
+    "pilot",
+    "generation",
+    "training",
+    "lm_eval",
+    "evaluation",
+    "plots",
+    "cli",
+)  # each imports from those before it
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(PACKAGE.rglob("*.py"))
