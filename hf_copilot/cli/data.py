@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, logging
 from datasets.exceptions import DatasetGenerationError
 
 from .parser import in_a_line
@@ -57,12 +59,24 @@ def read_file(path: str | os.PathLike) -> Dataset:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: it has no rows.")
     try:
-        rows = load_dataset("json", data_files=str(path), split="train")
+        with without_log():
+            rows = load_dataset("json", data_files=str(path), split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
         raise ValueError(find_fault(path) or f"{path} can't be read: {in_a_line(error)}") from error
     if not len(rows):
         raise ValueError(f"{path} is empty: it has no rows.")
     return rows
+
+
+@contextmanager
+def without_log() -> Iterator[None]:
+    """What `datasets` logs of a file that it can't read is said in a sentence instead."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def find_fault(path: Path) -> str | None:

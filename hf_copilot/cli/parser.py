@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -42,7 +43,8 @@ class Parser(TrlParser):
         """The dataclasses. Ends the process with 2 and a sentence where that can't be, with 0 after help."""
         argv = list(argv)
         if "--help_all" in argv:
-            self.exit(message=super().format_help())
+            sys.stdout.write(super().format_help())
+            self.exit()
         if argv[-1:] == ["--config"]:
             self.error("--config needs a file")
         named = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
