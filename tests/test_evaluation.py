@@ -104,10 +104,15 @@ def test_answers_of_both_are_counted(family):
 # ---- answers during training ----------------------------------------------------------------------------------------
 
 
+def draws(answer: str, expected: str) -> bool:
+    """A user's function that draws from the global random state."""
+    return bool(torch.rand(()) < 0.5)
+
+
 def run(folder, callback: bool, **changes) -> CopilotTrainer:
     trainer = sft(folder, **changes)
     if callback:
-        trainer.add_callback(RectifiedGeneration(trainer, addition(3, seed=1), max_new_tokens=4))
+        trainer.add_callback(RectifiedGeneration(trainer, addition(3, seed=1), draws, max_new_tokens=4))
     trainer.train()
     return trainer
 
@@ -133,7 +138,7 @@ def test_the_shares_are_those_of_the_answers(tmp_path):
     )
     seen = []
     rows = list(addition(3, seed=1))
-    callback = RectifiedGeneration(trainer, rows, lambda answer, expected: seen.append((answer, expected)) or True)
+    callback = RectifiedGeneration(trainer, rows, lambda said, expected: seen.append((said, expected)) or True)
     trainer.add_callback(callback)
     trainer.train()
     assert trainer.state.best_metric == 1.0

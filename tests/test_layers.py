@@ -1,4 +1,4 @@
-"""The house: four wings, imports in one direction, short rooms (CONTRIBUTING.md, "How the code is laid out")."""
+"""The house: wings, imports in one direction, short rooms (CONTRIBUTING.md, "How the code is laid out")."""
 
 from __future__ import annotations
 

@@ -84,15 +84,19 @@ class RectifiedGeneration(TrainerCallback):
         self.answered = state.global_step
         shares = torch.zeros(len(METRICS), device=self.trainer.learner.device)  # [2]
         if state.is_world_process_zero:
-            answers = self.generate()
-            expected = [row["completion"] for row in self.rows]
-            for i, said in enumerate(answers):
-                shares[i] = sum(map(self.is_right, said, expected)) / len(expected)
-            self.report(answers, args, state.global_step)
+            with isolated_rng(shares.device):  # of `generate`, and of the user's function
+                answers = self.generate()
+                for i, said in enumerate(answers):
+                    shares[i] = self.share_of_right(said)
+                self.report(answers, args, state.global_step)
         copy_from_main_process([shares])
         found = dict(zip(METRICS, shares.tolist(), strict=True))
         metrics.update(found)
         self.trainer.log(found)
+
+    def share_of_right(self, answers: Sequence[str]) -> float:
+        pairs = zip(answers, self.rows, strict=True)
+        return sum(bool(self.is_right(said, row["completion"])) for said, row in pairs) / len(self.rows)
 
     def generate(self) -> tuple[list[str], list[str]]:
         """The answers of both."""
@@ -100,7 +104,7 @@ class RectifiedGeneration(TrainerCallback):
         tokenizer, prompts = self.trainer.processing_class, [row["prompt"] for row in self.rows]
         settings = self.generation | {"batch_size": len(prompts), "use_cache": True, "max_time": self.max_seconds / 2}
         start = time.monotonic()
-        with isolated_rng(self.trainer.learner.device), eval_mode(pilot):
+        with eval_mode(pilot):
             alone = generate_answers(pilot, tokenizer, prompts, None, **settings)
             with CopilotLogitsProcessor(self.trainer.copilot, pilot) as processor:
                 both = generate_answers(pilot, tokenizer, prompts, processor, **settings)
