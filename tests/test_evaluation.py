@@ -67,8 +67,10 @@ def test_figures_are_those_of_the_trainers_evaluation(tmp_path):
 def test_the_interval_is_the_bootstraps(weighted):
     generator = torch.Generator().manual_seed(0)
     before = torch.rand(300, generator=generator)
-    after = before + 0.2 * torch.rand(300, generator=generator) + 0.1  # far less spread than either
     weights = torch.randint(1, 6, (300,), generator=generator).float() if weighted else None
+    after = before + 0.2 * torch.rand(300, generator=generator) + 0.1  # far less spread than either
+    if weighted:
+        after += weights  # longer rows gain more
     low, high = compare("", before, after, weights).interval
     drawn = torch.randint(300, (4000, 300), generator=generator)
     total = (torch.ones(300) if weights is None else weights)[drawn].sum(1)

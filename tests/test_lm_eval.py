@@ -149,7 +149,7 @@ def write_tasks(folder, rows: int = 6) -> None:
     rolling = {"doc_to_text": "", "doc_to_target": "{{question}}{{answer}}"}
     tasks = {
         "sums_choice": text
-        | {"output_type": "multiple_choice", "doc_to_choice": ["{{answer}}", "1", "22"], "doc_to_target": 0},
+        | {"output_type": "multiple_choice", "doc_to_choice": "{{[answer, '1', '22']}}", "doc_to_target": 0},
         "sums_text": text | {"output_type": "generate_until", "generation_kwargs": GENERATION},
         "sums_rolling": rolling
         | {"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "word_perplexity"}]},
