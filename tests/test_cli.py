@@ -86,6 +86,7 @@ def test_adapters_of_a_run_are_found(tmp_path, out, rows):
     assert run("sft", *given, *short, "--use_peft", "--generate_rows", 0, *FORM) == 0
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
     assert run("eval", tmp_path / "lora", "--data", rows, "--generate_rows", 0, *FORM) == 0
+    assert run("check", tmp_path / "lora") == 0
 
 
 @pytest.mark.slow
@@ -226,7 +227,8 @@ def bad_files(folder) -> dict[str, tuple[list, int, str]]:
     (folder / "nothing").mkdir()
     out, rows, train = folder / "out", folder / "rows.jsonl", ["sft", *ON_CPU, "--output_dir", folder / "run"]
     measure, no_results = ["eval", out, *FORM, "--data"], ["--results", rows, "--dataset_id", "a"]
-    copilot = out / "copilot"
+    copilot, data = out / "copilot", ["--dataset_name", rows]
+    small = [*train, *data, *FORM, "--from_config", json.dumps(LLAMA)]
     return {
         "an empty file": ([*measure, folder / "empty.jsonl"], 1, "empty.jsonl is empty"),
         "blank lines": ([*measure, folder / "blank.jsonl"], 1, "blank.jsonl"),
@@ -251,6 +253,11 @@ def bad_files(folder) -> dict[str, tuple[list, int, str]]:
         "training on a missing file": ([*train, "--dataset_name", folder / "gone.jsonl"], 1, "gone.jsonl is not here"),
         "training on an empty folder": ([*train, "--dataset_name", folder / "nothing"], 1, "train.jsonl[.gz]"),
         "training with a missing field": ([*train, "--dataset_name", folder / "missing.jsonl", *FORM], 1, "no field"),
+        "a data set that is not there": ([*train, "--dataset_name", "me/gone", *FORM], 1, "no data set of the Hub"),
+        "a Pilot that is not there": ([*train, *data, *FORM, "--model_name_or_path", folder / "gone"], 1, "gone"),
+        "a Copilot of no fields": ([*train, *data, "--copilot_config", "[1]"], 2, "copilot_config is to be a mapping"),
+        "a field that no Copilot has": ([*small, "--copilot_config", '{"depth": 2}'], 2, "CopilotConfig has: depth"),
+        "a value that no Copilot has": ([*small, "--copilot_config", '{"memory": "none"}'], 1, "memory"),
         "training without a Pilot": ([*train, "--dataset_name", rows, *FORM], 1, "There is no Pilot"),
         "a Pilot from no kind": ([*train, "--dataset_name", rows, *FORM, "--from_config", "{}"], 1, "no model_type"),
         "JSON that is none": ([*train, "--dataset_name", rows, "--from_config", "{"], 2, "Expecting"),

@@ -39,7 +39,10 @@ def load_rows(name: str | None, train: str = "train", test: str = "test", config
             raise ValueError(f"{path} has one row; with a test row it needs two at least.")
         return rows.train_test_split(max(1, round(TEST_SHARE * len(rows))), shuffle=False)
     rows = load_from_hub(name, config)
-    return DatasetDict({"train": rows[train], "test": rows[test]})
+    missing = [split for split in (train, test) if split not in rows]
+    if missing:
+        raise ValueError(f"{name} has no split {' or '.join(missing)}, only {', '.join(rows)}.")
+    return DatasetDict({split: rows[split] for split in (train, test)})
 
 
 def load_from_hub(name: str, config: str | None) -> DatasetDict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from datasets import Dataset
@@ -73,6 +73,11 @@ class RecipeArguments(AnswerArguments):
         for name in ("from_config", "copilot_config"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, json.loads(getattr(self, name)))
+            if not isinstance(getattr(self, name), dict | None):
+                raise ValueError(f"{name} is to be a mapping, in YAML or as JSON, not {getattr(self, name)!r}.")
+        unknown = set(self.copilot_config or {}) - {option.name for option in fields(CopilotConfig)}
+        if unknown:
+            raise ValueError(f"copilot_config has what no CopilotConfig has: {', '.join(sorted(unknown))}.")
 
     def copilot(self) -> CopilotConfig:
         make_config = CopilotConfig.paper if self.copilot_preset == "paper" else CopilotConfig
@@ -83,7 +88,7 @@ def prepare_rows(script_args: ScriptArguments, recipe: RecipeArguments, seed: in
     """Rows to train on, to validate on (both of the training split) and to generate for."""
     names = (script_args.dataset_train_split, script_args.dataset_test_split)
     rows = load_rows(script_args.dataset_name, *names, script_args.dataset_config)
-    train, test = (to_prompt_completion(rows[split], recipe.prompt, recipe.completion) for split in rows)
+    train, test = (to_prompt_completion(part, recipe.prompt, recipe.completion) for part in rows.values())
     train, count = train.shuffle(seed=seed), recipe.validation_rows
     if count is None:
         count = min(MOST_VALIDATION_ROWS, len(train) // 10)
