@@ -25,8 +25,10 @@ from transformers import T5ForConditionalGeneration as T5
 from benchmarks.common import RESULTS, kept, paired_interval, standard_error, table
 from benchmarks.equations import solves
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotSeq2SeqConfig, CopilotSeq2SeqTrainer, copilot_for
+from hf_copilot.cli.scratch import train_tokenizer
+from hf_copilot.cli.train import tokenize
+from hf_copilot.evaluation.rows import generate_answers
 from hf_copilot.training.report import count_parameters
-from recipes.common import generate_answers, tokenize, train_tokenizer
 
 SHAPE = {"num_layers": 3, "num_heads": 4, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.1}
 TRAINING = {"num_train_epochs": 16, "per_device_train_batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 100}

@@ -1,7 +1,7 @@
 """Transformer Copilot (arXiv 2505.16270) for the Hugging Face stack.
 
-Four wings, of which each imports only from those before it: `model`, `pilot`, `generation`, `training`. The last one
-is loaded on first use: who only generates with a Copilot imports neither trl nor datasets.
+Wings of which each imports only from those before it: `model`, `pilot`, `generation`, `training`, `evaluation`, `cli`.
+From the fourth on they are loaded on first use: who only generates with a Copilot imports neither trl nor datasets.
 """
 
 from importlib import import_module
@@ -17,6 +17,7 @@ from .pilot.copilot_for import copilot_for
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .evaluation.rectified_generation import RectifiedGeneration
     from .training.callback import CopilotCallback
     from .training.learner import CopilotLearner
     from .training.mistake_log import MistakeLog
@@ -36,6 +37,7 @@ _ON_FIRST_USE = {
     "CopilotSeq2SeqTrainer": ".training.trainer",
     "CopilotTrainer": ".training.trainer",
     "MistakeLog": ".training.mistake_log",
+    "RectifiedGeneration": ".evaluation.rectified_generation",
     "score": ".training.teacher_forced",
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "CopilotSeq2SeqTrainer",
     "CopilotTrainer",
     "MistakeLog",
+    "RectifiedGeneration",
     "__version__",
     "check_pilot",
     "copilot_for",

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from common import cost_since, generate_answers, make_tokenizer, print_comparison
+from common import make_tokenizer
 from datasets import Dataset
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging, set_seed
 
 from hf_copilot import CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer
+from hf_copilot.evaluation.comparison import Comparison, compare, table_of
+from hf_copilot.evaluation.rows import generate_answers
 from hf_copilot.plots import rectified_token, save_summary
+from hf_copilot.training.report import cost_since, show
 
 NAMES = ["ann", "ben", "eva", "tom", "lea", "max", "zoe", "jon"]
 THINGS = ["apples", "books", "coins", "stamps", "pens", "eggs", "cards", "shells"]
@@ -138,7 +141,11 @@ def main(arguments: Arguments) -> None:
     pilot_hits = exact_matches(pilot, tokenizer, test, "Pilot", None)
     with CopilotLogitsProcessor(trainer.copilot, pilot, tokenizer=tokenizer) as processor:
         rectified_hits = exact_matches(pilot, tokenizer, test, "Pilot + Copilot", processor)
-    print_comparison(f"{len(test)} unseen problems, greedy", pilot_hits, rectified_hits, metrics)
+    found = [compare("right answers", pilot_hits, rectified_hits, form=".1%")]
+    for quantity, name, form in (("nll", "NLL (nats per token)", ".4f"), ("token_accuracy", "token accuracy", ".1%")):
+        both = (metrics[f"eval_{who}_{quantity}"] for who in ("pilot", "rectified"))
+        found.append(Comparison(name, *both, form=form))
+    show(table_of(f"{len(test)} unseen problems, greedy", found))
     print(cost_since(start))
 
     picture = Path(arguments.output_dir) / "quickstart.png"

@@ -22,7 +22,14 @@ from hf_copilot import (
     CopilotTrainer,
 )
 from hf_copilot.model.discrepancy import fuse
-from hf_copilot.training.metrics import METRICS_OF_STRENGTH, STRENGTHS, choose_strength, empty_sums, sum_metrics
+from hf_copilot.training.metrics import (
+    METRICS_OF_STRENGTH,
+    STRENGTHS,
+    calibrate_on_rows,
+    choose_strength,
+    empty_sums,
+    sum_metrics,
+)
 
 
 @settings(deadline=None, max_examples=25)
@@ -168,6 +175,19 @@ def test_calibrating_on_another_set_when_asked(tmp_path):
         make_trainer(tmp_path, None, copilot_strength="auto")
     named = make_trainer(tmp_path, {"a": addition(8, seed=1), "b": addition(4, seed=2)})
     assert named.calibrate("b")["data"] == "4 rows"
+
+
+def test_on_rows_without_a_trainer_it_is_the_same(tmp_path):
+    trainer = make_trainer(tmp_path, addition(8, seed=1))
+    trainer.train()
+    expected = trainer.calibrate(metric="token_accuracy")
+    results, copilot = trainer.copilot.config.results, trainer.copilot
+    copilot.config.forget_results()
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in trainer.eval_dataset]
+    found = calibrate_on_rows(trainer.model, copilot, rows, data="8 rows", metric="token_accuracy")
+    assert {k: v for k, v in found.items() if k != "nll"} == {k: v for k, v in expected.items() if k != "nll"}
+    assert found["nll"] == pytest.approx(expected["nll"], abs=1e-5)
+    assert copilot.config.strength == found["strength"] and copilot.config.results == pytest.approx(results, abs=1e-5)
 
 
 def test_calibrating_generates_nothing(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertForMaskedLM
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor, CopilotModel, check_pilot, copilot_for
 from hf_copilot.model.configuration_copilot import FORMAT_VERSION
+from hf_copilot.model.hub import copilot_card
 from hf_copilot.model.modeling_copilot import rotation
 from hf_copilot.pilot.compatibility import tokenizer_fingerprint
 from hf_copilot.pilot.copilot_for import LLAMA_FAMILIES
@@ -291,6 +292,33 @@ def test_push_to_hub_is_one_commit_with_the_card(pilot, monkeypatch):
     for text in ("base_model: Qwen/Qwen2.5-0.5B", "base_model_relation: adapter", "- mine", "1.2500", "library_name"):
         assert text in card, text
     assert "null" not in card.split("---")[1]
+
+
+def test_the_card_loads_from_where_it_is_and_shows_the_folders_picture(pilot, tmp_path):
+    copilot = trained_like(pilot)
+    copilot.save_pretrained(tmp_path)
+    assert "![" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "curve.png").write_bytes(b"")
+    copilot.save_pretrained(tmp_path)
+    assert "](assets/curve.png)" in (tmp_path / "README.md").read_text()
+    assert 'CopilotModel.from_pretrained("me/copilot")' in copilot_card(copilot.config, "me/copilot").content
+
+
+def test_a_pinned_revision_is_the_one_that_is_loaded(pilot, tmp_path):
+    """From the Hub's own cache, in which two commits of one repository lie."""
+    repository, commits = tmp_path / "models--me--copilot", ("a" * 40, "b" * 40)
+    copilots = [trained_like(pilot, seed=seed) for seed in (1, 2)]
+    for commit, copilot in zip(commits, copilots, strict=True):
+        copilot.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commits[1])
+    (repository / "refs" / "v1").write_text(commits[0])
+    for revision, expected in ((commits[0], 0), ("v1", 0), (commits[1], 1), ("main", 1)):
+        found = CopilotModel.from_pretrained("me/copilot", revision=revision, cache_dir=tmp_path)
+        assert_same(found, copilots[expected])
+    with pytest.raises(OSError, match="cached files"):
+        CopilotModel.from_pretrained("me/copilot", revision="c" * 40, cache_dir=tmp_path)
 
 
 def test_check_pilot(pilot, tokenizer):

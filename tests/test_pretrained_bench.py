@@ -17,8 +17,8 @@ from benchmarks.pretrained.measuring import ALONE, Model
 from benchmarks.pretrained.running import Bench, Limits
 from benchmarks.pretrained.tasks import MAWPS, Example, encode
 from benchmarks.pretrained.training import make_learner
+from hf_copilot.cli.scratch import train_tokenizer
 from hf_copilot.pilot.inspect import find_layers
-from recipes.common import train_tokenizer
 
 STORED = RESULTS / "pretrained" / "search_h100.json"
 

@@ -70,8 +70,10 @@ def test_the_snippets_of_the_first_questions_run(offline):
     namespace = {"train_dataset": addition(16), "eval_dataset": addition(4), "pilot": pilot, "trainer": plain}
     namespace |= {"loader": [padded_batch()] * 2, "tokenizer": tiny_tokenizer(), "copilot": trained_like(pilot)}
     sft, *others = re.split(r"(?=\n\*\*My Pilot is trained already)", USING)
-    assert run(sft, dict(namespace)) == 1
-    assert run("".join(others), namespace) == 5
+    trained = dict(namespace)
+    assert run(sft, trained) == 1
+    namespace |= {"copilot_trainer": trained["trainer"], "rows_with_text": addition(2)}
+    assert run("".join(others), namespace) == 6
     assert namespace["pilot_alone"] < 0 and namespace["with_copilot"] < 0
     assert (offline / "copilot" / "model.safetensors").is_file()
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from tiny import addition
-from trl import ModelConfig, ScriptArguments, TrlParser
 
-from hf_copilot import CopilotSeq2SeqConfig, CopilotSFTConfig
-from recipes.common import RecipeArguments, build_from_scratch, cost_since, matches
+from hf_copilot.cli.recipe import RecipeArguments
+from hf_copilot.cli.scratch import build_from_scratch
+from hf_copilot.cli.train import parser
+from hf_copilot.training.report import cost_since
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -88,11 +89,9 @@ def test_sft_copilot(tmp_path, source):
 
 
 def parse(file: Path, *arguments: str) -> RecipeArguments:
-    config = CopilotSeq2SeqConfig if "t5" in file.stem else CopilotSFTConfig
-    parser = TrlParser((ScriptArguments, config, ModelConfig, RecipeArguments))
     on_cpu = ["--use_cpu", "true", "--bf16", "false"]
     given = ["--config", str(file), "--dataset_name", "data", *on_cpu, *arguments]
-    return parser.parse_args_and_config(given, fail_with_unknown_args=True)[-1]
+    return parser("seq2seq" if "t5" in file.stem else "sft").parse(given)[-1]
 
 
 @pytest.mark.parametrize("file", YAMLS, ids=lambda file: file.stem)
@@ -100,7 +99,7 @@ def test_every_yaml_is_read(file):
     recipe = parse(file)
     assert recipe.copilot().num_hidden_layers in (None, 2)
     if recipe.from_config:
-        model, tokenizer = build_from_scratch(recipe, addition(20))
+        model, tokenizer = build_from_scratch(recipe.from_config, recipe.tokenizer_size, addition(20))
         assert model.config.model_type == recipe.from_config["model_type"] and model.config.vocab_size == len(
             tokenizer
         )
@@ -121,11 +120,6 @@ def test_the_copilot_is_a_dictionary(tmp_path):
         assert (config.memory, config.num_hidden_layers, config.objective) == ("pilot", 4, "cross_entropy")
     paper = RecipeArguments(copilot_preset="paper", copilot_config={"pattern": 2}).copilot()
     assert (paper.objective, paper.pattern) == ("rmse", 2)
-
-
-def test_answers_are_compared_by_their_last_match():
-    answers, expected = ["1 #### 2 #### 3", "#### 4", "5"], ["#### 3", "#### 5", "#### 5"]
-    assert matches(answers, expected, "#### (.*?)(?= ####|$)").tolist() == [1.0, 0.0, 0.0]
 
 
 def test_the_cost_is_said_in_words():

@@ -65,6 +65,17 @@ def test_beside_an_encoder_decoder(family):
     assert not torch.allclose(found[0].log_likelihoods[0], found[0].log_likelihoods[1], atol=1e-3)
 
 
+def test_a_row_may_have_one_token_more_than_the_pilot_has_positions():
+    """As lm-eval's windows have: the last token is predicted, not read."""
+    pilot = tiny_pilot("gpt2").eval()  # learned positions
+    ids = torch.randint(5, 40, (257,), generator=torch.Generator().manual_seed(0))
+    (found,) = score(pilot, trained_like(pilot), [{"input_ids": ids.tolist(), "labels": ids.tolist()}])
+    expected = pilot(input_ids=ids[None, :-1]).logits[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    torch.testing.assert_close(found.log_likelihoods[0], expected.detach(), rtol=1e-4, atol=1e-4)
+    (alone,) = score(pilot, trained_like(pilot), [{"input_ids": [5], "labels": [5]}])
+    assert alone.log_likelihoods.shape == (2, 0)
+
+
 def test_both_models_are_as_they_were(pilot, copilot):
     pilot.train(), copilot.train()
     modes, state = [module.training for module in pilot.modules()], torch.get_rng_state()

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_copilot import CopilotLearner, CopilotLogitsProcessor
+from hf_copilot.evaluation.rows import generate_answers
 from hf_copilot.training.records import IGNORE
-from recipes.common import generate_answers
 
 BATCH = 32
 Example = dict[str, list[int]]  # `input_ids` and `labels` of a row

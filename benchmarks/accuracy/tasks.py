@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from benchmarks.accuracy.scoring import Figures, Rectified
 from benchmarks.common import Row, read
 from benchmarks.equations import solves
-from recipes.common import make_tokenizer, train_tokenizer
+from hf_copilot.cli.scratch import train_tokenizer
+from recipes.common import make_tokenizer
 
 
 class Splits(NamedTuple):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResultEntry, HfApi, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
@@ -17,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from .configuration_copilot import CopilotConfig
 from .fields import SIZES
 
+ASSETS = "assets"  # pictures, in a Copilot's folder
 TEMPLATE = Path(__file__).with_name("card.md")
 # of `from_pretrained`: where a file is found
 PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -49,7 +52,7 @@ class CopilotPreTrainedModel(PreTrainedModel):
         if kwargs.pop("push_to_hub", False):
             raise ValueError("Call copilot.push_to_hub(repo_id): it uploads weights and card in one commit.")
         super().save_pretrained(save_directory, *args, **kwargs)
-        copilot_card(self.config).save(os.path.join(save_directory, "README.md"))
+        write_card(save_directory, self.config)
 
     def push_to_hub(
         self,
@@ -71,7 +74,7 @@ class CopilotPreTrainedModel(PreTrainedModel):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, max_shard_size=max_shard_size)
-            card = copilot_card(self.config)
+            card = copilot_card(self.config, repo_id)
             card.data.tags = [*card.data.tags, *(tags or [])]
             card.save(os.path.join(directory, "README.md"))
             return api.upload_folder(
@@ -121,8 +124,15 @@ def _listed(file: str) -> dict[str, list[int]]:
     return shapes
 
 
-def copilot_card(config: CopilotConfig) -> ModelCard:
-    """The model card of a Copilot; keys that are not known are left out."""
+def copilot_card(
+    config: CopilotConfig, repo_id: str = "<this repository or folder>", picture: str | None = None
+) -> ModelCard:
+    """The model card of a Copilot; keys that are not known are left out.
+
+    Args:
+        repo_id: Where its snippet loads the Copilot from.
+        picture: What it shows, a path in the repository.
+    """
     on_hub = config.base_model_name_or_path
     metadata = ModelCardData(
         library_name="hf_copilot",
@@ -139,11 +149,39 @@ def copilot_card(config: CopilotConfig) -> ModelCard:
         memory=_memory(config),
         pilot=f"`{on_hub}`" if on_hub else f"a `{config.pilot_model_type}` model",
         pilot_id=on_hub or "<the Pilot>",
+        copilot_id=repo_id,
+        picture=f"\n![Pilot and Pilot + Copilot]({picture})\n" if picture else "",
         auto_class="AutoModelForSeq2SeqLM" if config.pilot_is_encoder_decoder else "AutoModelForCausalLM",
         version=config.hf_copilot_version,
         results=_results(config.results) + _calibration(config.calibration),
         **settings,
     )
+
+
+def write_card(folder: str | os.PathLike, config: CopilotConfig, repo_id: str | None = None) -> None:
+    """Write `README.md` into a Copilot's folder, with the first picture of its `assets/`."""
+    pictures = sorted(Path(folder, ASSETS).glob("*.png"))
+    shown = {"picture": f"{ASSETS}/{pictures[0].name}"} if pictures else {}
+    copilot_card(config, **(shown | ({"repo_id": repo_id} if repo_id else {}))).save(Path(folder, "README.md"))
+
+
+def write_eval_results(
+    folder: str | os.PathLike, entry: EvalResultEntry, pilot: float, rectified: float, strength: float
+) -> None:
+    """Write `.eval_results/`, which the Hub shows on the model's page: a file for the Pilot alone and one for both.
+
+    Args:
+        entry: Which data set and task, and all else that both share; its value is not read.
+        pilot, rectified: The metric.
+    """
+    place = Path(folder, ".eval_results")
+    place.mkdir(exist_ok=True)
+    both = {"pilot": (pilot, "Pilot alone"), "copilot": (rectified, f"Pilot + Copilot, strength {strength:g}")}
+    for name, (value, who) in both.items():
+        notes = ", ".join(filter(None, [who, entry.notes]))
+        data = eval_result_entries_to_yaml([replace(entry, value=value, notes=notes)])
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        (place / f"{entry.task_id}-{name}.yaml").write_text(text, encoding="utf-8")
 
 
 def _needs(config: CopilotConfig) -> str:

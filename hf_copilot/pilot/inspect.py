@@ -103,5 +103,5 @@ def without_logits(pilot: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
     if is_encoder_decoder(pilot):
         return dict(inputs)
     can_leave_out = "logits_to_keep" in signature(unwrap(pilot).forward).parameters
-    kept = {name: value for name, value in inputs.items() if name != "labels"}
+    kept = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
     return kept | ({"logits_to_keep": 1} if can_leave_out else {})

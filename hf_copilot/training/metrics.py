@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..model.configuration_copilot import check_strength
+from ..model.modeling_copilot import CopilotModel
 from ..pilot.inspect import eval_mode
 from .distributed import num_processes, sum_over_processes
 from .mistake_log import MistakeRecord
-from .teacher_forced import TeacherForced, label_figures
+from .teacher_forced import TeacherForced, label_figures, score
 
 METRICS = ("pilot_nll", "pilot_token_accuracy", "rectified_nll", "rectified_token_accuracy", "copilot_dropped_mass")
 METRICS_OF_STRENGTH = ("nll", "token_accuracy")
@@ -148,3 +150,27 @@ def results_at_chosen(calibration: dict[str, Any]) -> dict[str, float]:
     strengths = calibration["strengths"]
     at = {"pilot": strengths.index(0.0), "rectified": strengths.index(calibration["strength"])}
     return {f"{name}_{metric}": calibration[metric][i] for name, i in at.items() for metric in METRICS_OF_STRENGTH}
+
+
+def calibrate_on_rows(
+    pilot: nn.Module,
+    copilot: CopilotModel,
+    rows: Sequence[Mapping[str, Any]],
+    strengths: Sequence[float] = STRENGTHS,
+    data: str = "",
+    metric: str = "nll",
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Choose the Copilot's λ on rows, as [`score`] takes them, without a learner. λ and all figures go into its
+    config, as with [`CopilotLearner.calibrate`]; returns `copilot.config.calibration`."""
+    strengths = strengths_to_try(strengths, metric)
+    found = score(pilot, copilot, rows, strengths, batch_size)
+    likelihoods = torch.cat([row.log_likelihoods for row in found], dim=1)  # [s, M]
+    hits = torch.cat([row.is_likeliest for row in found], dim=1)  # [s, M]
+    sums = torch.stack([-likelihoods.double().sum(1), hits.double().sum(1)], dim=-1)  # [s, 2]
+    targets = sums.new_tensor([[0, likelihoods.shape[1]]])  # [1, 2]
+    config = copilot.config
+    config.calibration = choose_strength(torch.cat([sums, targets]), strengths, data, metric)
+    config.strength = config.calibration["strength"]
+    config.results = results_at_chosen(config.calibration)
+    return config.calibration

@@ -103,9 +103,11 @@ class Targets:
 
 
 def find_targets(inputs: Mapping[str, Any], has_encoder: bool) -> Targets | None:
-    """The targets of a batch; None if it has none."""
-    labels = inputs["labels"].cpu()  # [B, T]
-    length, shift = labels.shape[1], 0 if has_encoder else 1  # the label of position j is at j + shift
+    """The targets of a batch; None if it has none. `shift_labels` `[B, T]` are labels of the positions that predict
+    them, as in transformers; where a batch has these, its `labels` are not read."""
+    is_shifted = inputs.get("shift_labels") is not None
+    labels = inputs["shift_labels" if is_shifted else "labels"].cpu()  # [B, T]
+    length, shift = labels.shape[1], 0 if has_encoder or is_shifted else 1  # the label of position j is at j + shift
     documents = find_documents(inputs, has_encoder)
     if not documents:
         return None

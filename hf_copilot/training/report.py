@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -121,3 +124,18 @@ def table_of_training(
             figures = [format(calibration[quantity][i], form) for i in at]
             table.add_row(f"{title} (λ = {best:g}, chosen on {on})", *figures)
     return table if table.row_count else None
+
+
+def cost_since(start: float) -> str:
+    """The time since `perf_counter()` was `start`, and the most memory that was in use: of the GPU, or of the process
+    (where the system is Linux)."""
+    minutes, seconds = divmod(round(perf_counter() - start), 60)
+    text = f"{minutes} min {seconds} s"
+    if torch.cuda.is_available():
+        return f"{text}, at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU's memory"
+    if sys.platform != "linux":
+        return text
+    import resource  # not on Windows
+
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{text}, at most {1024 * kibibytes / 1e9:.1f} GB of memory"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ..model.configuration_copilot import check_strength
 from ..model.discrepancy import cross_entropy_loss, fuse, rmse_loss, row_chunks
@@ -182,13 +183,17 @@ class TeacherForced:
 
     @torch.no_grad()
     def score(
-        self, rows: Sequence[Mapping[str, Any]], strengths: Sequence[float], batch_size: int = 16
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        strengths: Sequence[float],
+        batch_size: int = 16,
+        title: str | None = None,
     ) -> list[RowScore]:
-        """[`score`], by this pass."""
+        """[`score`], by this pass; with a title it shows a progress bar."""
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
         scores: dict[int, RowScore] = {}
         with eval_mode(self.head.trained), eval_mode(self.copilot):
-            for start in range(0, len(order), batch_size):
+            for start in tqdm(range(0, len(order), batch_size), desc=title, disable=title is None):
                 picked = order[start : start + batch_size]
                 scores |= zip(picked, _score_batch(self, [rows[i] for i in picked], strengths), strict=True)
         return [scores[i] for i in range(len(rows))]
@@ -242,15 +247,14 @@ def _score_batch(
 ) -> list[RowScore]:
     config, pilot = forced.copilot.config, forced.head.trained
     inputs = _padded(rows, pilot.get_input_embeddings().weight.device)
-    labels = inputs["labels"] if config.pilot_is_encoder_decoder else inputs["labels"][:, 1:]  # [B, T], or one less
-    counts = (labels != IGNORE).sum(1).tolist()
-    with forced.watch(inputs):
-        pilot(**without_logits(pilot, inputs))
+    if not config.pilot_is_encoder_decoder:
+        inputs = _without_last_token(inputs)
+    counts = (inputs.get("shift_labels", inputs["labels"]) != IGNORE).sum(1).tolist()
+    records = forced.read(inputs, lambda: pilot(**without_logits(pilot, inputs))) if any(counts) else []
+    if len(records) != sum(count > 0 for count in counts):
+        raise ValueError("The Pilot's forward on a row is not finite, so it can't be scored.")
     parts = [torch.empty(2, len(strengths), 0)]
     with forced.head.gathered():
-        records = forced.records(inputs)
-        if len(records) != sum(count > 0 for count in counts):
-            raise ValueError("The Pilot's forward on a row is not finite, so it can't be scored.")
         for batch in [forced.collate(records)] if records else []:
             for queries, logits, correction in forced.corrections(batch):
                 parts.append(label_figures(logits, correction, batch.labels[queries], strengths, config.fusion).cpu())
@@ -281,3 +285,9 @@ def _padded(rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str
         "labels": targets.pad(torch.cat(labels), IGNORE),
     }
     return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def _without_last_token(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch for a decoder, whose last token is only predicted: it may be one more than the Pilot has positions."""
+    shorter = {name: tensor[:, :-1] for name, tensor in inputs.items()}  # [B, T - 1]
+    return shorter | {"shift_labels": inputs["labels"][:, 1:]}  # [B, T - 1]

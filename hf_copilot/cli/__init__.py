@@ -1,0 +1,1 @@
+"""`hf-copilot`: the command line."""

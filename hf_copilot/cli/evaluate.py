@@ -1,0 +1,111 @@
+"""`hf-copilot eval`: Pilot and Pilot + Copilot side by side, on rows or on tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..evaluation.comparison import Comparison, compare_answers, compare_likelihoods, table_of
+from ..evaluation.tasks import compare_on_tasks
+from ..model.configuration_copilot import check_strength
+from ..training.report import show
+from ..version import __version__
+from .data import read_file, to_prompt_completion
+from .pair import PairArguments, load_pair
+from .parser import Parser
+from .recipe import AnswerArguments
+
+
+@dataclass
+class EvalArguments(AnswerArguments, PairArguments):
+    """What is measured, and how."""
+
+    data: str | None = field(
+        default=None, metadata={"help": "A JSON Lines file: likelihoods and answers of its rows."}
+    )
+    tasks: str | None = field(default=None, metadata={"help": "Tasks of lm-evaluation-harness, with commas between."})
+    include_path: str | None = field(default=None, metadata={"help": "A folder with task files of your own."})
+    num_fewshot: int | None = field(default=None, metadata={"help": "Examples before each question of a task."})
+    limit: int | None = field(default=None, metadata={"help": "Rows, or documents of each task, at most."})
+    strength: float | None = field(default=None, metadata={"help": "λ; by default the Copilot's own."})
+    batch_size: int = field(default=16, metadata={"help": "Rows in one forward."})
+    output_file: str | None = field(default=None, metadata={"help": "Where the figures go, as JSON."})
+
+
+def parser() -> Parser:
+    return Parser(
+        "hf-copilot eval",
+        "Measure a Pilot alone (λ = 0) and with its Copilot on the same items. The interval is that of the "
+        "difference, paired, 95 %.",
+        (EvalArguments,),
+        {
+            "Pilot and Copilot": [field.name for field in fields(PairArguments)] + ["strength", "batch_size"],
+            "On rows": ["data", *(field.name for field in fields(AnswerArguments))],
+            "On tasks": ["tasks", "include_path", "num_fewshot"],
+            "Both": ["limit", "output_file"],
+        },
+        positions=("pilot", "copilot"),
+        examples=[
+            "hf-copilot eval out --data test.jsonl --prompt '{question}\\n' --completion '{answer}'",
+            "hf-copilot eval out out/copilot --tasks gsm8k,piqa",
+        ],
+    )
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    arguments: EvalArguments
+    (arguments,) = parser().parse(argv)
+    if arguments.data is None and arguments.tasks is None:
+        raise ValueError("There is nothing to measure on: --data names a JSON Lines file, --tasks names tasks.")
+    rows = None if arguments.data is None else named_rows(arguments)
+    pilot, copilot, tokenizer = load_pair(arguments)
+    strength = check_strength(copilot.config.strength if arguments.strength is None else arguments.strength)
+    found = {}
+    if rows is not None:
+        both = (pilot, copilot, tokenizer, rows, strength)
+        answered = rows[: arguments.generate_rows]
+        found[f"{len(rows)} rows of {Path(arguments.data).name}, λ = {strength:g}"] = [
+            *compare_likelihoods(*both, arguments.batch_size),
+            *([answers_to(answered, both, arguments)] if answered else []),
+        ]
+    if arguments.tasks is not None:
+        settings = {"num_fewshot": arguments.num_fewshot, "limit": arguments.limit, "batch_size": arguments.batch_size}
+        for task, comparisons in compare_on_tasks(
+            pilot, copilot, tokenizer, arguments.tasks.split(","), strength, arguments.include_path, **settings
+        ).items():
+            found[f"{task}, λ = {strength:g}"] = comparisons
+    for title, comparisons in found.items():
+        show(table_of(title, comparisons))
+    if arguments.output_file is not None:
+        write(arguments, strength, found)
+
+
+def named_rows(arguments: EvalArguments) -> list[dict[str, str]]:
+    rows = to_prompt_completion(read_file(arguments.data), arguments.prompt, arguments.completion)
+    return list(rows)[: arguments.limit]
+
+
+def answers_to(answered: list[dict[str, str]], both: tuple, arguments: EvalArguments) -> Comparison:
+    pilot, copilot, tokenizer, _, strength = both
+    with torch.no_grad():
+        found = compare_answers(
+            pilot, copilot, tokenizer, answered, strength, arguments.answer_pattern, **arguments.generation
+        )
+    return found._replace(metric=f"right answers ({len(answered)} rows)")
+
+
+def write(arguments: EvalArguments, strength: float, found: dict[str, list[Comparison]]) -> None:
+    """All figures, and what they were measured with, as JSON."""
+    figures: dict[str, Any] = {
+        "pilot": arguments.pilot,
+        "copilot": "/".join(filter(None, arguments.copilot_place)),
+        "strength": strength,
+        "hf_copilot": __version__,
+        "results": {title: [comparison._asdict() for comparison in group] for title, group in found.items()},
+    }
+    Path(arguments.output_file).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

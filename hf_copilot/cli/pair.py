@@ -1,0 +1,116 @@
+"""A Pilot and its Copilot, named on the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import find_adapter_config_file
+
+from ..model.configuration_copilot import CopilotConfig
+from ..model.modeling_copilot import CopilotModel
+from ..pilot.compatibility import check_pilot, is_hub_id
+from ..training.checkpoint import WEIGHTS_FOLDER
+from .parser import in_a_line
+
+
+@dataclass
+class PairArguments:
+    """Which Pilot and which Copilot."""
+
+    pilot: str = field(metadata={"help": "The Pilot: a folder (of a run), or a Hub id."})
+    copilot: str | None = field(
+        default=None, metadata={"help": "The Copilot: a folder or a Hub id; by default copilot/ in the Pilot's."}
+    )
+    pilot_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the Pilot."})
+    copilot_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the Copilot."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the Pilot's weights, float32 or bfloat16."})
+    device: str | None = field(default=None, metadata={"help": "cuda or cpu; by default the first there is."})
+
+    @property
+    def copilot_place(self) -> tuple[str, str]:
+        """Folder or Hub id of the Copilot, and the subfolder in it."""
+        return (self.copilot, "") if self.copilot is not None else (self.pilot, WEIGHTS_FOLDER)
+
+
+def load_pair(arguments: PairArguments) -> tuple[PreTrainedModel, CopilotModel, PreTrainedTokenizerBase]:
+    """Both, in eval mode on the device, and the Pilot's tokenizer; raises a `ValueError` if they do not fit."""
+    copilot = load_copilot(arguments)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pilot = load_pilot(arguments).to(device).eval()
+    tokenizer = load_tokenizer(arguments)
+    check_pilot(copilot, pilot, tokenizer)
+    return pilot, copilot.to(device).eval(), tokenizer
+
+
+def check_place(name: str, what: str, files: tuple[str, ...], subfolder: str = "") -> None:
+    """Raise a `ValueError` if a folder here is none of a model, or a name is neither."""
+    folder = Path(name, subfolder)
+    if not Path(name).exists() and not is_hub_id(name):
+        raise ValueError(f"The {what} {name} is neither a folder here nor a Hub id.")
+    if Path(name).is_file():
+        raise ValueError(f"The {what} {name} is a file: name the folder that save_pretrained wrote.")
+    if Path(name).is_dir() and not any((folder / file).is_file() for file in files):
+        raise ValueError(f"The folder {folder} is no {what}: it has no {' or '.join(files)}.")
+
+
+def pilot_config(arguments: PairArguments) -> PreTrainedConfig:
+    """That of the Pilot, or of what its adapter was trained on."""
+    name, revision = arguments.pilot, arguments.pilot_revision
+    check_place(name, "Pilot", ("config.json", "adapter_config.json"))
+    try:
+        if find_adapter_config_file(name, revision=revision) is not None:
+            name = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+            revision = None
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The Pilot {arguments.pilot} can't be loaded: {in_a_line(error)}") from error
+    if isinstance(config, CopilotConfig):
+        raise ValueError(f"{arguments.pilot} is a Copilot: name its Pilot first.")
+    return config
+
+
+def load_pilot(arguments: PairArguments) -> PreTrainedModel:
+    auto_class = AutoModelForSeq2SeqLM if pilot_config(arguments).is_encoder_decoder else AutoModelForCausalLM
+    return auto_class.from_pretrained(arguments.pilot, revision=arguments.pilot_revision, dtype=arguments.dtype)
+
+
+def empty_pilot(arguments: PairArguments) -> PreTrainedModel:
+    """The Pilot without its weights, which are not downloaded."""
+    config = pilot_config(arguments)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto_class.from_config(config)
+
+
+def load_tokenizer(arguments: PairArguments) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.pilot, revision=arguments.pilot_revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{arguments.pilot} has no tokenizer: {in_a_line(error)}") from error
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_copilot(arguments: PairArguments) -> CopilotModel:
+    name, subfolder = arguments.copilot_place
+    check_place(name, "Copilot", ("config.json",), subfolder)
+    file = Path(name, subfolder, "config.json")
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") != CopilotConfig.model_type:
+        raise ValueError(f"The folder {file.parent} is no Copilot: its config.json is another model's.")
+    try:
+        return CopilotModel.from_pretrained(name, revision=arguments.copilot_revision, subfolder=subfolder)
+    except OSError as error:
+        raise ValueError(f"The Copilot {name} can't be loaded: {in_a_line(error)}") from error

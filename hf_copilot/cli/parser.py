@@ -1,0 +1,90 @@
+"""Arguments as in TRL's scripts: dataclasses, a YAML file by `--config`, and help that fits on a screen."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from trl import TrlParser
+from yaml import YAMLError
+
+WIDTH = 100
+
+
+class Parser(TrlParser):
+    """[`trl.TrlParser`] that shows chosen arguments, takes the first ones by position, and says errors in a sentence.
+
+    Args:
+        prog: The command, `hf-copilot eval`.
+        description: What it does.
+        dataclasses: Of its arguments.
+        shown: The arguments that `--help` shows, by title; the others are shown by `--help_all`.
+        positions: Names of arguments that may be given by position, in order.
+        examples: Command lines.
+    """
+
+    def __init__(
+        self,
+        prog: str,
+        description: str,
+        dataclasses: Sequence[type],
+        shown: Mapping[str, Iterable[str]],
+        positions: Sequence[str] = (),
+        examples: Sequence[str] = (),
+    ):
+        super().__init__(dataclasses, prog=prog, description=description)
+        self.fields = {field.name: field for dataclass in dataclasses for field in fields(dataclass)}
+        self.shown, self.positions, self.examples = shown, positions, examples
+
+    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """The dataclasses. Ends the process with 2 and a sentence where that can't be, with 0 after help."""
+        argv = list(argv)
+        if "--help_all" in argv:
+            sys.stdout.write(super().format_help())
+            self.exit()
+        if argv[-1:] == ["--config"]:
+            self.error("--config needs a file")
+        named = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
+        if named > len(self.positions):
+            self.error(f"{argv[len(self.positions)]!r} is one argument too many")
+        given = [
+            part for name, value in zip(self.positions, argv[:named], strict=False) for part in (f"--{name}", value)
+        ]
+        try:
+            return self.parse_args_and_config(given + argv[named:], fail_with_unknown_args=True)
+        except (ValueError, OSError, YAMLError) as error:
+            self.error(in_a_line(error))
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the arguments)\n")
+
+    def format_help(self) -> str:
+        places = "".join(f" {name.upper()}" for name in self.positions)
+        parts = [f"usage: {self.prog}{places} [--config FILE] [--argument VALUE ...]", self.description]
+        parts += ["\n".join(f"    {example}" for example in self.examples)] if self.examples else []
+        for title, names in self.shown.items():
+            parts.append("\n".join([f"{title}:", *(describe(self.fields[name]) for name in names)]))
+        hidden = len(self.fields) - len({name for names in self.shown.values() for name in names})
+        if hidden:
+            parts.append(f"{hidden} more, those of the libraries, are shown by --help_all.")
+        return "\n\n".join(textwrap.fill(part, WIDTH) if "\n" not in part else part for part in parts) + "\n"
+
+
+def describe(field: Field) -> str:
+    """An argument's name, default and help."""
+    text = field.metadata.get("help", "")
+    text = text[0] if isinstance(text, list | tuple) else text
+    text = text.split(". ")[0].rstrip(".") + "." if len(text) > 160 else text
+    default = field.default if field.default is not MISSING else None
+    if default not in (None, "", False):
+        text += f" [{default}]"
+    first = f"  --{field.name}  "
+    return textwrap.fill(text, WIDTH, initial_indent=first.ljust(26), subsequent_indent=" " * 26)
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

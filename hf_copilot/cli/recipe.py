@@ -1,0 +1,98 @@
+"""What `sft` and `seq2seq` are asked for beside TRL's own arguments: the rows' form, a Pilot from scratch, answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from datasets import Dataset
+from trl import ScriptArguments
+
+from ..evaluation.comparison import matches
+from ..model.configuration_copilot import CopilotConfig
+from .data import load_rows, to_prompt_completion
+
+MOST_VALIDATION_ROWS = 200
+
+
+@dataclass
+class RowArguments:
+    """How a row becomes a prompt and a completion."""
+
+    prompt: str = field(
+        default="{prompt}", metadata={"help": "Prompt, a format string over a row's fields; \\n is a line break."}
+    )
+    completion: str = field(default="{completion}", metadata={"help": "Completion, likewise."})
+
+
+@dataclass
+class AnswerArguments(RowArguments):
+    """How answers are generated and compared."""
+
+    answer_pattern: str = field(
+        default="(?s)(.*)", metadata={"help": "Regular expression whose last match in an answer is compared."}
+    )
+    generate_rows: int = field(default=200, metadata={"help": "Test rows answered by generation; 0 for none."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
+    num_beams: int = field(default=1, metadata={"help": "Beams in generation."})
+
+    def is_right(self, answer: str, expected: str) -> bool:
+        return bool(matches([answer], [expected], self.answer_pattern))
+
+    @property
+    def generation(self) -> dict[str, int]:
+        return {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams}
+
+
+@dataclass
+class RecipeArguments(AnswerArguments):
+    """Rows, a Pilot from scratch, and the Copilot."""
+
+    from_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "A transformers config with its model_type: the Pilot is built from scratch."}
+    )
+    tokenizer_size: int = field(
+        default=1024, metadata={"help": "Vocabulary of the byte-level BPE that from_config trains on the data."}
+    )
+    copilot_preset: str = field(
+        default="default", metadata={"help": "Settings of the Copilot.", "choices": ["default", "paper"]}
+    )
+    copilot_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "What differs from the preset, fields of CopilotConfig: {memory: pilot}."}
+    )
+    validation_rows: int | None = field(
+        default=None, metadata={"help": "Rows of the training split for evaluation; by default a tenth, at most 200."}
+    )
+    watch_rows: int = field(
+        default=8, metadata={"help": "Evaluation rows that are answered at every evaluation; 0 for none."}
+    )
+
+    def __post_init__(self):
+        """On the command line the dictionaries are JSON."""
+        for name in ("from_config", "copilot_config"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, json.loads(getattr(self, name)))
+            if not isinstance(getattr(self, name), dict | None):
+                raise ValueError(f"{name} is to be a mapping, in YAML or as JSON, not {getattr(self, name)!r}.")
+        unknown = set(self.copilot_config or {}) - {option.name for option in fields(CopilotConfig)}
+        if unknown:
+            raise ValueError(f"copilot_config has what no CopilotConfig has: {', '.join(sorted(unknown))}.")
+
+    def copilot(self) -> CopilotConfig:
+        make_config = CopilotConfig.paper if self.copilot_preset == "paper" else CopilotConfig
+        return make_config(**(self.copilot_config or {}))
+
+
+def prepare_rows(script_args: ScriptArguments, recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset, Dataset]:
+    """Rows to train on, to validate on (both of the training split) and to generate for."""
+    names = (script_args.dataset_train_split, script_args.dataset_test_split)
+    rows = load_rows(script_args.dataset_name, *names, script_args.dataset_config)
+    train, test = (to_prompt_completion(part, recipe.prompt, recipe.completion) for part in rows.values())
+    train, count = train.shuffle(seed=seed), recipe.validation_rows
+    if count is None:
+        count = min(MOST_VALIDATION_ROWS, len(train) // 10)
+    if not 0 <= count < len(train):
+        raise ValueError(f"{len(train)} training rows leave none beside validation_rows={count}.")
+    validation, train = train.select(range(count)), train.select(range(count, len(train)))
+    return train, validation, test.select(range(min(recipe.generate_rows, len(test))))

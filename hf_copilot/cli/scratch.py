@@ -1,0 +1,43 @@
+"""A Pilot from scratch: random weights, and a tokenizer trained on the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+
+def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a padding and an end token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+
+
+def build_from_scratch(
+    config: dict[str, Any], tokenizer_size: int, train: Dataset
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A Pilot of a transformers config (with its `model_type`), and a tokenizer trained on prompts and completions."""
+    if "model_type" not in config:
+        raise ValueError(f"from_config has no model_type ('llama', 't5', ...), only {sorted(config)}.")
+    texts = [prompt + completion for prompt, completion in zip(train["prompt"], train["completion"], strict=True)]
+    tokenizer = train_tokenizer(texts, tokenizer_size)
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    tokens |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    tokens |= {"decoder_start_token_id": tokenizer.pad_token_id}  # of an encoder-decoder
+    made = AutoConfig.for_model(**config, **tokens)
+    auto_class = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
+    return auto_class.from_config(made), tokenizer

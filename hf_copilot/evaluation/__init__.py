@@ -1,0 +1,1 @@
+"""Pilot and Pilot + Copilot side by side: likelihoods, generated answers, paired intervals."""

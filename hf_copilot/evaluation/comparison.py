@@ -1,0 +1,120 @@
+"""Pilot and Pilot + Copilot on the same items, with the interval of their difference."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..generation.logits_processor import CopilotLogitsProcessor
+from ..model.modeling_copilot import CopilotModel
+from ..training.teacher_forced import score
+from .rows import generate_answers, label_row
+
+OF_95_PERCENT = 1.96  # standard errors
+
+
+class Comparison(NamedTuple):
+    """One metric of both."""
+
+    metric: str
+    pilot: float
+    rectified: float
+    interval: tuple[float, float] | None = None  # of rectified - pilot, 95 %, paired; None where there is none
+    form: str = ".4f"  # how the figures are shown
+
+
+def compare(
+    metric: str,
+    pilot: torch.Tensor,
+    rectified: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    form: str = ".4f",
+) -> Comparison:
+    """Means over the same n items, and the normal interval of their difference.
+
+    With item sums a_i, b_i and weights w_i (tokens; by default 1) the difference is d = Σ (b_i − a_i) / Σ w_i, and its
+    standard error sqrt(n / (n − 1) Σ (b_i − a_i − d w_i)²) / Σ w_i.
+
+    Args:
+        pilot, rectified: `[n]`, a and b.
+        weights: `[n]`, w.
+    """
+    pilot, rectified = pilot.double(), rectified.double()  # [n]
+    weights = torch.ones_like(pilot) if weights is None else weights.double()  # [n]
+    count, total = len(pilot), weights.sum().item()
+    before, after = pilot.sum().item() / total, rectified.sum().item() / total
+    spread = (rectified - pilot - (after - before) * weights).square().sum().item()
+    if count < 2 or not spread:  # no item differs from the others
+        return Comparison(metric, before, after, None, form)
+    error = (count / (count - 1) * spread) ** 0.5 / total
+    reach = OF_95_PERCENT * error
+    return Comparison(metric, before, after, (after - before - reach, after - before + reach), form)
+
+
+def table_of(title: str, comparisons: Sequence[Comparison]) -> Table:
+    """Both side by side, their difference, and its interval."""
+    table = Table(title=title)
+    for column in ("", "Pilot", "Pilot + Copilot", "difference", "95 % interval"):
+        table.add_column(column, justify="right" if column else "left")
+    for found in comparisons:
+        signed = f"+{found.form}"
+        interval = "" if found.interval is None else " to ".join(format(end, signed) for end in found.interval)
+        figures = [format(found.pilot, found.form), format(found.rectified, found.form)]
+        table.add_row(found.metric, *figures, format(found.rectified - found.pilot, signed), interval)
+    return table
+
+
+def last_match(pattern: str, text: str) -> str | None:
+    """What the pattern's first group holds at its last match with something in it."""
+    found = [match.group(1).strip() for match in re.finditer(pattern, text) if match.group(1).strip()]
+    return found[-1] if found else None
+
+
+def matches(answers: Sequence[str], expected: Sequence[str], pattern: str) -> torch.Tensor:
+    """`[items]` float: 1 where the last match of the pattern is the same in both."""
+    pairs = [(last_match(pattern, a), last_match(pattern, b)) for a, b in zip(answers, expected, strict=True)]
+    return torch.tensor([float(b is not None and a == b) for a, b in pairs])
+
+
+def compare_likelihoods(
+    pilot: PreTrainedModel,
+    copilot: CopilotModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, str]],
+    strength: float,
+    batch_size: int = 16,
+) -> list[Comparison]:
+    """NLL and token accuracy, teacher-forced, of rows with a prompt and a completion."""
+    labelled = [label_row(tokenizer, row, copilot.config.pilot_is_encoder_decoder) for row in rows]
+    scores = score(pilot, copilot, labelled, [0.0, strength], batch_size)
+    tokens = torch.tensor([found.log_likelihoods.shape[1] for found in scores])  # [n]
+    nll = torch.stack([-found.log_likelihoods.sum(1) for found in scores], dim=1)  # [2, n]
+    hits = torch.stack([found.is_likeliest.sum(1) for found in scores], dim=1)  # [2, n]
+    return [
+        compare("NLL (nats per token)", *nll, tokens),
+        compare("token accuracy", *hits, tokens, ".1%"),
+    ]
+
+
+def compare_answers(
+    pilot: PreTrainedModel,
+    copilot: CopilotModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, str]],
+    strength: float,
+    pattern: str,
+    **generation: Any,
+) -> Comparison:
+    """Right answers, generated greedily or by beams: those whose last match of the pattern is the completion's."""
+    prompts, expected = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    answers = generate_answers(pilot, tokenizer, prompts, None, "Pilot", do_sample=False, **generation)
+    with CopilotLogitsProcessor(copilot, pilot, strength, tokenizer) as processor:
+        rectified = generate_answers(
+            pilot, tokenizer, prompts, processor, "Pilot + Copilot", do_sample=False, **generation
+        )
+    return compare("right answers", *(matches(said, expected, pattern) for said in (answers, rectified)), form=".1%")

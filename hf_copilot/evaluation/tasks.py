@@ -1,0 +1,72 @@
+"""Tasks of lm-evaluation-harness, by a Pilot alone and with its Copilot, with paired intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..model.modeling_copilot import CopilotModel
+from .comparison import Comparison, compare
+
+NO_LM_EVAL = "--tasks needs lm-evaluation-harness: pip install 'hf_copilot[lm-eval]'."
+
+
+def compare_on_tasks(
+    pilot: PreTrainedModel,
+    copilot: CopilotModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    strength: float,
+    include_path: str | None = None,
+    batch_size: int = 16,
+    **settings: Any,
+) -> dict[str, list[Comparison]]:
+    """The metrics of each task.
+
+    Raises:
+        ValueError: Without lm-eval, or for a task that it does not know.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        from ..lm_eval import CopilotLM
+    except ImportError as error:
+        raise ValueError(NO_LM_EVAL) from error
+    manager = TaskManager(include_path=include_path)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise ValueError(f"lm-eval has no task {', '.join(unknown)}: --include_path names a folder with task files.")
+    model = CopilotLM(pilot, copilot, 0.0, tokenizer=tokenizer, batch_size=batch_size)
+    found = []
+    for model.strength in (0.0, strength):
+        found.append(simple_evaluate(model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, **settings))
+    return {task: compare_task(*(results for results in found), task) for task in found[0]["samples"]}
+
+
+def compare_task(pilot: dict[str, Any], rectified: dict[str, Any], task: str) -> list[Comparison]:
+    """Of two results of `simple_evaluate`; without an interval where a metric is no mean over documents."""
+    comparisons = []
+    for name, before in pilot["results"][task].items():
+        metric, _, filtered = name.partition(",")
+        if not isinstance(before, float | int) or not filtered or metric.endswith("_stderr"):
+            continue
+        values = [per_document(results["samples"][task], metric, filtered) for results in (pilot, rectified)]
+        after = rectified["results"][task][name]
+        title = metric if filtered == "none" else f"{metric} ({filtered})"
+        found = compare(title, *values) if None not in values else None
+        if found is None or abs(found.pilot - before) > 1e-6:
+            found = Comparison(title, before, after)
+        comparisons.append(found)
+    return comparisons
+
+
+def per_document(samples: Sequence[dict[str, Any]], metric: str, filtered: str) -> torch.Tensor | None:
+    """`[documents]`, or None where a document has no number."""
+    values = [sample.get(metric) for sample in samples if sample["filter"] == filtered]
+    if not values or not all(isinstance(value, float | int) for value in values):
+        return None
+    return torch.tensor(values, dtype=torch.float64)

@@ -1,0 +1,291 @@
+"""`hf-copilot`: from a file of rows to answers, and one sentence for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, parse_eval_result_entries
+from tiny import addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
+
+from hf_copilot import CopilotModel
+from hf_copilot.cli.__main__ import COMMANDS, main
+from hf_copilot.cli.parser import WIDTH
+from hf_copilot.cli.scratch import train_tokenizer
+from hf_copilot.pilot.copilot_for import copilot_for
+
+LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+T5 = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+FORM = ["--prompt", "{question}", "--completion", "{answer}"]
+SHORT = {"tokenizer_size": 300, "max_steps": 4, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False}
+SHORT |= {"report_to": "none", "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "max_new_tokens": 4}
+SHORT |= {"disable_tqdm": False}
+ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
+
+
+def run(*argv) -> int:
+    try:
+        return main([str(argument) for argument in argv])
+    except SystemExit as end:
+        return end.code or 0
+
+
+def write_rows(file, count: int, seed: int = 0):
+    rows = [{"question": row["prompt"], "answer": row["completion"]} for row in addition(count, seed)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl", 60)
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A run's folder, with a Copilot that changes the text."""
+    pilot, tokenizer = tiny_pilot(), tiny_tokenizer()
+    pilot.save_pretrained(tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    copilot = trained_like(pilot)
+    copilot.config.tokenizer_fingerprint = copilot_for(pilot, None, tokenizer).config.tokenizer_fingerprint
+    copilot.save_pretrained(tmp_path / "out" / "copilot")
+    return tmp_path / "out"
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def write_config(file, config: dict, **changes):
+    file.write_text(yaml.safe_dump(SHORT | {"from_config": config} | changes))
+    return file
+
+
+@pytest.mark.parametrize(("command", "config"), [("sft", LLAMA), ("seq2seq", T5)])
+def test_from_a_file_to_answers_by_one_command(tmp_path, rows, capsys, command, config):
+    settings = write_config(tmp_path / "tiny.yaml", config, copilot_config={"num_hidden_layers": 2})
+    folder = tmp_path / "run"
+    assert run(command, "--config", settings, "--dataset_name", rows, "--output_dir", folder, *FORM) == 0
+    said = capsys.readouterr().out
+    assert "Answers at step 2" in said and "6 test rows" in said and "right answers" in said
+    assert run("eval", folder, "--data", rows, "--limit", 4, "--max_new_tokens", 4, *FORM) == 0
+    assert "4 rows of rows.jsonl, λ = 1" in capsys.readouterr().out
+    assert run("check", folder) == 0
+
+
+def test_adapters_of_a_run_are_found(tmp_path, out, rows):
+    """The Pilot's folder holds an adapter alone."""
+    settings = {"--model_name_or_path": out, "--dataset_name": rows, "--output_dir": tmp_path / "lora"}
+    given = [part for pair in settings.items() for part in pair]
+    short = [part for name, value in SHORT.items() for part in (f"--{name}", str(value).lower())]
+    assert run("sft", *given, *short, "--use_peft", "--generate_rows", 0, *FORM) == 0
+    assert (tmp_path / "lora" / "adapter_config.json").is_file()
+    assert run("eval", tmp_path / "lora", "--data", rows, "--generate_rows", 0, *FORM) == 0
+    assert run("check", tmp_path / "lora") == 0
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it_on_two_processes(tmp_path, rows):
+    settings = write_config(tmp_path / "tiny.yaml", LLAMA)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "hf_copilot.cli", "sft"]
+    given = ["--config", settings, "--dataset_name", rows, "--output_dir", tmp_path / "run", *FORM]
+    done = subprocess.run([sys.executable, *launch, *map(str, given)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("right answers") == 1 and (tmp_path / "run" / "copilot" / "config.json").is_file()
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def test_eval_writes_what_it_shows(tmp_path, out, rows, capsys):
+    file = tmp_path / "eval.json"
+    given = ["--data", rows, "--strength", "0.5", "--max_new_tokens", 4, "--output_file", file, *FORM]
+    assert run("eval", out, out / "copilot", *given) == 0
+    figures = json.loads(file.read_text())
+    (found,) = figures["results"].values()
+    nll = next(entry for entry in found if entry["metric"].startswith("NLL"))
+    assert f"{nll['pilot']:.4f}" in capsys.readouterr().out and figures["strength"] == 0.5
+    assert nll["interval"][0] < nll["rectified"] - nll["pilot"] < nll["interval"][1]
+
+
+def test_eval_on_tasks(tmp_path, out, capsys):
+    pytest.importorskip("lm_eval")
+    from test_lm_eval import write_tasks
+
+    write_tasks(tmp_path)
+    tasks = [
+        "--tasks",
+        "sums_choice,sums_rolling",
+        "--include_path",
+        tmp_path,
+        "--output_file",
+        tmp_path / "eval.json",
+    ]
+    assert run("eval", out, *tasks) == 0
+    results = json.loads((tmp_path / "eval.json").read_text())["results"]
+    choice, rolling = results["sums_choice, λ = 1"], results["sums_rolling, λ = 1"]
+    assert [entry["metric"] for entry in choice] == ["acc", "acc_norm"]
+    assert rolling[0]["metric"] == "word_perplexity" and rolling[0]["pilot"] != rolling[0]["rectified"]
+    assert run("eval", out, "--tasks", "no_such_task") == 1
+    assert "no task no_such_task" in capsys.readouterr().err
+
+
+def test_calibrate_writes_into_the_copilot(tmp_path, out, rows, capsys):
+    before = CopilotModel.from_pretrained(out / "copilot")
+    assert run("calibrate", out, "--data", rows, "--strengths", "0.1", "0.5", *FORM) == 0
+    copilot = CopilotModel.from_pretrained(out / "copilot")
+    assert copilot.config.calibration["strengths"] == [0.0, 0.1, 0.5]
+    assert copilot.config.strength == copilot.config.calibration["strength"]
+    assert f"λ = {copilot.config.strength:g} had the least NLL" in (out / "copilot" / "README.md").read_text()
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), copilot.parameters(), strict=True))
+    assert "is written into" in capsys.readouterr().out
+    assert run("calibrate", out, "--data", rows, "--output_dir", tmp_path / "other", *FORM) == 0
+    assert (tmp_path / "other" / "model.safetensors").is_file()
+
+
+# ---- check, card ----------------------------------------------------------------------------------------------------
+
+
+def test_check(tmp_path, out, capsys):
+    assert run("check", out, out / "copilot") == 0
+    assert "LlamaForCausalLM with 47 tokens: the token Copilot fits, λ = 1." in capsys.readouterr().out
+    other = tiny_tokenizer()
+    other.add_tokens(["<more>"])
+    tiny_pilot(vocab_size=64).save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    assert run("check", tmp_path / "other", out / "copilot") == 0  # more rows, the same tokens
+    tiny_seq2seq().save_pretrained(tmp_path / "other")
+    assert run("check", tmp_path / "other", out / "copilot") == 1
+    assert "hf-copilot check: The Pilot is an encoder-decoder" in capsys.readouterr().err
+
+
+def test_card_and_push(tmp_path, out, rows, capsys, monkeypatch):
+    """To a made-up Hub: picture, results of both, and the snippet with the repository's name, in one commit."""
+    pushed = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": name}))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: pushed.append(kwargs) or "url")
+    assert run("eval", out, "--data", rows, "--max_new_tokens", 2, "--output_file", tmp_path / "e.json", *FORM) == 0
+    (tmp_path / "curve.png").write_bytes(b"picture")
+    results = ["--results", tmp_path / "e.json", "--dataset_id", "me/sums", "--task_id", "sums"]
+    given = ["--picture", tmp_path / "curve.png", "--push_to_hub", "me/copilot", *results]
+    assert run("card", out / "copilot", *given) == 0
+    folder = out / "copilot"
+    card = (folder / "README.md").read_text()
+    assert "![Pilot and Pilot + Copilot](assets/curve.png)" in card and 'from_pretrained("me/copilot")' in card
+    assert (folder / "assets" / "curve.png").read_bytes() == b"picture"
+    files = sorted((folder / ".eval_results").glob("*.yaml"))
+    assert [file.name for file in files] == ["sums-copilot.yaml", "sums-pilot.yaml"]
+    entries = [parse_eval_result_entries(yaml.safe_load(file.read_text()))[0] for file in files]
+    assert entries[1].notes == "Pilot alone, NLL (nats per token)" and entries[0].dataset_id == "me/sums"
+    assert entries[0].notes.startswith("Pilot + Copilot, strength 1") and entries[0].value != entries[1].value
+    assert len(pushed) == 1 and pushed[0]["repo_id"] == "me/copilot"
+    assert run("card", folder, "--results", tmp_path / "e.json") == 1
+    assert "--dataset_id" in capsys.readouterr().err
+
+
+# ---- help and errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_on_a_page(command, capsys):
+    assert run(command, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: hf-copilot {command}") and len(lines) < 140
+    assert max(map(len, lines)) <= WIDTH + 5
+
+
+def test_all_arguments_are_shown_on_request(capsys):
+    assert run("sft", "--help_all") == 0
+    assert "--adam_beta1" in capsys.readouterr().out
+
+
+def test_commands_are_listed(capsys):
+    assert run() == run("--help") == run("--version") == 0
+    said = capsys.readouterr().out
+    assert all(f"  {command} " in said for command in COMMANDS)
+    assert run("evaluate") == 2
+    assert "no command 'evaluate'" in capsys.readouterr().err
+
+
+def bad_files(folder) -> dict[str, tuple[list, int, str]]:
+    """By name: a command line in a folder with `out` and `rows.jsonl`, its exit code, and what it says."""
+    (folder / "empty.jsonl").write_text("")
+    (folder / "blank.jsonl").write_text("\n\n")
+    (folder / "broken.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question": \n')
+    (folder / "list.jsonl").write_text('{"question": "1", "answer": "2"}\n[1]\n')
+    (folder / "missing.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question": "3"}\n')
+    (folder / "binary.jsonl").write_bytes(bytes(range(256)))
+    (folder / "no.yaml").write_text("a: [1\n")
+    (folder / "unknown.yaml").write_text("no_such_argument: 1\n")
+    tiny_pilot(vocab_size=300).save_pretrained(folder / "other")
+    train_tokenizer(["another vocabulary"], 300).save_pretrained(folder / "other")
+    (folder / "nothing").mkdir()
+    out, rows, train = folder / "out", folder / "rows.jsonl", ["sft", *ON_CPU, "--output_dir", folder / "run"]
+    measure, no_results = ["eval", out, *FORM, "--data"], ["--results", rows, "--dataset_id", "a"]
+    copilot, data = out / "copilot", ["--dataset_name", rows]
+    small = [*train, *data, *FORM, "--from_config", json.dumps(LLAMA)]
+    return {
+        "an empty file": ([*measure, folder / "empty.jsonl"], 1, "empty.jsonl is empty"),
+        "blank lines": ([*measure, folder / "blank.jsonl"], 1, "blank.jsonl"),
+        "a broken line": ([*measure, folder / "broken.jsonl"], 1, "broken.jsonl, line 2 is no JSON"),
+        "a list": ([*measure, folder / "list.jsonl"], 1, "list.jsonl, line 2 is no JSON object"),
+        "bytes": ([*measure, folder / "binary.jsonl"], 1, "binary.jsonl"),
+        "a missing field": ([*measure, folder / "missing.jsonl"], 1, "Row 2 of the data has no field 'answer'"),
+        "another form": (["eval", out, "--data", rows], 1, "has no field 'prompt'; it has ['answer', 'question']"),
+        "no file": ([*measure, folder / "gone.jsonl"], 1, "gone.jsonl is not here"),
+        "nothing to measure on": (["eval", out], 1, "--data names a JSON Lines file"),
+        "calibration without data": (["calibrate", out], 1, "--data names a JSON Lines file"),
+        "calibration with a missing field": (["calibrate", *measure[1:], folder / "missing.jsonl"], 1, "Row 2"),
+        "no Pilot there": (["check", folder / "gone"], 1, "neither a folder here nor a Hub id"),
+        "a folder without a model": (["check", folder / "nothing", copilot], 1, "is no Pilot"),
+        "a file as a Pilot": (["check", rows, copilot], 1, "is a file"),
+        "a Pilot as a Copilot": (["check", out, out], 1, "is no Copilot"),
+        "a Copilot as a Pilot": (["check", copilot, copilot], 1, "is a Copilot: name its Pilot first"),
+        "a run without a Copilot": (["check", folder / "other"], 1, "is no Copilot"),
+        "another vocabulary": (["check", folder / "other", copilot], 1, "gives other ids"),
+        "training on an empty file": ([*train, "--dataset_name", folder / "empty.jsonl"], 1, "is empty"),
+        "training without data": (train, 1, "There is no data"),
+        "training on a missing file": ([*train, "--dataset_name", folder / "gone.jsonl"], 1, "gone.jsonl is not here"),
+        "training on an empty folder": ([*train, "--dataset_name", folder / "nothing"], 1, "train.jsonl[.gz]"),
+        "training with a missing field": ([*train, "--dataset_name", folder / "missing.jsonl", *FORM], 1, "no field"),
+        "a data set that is not there": ([*train, "--dataset_name", "me/gone", *FORM], 1, "no data set of the Hub"),
+        "a Pilot that is not there": ([*train, *data, *FORM, "--model_name_or_path", folder / "gone"], 1, "gone"),
+        "a Copilot of no fields": ([*train, *data, "--copilot_config", "[1]"], 2, "copilot_config is to be a mapping"),
+        "a field that no Copilot has": ([*small, "--copilot_config", '{"depth": 2}'], 2, "CopilotConfig has: depth"),
+        "a value that no Copilot has": ([*small, "--copilot_config", '{"memory": "none"}'], 1, "memory"),
+        "training without a Pilot": ([*train, "--dataset_name", rows, *FORM], 1, "There is no Pilot"),
+        "a Pilot from no kind": ([*train, "--dataset_name", rows, *FORM, "--from_config", "{}"], 1, "no model_type"),
+        "JSON that is none": ([*train, "--dataset_name", rows, "--from_config", "{"], 2, "Expecting"),
+        "a picture that is not there": (["card", copilot, "--picture", folder / "no.png"], 1, "is not here"),
+        "no folder for a card": (["card", folder / "gone"], 1, "no folder here"),
+        "results of another kind": (["card", copilot, *no_results, "--task_id", "a"], 1, "is not what"),
+        "no config": (["eval", "--config", folder / "gone.yaml"], 2, "No such file"),
+        "a config that is no YAML": (["eval", "--config", folder / "no.yaml"], 2, "expected"),
+        "an argument in a config that is unknown": (["eval", out, "--config", folder / "unknown.yaml"], 2, "no_such"),
+        "an argument that is unknown": (["eval", out, "--no_such", "1"], 2, "no_such"),
+        "one too many": (["check", out, copilot, "more"], 2, "one argument too many"),
+        "a number that is none": (["eval", out, "--strength", "much"], 2, "invalid float"),
+        "a strength out of range": (["eval", out, "--data", rows, "--strength", "-1", *FORM], 1, "finite"),
+        "a rate out of range": ([*train, "--copilot_learning_rate", "-1"], 2, "copilot_learning_rate"),
+    }  # fmt: skip
+
+
+def test_everything_wrong_is_said_in_a_sentence(tmp_path, out, rows, capsys):
+    for name, (argv, code, says) in bad_files(tmp_path).items():
+        capsys.readouterr()
+        found, said = run(*argv), capsys.readouterr().err
+        last = [line for line in said.splitlines() if line.startswith("hf-copilot")]
+        assert (found, len(last)) == (code, 1), (name, said)
+        assert says in last[0] and "Traceback" not in said, (name, said)
+
+
+def test_python_runs_it_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_copilot.cli", "check"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2 and "--pilot" in done.stderr and "Traceback" not in done.stderr

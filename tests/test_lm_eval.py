@@ -1,0 +1,198 @@
+"""lm-evaluation-harness: local tasks, no network. λ = 0 is its own `hf` model; a run begins at the continuation."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+import yaml
+from tiny import addition, teacher_forced, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
+
+from hf_copilot import CopilotConfig, CopilotLogitsProcessor
+
+lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from hf_copilot.lm_eval import CopilotLM  # noqa: E402
+
+PER_TOKEN = 1e-5
+PAIRS = [("12+30=", "42"), ("12+30=", "7"), ("5+5=", "10"), ("5+5=1", "0"), ("", "1+1=2"), ("49+49=", "98 or so")]
+CONTINUATIONS = [len(continuation) for _, continuation in PAIRS]  # a token is a character
+TEXTS = ["1+1=2 and 2+2=4", "a long text. " * 40, "7"]
+MEMORIES = {"tokens": {}, "states": {"memory": "pilot"}}
+
+
+@pytest.fixture(params=MEMORIES)
+def copilot(request, pilot):
+    return trained_like(pilot, CopilotConfig(**MEMORIES[request.param]))
+
+
+def requests(kind: str, arguments: list) -> list[Instance]:
+    return [Instance(kind, {}, argument, i) for i, argument in enumerate(arguments)]
+
+
+def model(pilot, copilot, strength=None, **kwargs) -> CopilotLM:
+    return CopilotLM(pilot, copilot, strength, tokenizer=tiny_tokenizer(), **kwargs)
+
+
+def hf(pilot, **kwargs) -> HFLM:
+    return HFLM(pilot, tokenizer=tiny_tokenizer(), **kwargs)
+
+
+GENERATION = {"until": [" "], "max_gen_toks": 12, "do_sample": False}
+
+
+def answers(lm, order=None) -> dict[str, list]:
+    """What it says to all three kinds of requests, given in some order."""
+    found = {}
+    for kind, arguments in {
+        "loglikelihood": PAIRS,
+        "loglikelihood_rolling": [(text,) for text in TEXTS],
+        "generate_until": [(prompt, GENERATION) for prompt in dict(PAIRS) if prompt],
+    }.items():
+        places = list(range(len(arguments)))
+        random.Random(order).shuffle(places) if order is not None else None
+        said = getattr(lm, kind)(requests(kind, [arguments[i] for i in places]), disable_tqdm=True)
+        found[kind] = [said[places.index(i)] for i in range(len(arguments))]
+    return found
+
+
+def assert_near(found, expected, tolerance: float) -> None:
+    """Per token; text and greedy flags are the same."""
+    assert found["generate_until"] == expected["generate_until"]
+    assert [greedy for _, greedy in found["loglikelihood"]] == [greedy for _, greedy in expected["loglikelihood"]]
+    pairs = [
+        *zip(
+            *[[value for value, _ in said["loglikelihood"]] for said in (found, expected)], CONTINUATIONS, strict=True
+        ),
+        *zip(found["loglikelihood_rolling"], expected["loglikelihood_rolling"], map(len, TEXTS), strict=True),
+    ]
+    assert max(abs(a - b) / tokens for a, b, tokens in pairs) <= tolerance
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_at_strength_0_it_is_their_own_model_to_the_last_digit(pilot, copilot, batch_size):
+    assert answers(model(pilot, copilot, 0.0, batch_size=batch_size)) == answers(hf(pilot, batch_size=batch_size))
+
+
+def test_a_copilot_that_changes_nothing_gives_the_likelihoods_of_their_model(pilot, copilot):
+    """The same path as any other λ. With its cache of logits, `hf` takes those of a wrong token (lm-eval 0.4.13) where
+    two requests have the same tokens and other borders."""
+    copilot.get_submodule(copilot.last_map).weight.data.zero_()
+    expected = answers(hf(pilot, batch_size=4, logits_cache=False))
+    assert_near(answers(model(pilot, copilot, 1.0, batch_size=4)), expected, PER_TOKEN)
+
+
+def test_the_order_and_the_batch_size_change_nothing(pilot, copilot):
+    expected = answers(model(pilot, copilot))
+    for batch_size, order in ((1, 1), (3, 2), (16, 3), ("auto", 4)):
+        found = answers(model(pilot, copilot, batch_size=batch_size, max_batch_size=2), order)
+        assert_near(found, expected, PER_TOKEN)
+    assert expected != answers(hf(pilot))
+
+
+def test_a_run_begins_at_the_continuation(pilot, copilot):
+    """Also where another request has the same tokens and another border, whose logits `hf` shares."""
+    lm, tokenizer, strength = model(pilot, copilot), tiny_tokenizer(), copilot.config.strength
+    pairs = [("5+5=", "10"), ("5+5=1", "0"), ("5+5", "=10")]
+    for (context, continuation), (found, _) in zip(
+        pairs, lm.loglikelihood(requests("loglikelihood", pairs)), strict=True
+    ):
+        ids = torch.tensor(tokenizer(context + continuation)["input_ids"])
+        border = len(context)
+        f = teacher_forced(copilot, pilot, ids, border)[:-1]  # [m, V]
+        logits = pilot(input_ids=ids[None]).logits[0, border - 1 : -1]
+        expected = (logits + strength * f).log_softmax(-1).gather(1, ids[border:, None]).sum()
+        assert abs(found - expected.item()) <= 1e-4
+
+
+def test_text_is_that_of_the_processor(pilot, copilot):
+    tokenizer, prompts = tiny_tokenizer(), ["12+30=", "5+5="]
+    found = model(pilot, copilot, batch_size=2).generate_until(
+        requests("generate_until", [(prompt, GENERATION) for prompt in prompts])
+    )
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        with CopilotLogitsProcessor(copilot, pilot) as processor:
+            out = pilot.generate(ids, logits_processor=[processor], max_new_tokens=12, do_sample=False)
+        whole = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        assert whole.startswith(text) and text == whole.split(" ")[0][: len(text)]
+    assert not any(module._forward_hooks for module in pilot.modules())
+
+
+def test_beside_an_encoder_decoder():
+    pilot = tiny_seq2seq().eval()
+    copilot = trained_like(pilot)
+    assert answers(model(pilot, copilot, 0.0)) == answers(hf(pilot))
+    expected = answers(model(pilot, copilot))
+    assert_near(answers(model(pilot, copilot, batch_size=4), order=1), expected, PER_TOKEN)
+    assert expected != answers(hf(pilot))
+
+
+# ---- tasks ---------------------------------------------------------------------------------------------------------
+
+
+def write_tasks(folder, rows: int = 6) -> None:
+    """Sums as multiple choice, as text and as a perplexity."""
+    data = [{"question": row["prompt"], "answer": row["completion"]} for row in addition(rows)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "sums.jsonl")}},
+        "test_split": "test",
+    }
+    text = {"doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "target_delimiter": ""}
+    rolling = {"doc_to_text": "", "doc_to_target": "{{question}}{{answer}}"}
+    tasks = {
+        "sums_choice": text
+        | {"output_type": "multiple_choice", "doc_to_choice": "{{[answer, '1', '22']}}", "doc_to_target": 0},
+        "sums_text": text | {"output_type": "generate_until", "generation_kwargs": GENERATION},
+        "sums_rolling": rolling
+        | {"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "word_perplexity"}]},
+    }
+    for name, task in tasks.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | task))
+
+
+@pytest.fixture
+def folder(tmp_path, pilot):
+    write_tasks(tmp_path)
+    pilot.save_pretrained(tmp_path / "pilot")
+    tiny_tokenizer().save_pretrained(tmp_path / "pilot")
+    trained_like(pilot).save_pretrained(tmp_path / "copilot")
+    return tmp_path
+
+
+TASKS = ["sums_choice", "sums_text", "sums_rolling"]
+
+
+def test_tasks_of_all_three_kinds(folder):
+    """By name, from folders; with λ = 0 the results of `hf`."""
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    pilot, copilot = f"pretrained={folder}/pilot", f"copilot={folder}/copilot"
+    results = {}
+    for name, arguments in {
+        "hf": ("hf", pilot),
+        "off": ("hf-copilot", f"{pilot},{copilot},strength=0"),
+        "on": ("hf-copilot", f"{pilot},{copilot}"),
+    }.items():
+        found = lm_eval.simple_evaluate(
+            arguments[0], arguments[1], TASKS, task_manager=manager, device="cpu", bootstrap_iters=0
+        )
+        results[name] = {task: [sample["resps"] for sample in found["samples"][task]] for task in TASKS}
+    assert results["off"] == results["hf"]
+    assert all(results["on"][task] != results["hf"][task] for task in TASKS)
+    assert found["config"]["copilot_strength"] == 1.0
+
+
+def test_what_does_not_fit_raises(pilot, copilot):
+    with pytest.raises(ValueError, match="vocabulary rows"):
+        model(pilot, trained_like(tiny_pilot(vocab_size=64)))
+    with pytest.raises(ValueError, match="finite"):
+        model(pilot, copilot, -1.0)
+    with pytest.raises(NotImplementedError, match="parallelize=True"):
+        model(pilot, copilot, tp_plan="auto")
