@@ -101,6 +101,7 @@ class Case:
     kept: str | None = None  # a cache that is kept over all turns
     bans: str | None = None  # another processor, "before" or "after" the Copilot's
     trains: bool = False  # the Copilot is in training mode
+    waits: bool | None = None  # False: the tokens of a run that goes on are looked at late, as on an accelerator
 
 
 @st.composite
@@ -173,6 +174,7 @@ def cases(draw) -> Case:
         kept,
         draw(st.sampled_from([None, "before", "after"])),
         draw(st.booleans()),
+        draw(st.sampled_from([None, False])),
     )
 
 
@@ -350,6 +352,8 @@ def rectified(case: Case, pilot, copilot) -> tuple[list[torch.Tensor], list[Run]
     processor_class = Recorder if case.strength else CopilotLogitsProcessor
     with processor_class(copilot, pilot, strength=case.strength) as processor:
         assert bool(hooks(pilot)) == bool(case.strength)
+        if processor.rectifier is not None:
+            processor.rectifier.follower.waits = case.waits
         return converse(case, pilot, processor)
 
 
