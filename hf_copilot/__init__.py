@@ -1,7 +1,7 @@
 """Transformer Copilot (arXiv 2505.16270) for the Hugging Face stack.
 
-Four wings, of which each imports only from those before it: `model`, `pilot`, `generation`, `training`. The last one
-is loaded on first use: who only generates with a Copilot imports neither trl nor datasets.
+Five wings, of which each imports only from those before it: `model`, `pilot`, `generation`, `training`, `ledger`. The
+last two are loaded on first use: who only generates with a Copilot imports neither trl nor datasets.
 """
 
 from importlib import import_module
@@ -17,6 +17,7 @@ from .pilot.copilot_for import copilot_for
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .ledger.mistake_ledger import MistakeLedger
     from .training.callback import CopilotCallback
     from .training.learner import CopilotLearner
     from .training.mistake_log import MistakeLog
@@ -35,6 +36,7 @@ _ON_FIRST_USE = {
     "CopilotSeq2SeqConfig": ".training.training_args",
     "CopilotSeq2SeqTrainer": ".training.trainer",
     "CopilotTrainer": ".training.trainer",
+    "MistakeLedger": ".ledger.mistake_ledger",
     "MistakeLog": ".training.mistake_log",
     "score": ".training.teacher_forced",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "CopilotSeq2SeqConfig",
     "CopilotSeq2SeqTrainer",
     "CopilotTrainer",
+    "MistakeLedger",
     "MistakeLog",
     "__version__",
     "check_pilot",

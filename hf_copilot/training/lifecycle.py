@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..pilot.compatibility import check_pilot, describe_pilot
 from ..pilot.copilot_for import copilot_for
 from .checkpoint import load_checkpoint
 from .learner import CopilotLearner
+from .ledger import LEDGER_FOLDER, LedgerWriter
 from .mistake_log import MistakeLog
 from .mistake_source import FirstVisit, TrainingErrors
 from .report import describe_start, show
@@ -130,9 +132,20 @@ class CopilotLifecycle(TrainerCallback):
 
 
 class TrainerLifecycle(CopilotLifecycle):
-    """Says what is trained."""
+    """Says what is trained, and begins the ledger.
+
+    Attributes:
+        rows: Of the data set that the trainer was given; None writes no ledger.
+    """
+
+    rows: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        earlier = Path(self.checkpoint).parent / LEDGER_FOLDER if self.checkpoint is not None else None
         super().on_train_begin(args, state, control, **kwargs)
+        if self.rows is not None:
+            folder = Path(args.output_dir) / LEDGER_FOLDER
+            has_encoder = self.learner.copilot.config.pilot_is_encoder_decoder
+            self.learner.ledger = LedgerWriter(folder, state.global_step, self.rows, has_encoder, earlier)
         if state.is_world_process_zero and not args.disable_tqdm:
             show(describe_start(self.learner))

@@ -8,13 +8,13 @@ documents with a target, N positions of theirs (each up to its last target), M t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from ..model.discrepancy import discrepancy
+from ..model.discrepancy import SparseDiscrepancy, discrepancy
 from ..pilot.head import PilotEmbedding, PilotHead
 from ..pilot.inspect import is_encoder_decoder
 from ..pilot.tap import PilotStates
@@ -91,12 +91,13 @@ class Targets:
     offsets: list[torch.Tensor]  # D x [m], targets, counted from the document's start
     where: torch.Tensor  # [M], the positions of the targets
     labels: torch.Tensor  # [M] int64
+    shift: int  # the label of position j is at j + shift
 
 
 def find_targets(inputs: Mapping[str, Any], has_encoder: bool) -> Targets | None:
     """The targets of a batch; None if it has none."""
     labels = inputs["labels"].cpu()  # [B, T]
-    length, shift = labels.shape[1], 0 if has_encoder else 1  # the label of position j is at j + shift
+    length, shift = labels.shape[1], 0 if has_encoder else 1
     rows, spans, offsets = [], [], []
     for row, start, end in find_documents(inputs, has_encoder):
         targets = (labels[row, start + shift : end] != IGNORE).nonzero()[:, 0]  # [m]
@@ -107,7 +108,7 @@ def find_targets(inputs: Mapping[str, Any], has_encoder: bool) -> Targets | None
     if not rows:
         return None
     where = torch.cat([span[targets] for span, targets in zip(spans, offsets, strict=True)])  # [M]
-    return Targets(rows, spans, offsets, where, labels.flatten()[where + shift])
+    return Targets(rows, spans, offsets, where, labels.flatten()[where + shift], shift)
 
 
 class Column(NamedTuple):
@@ -125,6 +126,7 @@ def make_records(
     top_k: int,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    note: Callable[[Targets, SparseDiscrepancy, Mapping[str, Any]], None] | None = None,
 ) -> list[MistakeRecord]:
     """One record for every document of a forward that has a target and a finite forward.
 
@@ -135,12 +137,15 @@ def make_records(
         embedding: The Pilot's embedding: X̃ is left out of the records where the ids give it.
         top_k: Entries of p̂ kept in ℓ.
         dtype, device: Of the hidden states and of all tensors in the records; None keeps the Pilot's.
+        note: Told of the targets and their ℓ, before these are copied to `device`.
     """
     targets = find_targets(inputs, is_encoder_decoder(head.pilot))
     if targets is None:
         return []
     final = _at(targets.where, states.last_hidden_state, inputs)  # [M, d_P]
     mistake = discrepancy(head, final, targets.labels.to(final.device), top_k)
+    if note is not None:
+        note(targets, mistake, inputs)
     counts = [len(offsets) for offsets in targets.offsets]
     of_targets = {
         "positions": torch.cat(targets.offsets),
