@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..model.modeling_copilot import CopilotModel
 from ..training.checkpoint import WEIGHTS_FOLDER
 from ..training.ledger import SAID_THE_LABEL
-from ..training.teacher_forced import score
+from ..training.teacher_forced import RowScore, score
 from .mistake_ledger import MistakeLedger, RowStatistics
 from .row_tokens import RowTokens
 
@@ -64,13 +65,13 @@ def mistakes(
         tokenizer = load_from(run, AutoTokenizer)
         text = RowTokens(ledger, read_rows(data), tokenizer)
     chosen = rows_in_full(statistics, rows)
-    rectified = rectified_p(run, ledger, text, list(chosen)) if rectify else None
+    scores = scored(run, ledger, text, list(chosen)) if rectify else {}
     page = {
         "about": about(ledger, statistics),
         "map": as_map(statistics),
-        "cards": [card(ledger, row, why, text, tokenizer, (rectified or {}).get(row)) for row, why in chosen.items()],
+        "cards": [card(ledger, row, why, text, tokenizer, scores.get(row)) for row, why in chosen.items()],
         "confusions": confusions(text, tokenizer) if text is not None else None,
-        "rectified": rectify,
+        "rectified": fixed(scores) if rectify else None,
         "without_text": WITHOUT_TEXT,
     }
     output = Path(output) if output is not None else Path(run) / "_mistake_ledger" / "mistakes.html"
@@ -153,40 +154,52 @@ def card(
     why: str,
     text: RowTokens | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    rectified: np.ndarray | None,
+    found: RowScore | None,
 ) -> dict[str, Any]:
-    """A row in full: the mean p of each reading, and its tokens `[text, p before, p after, what was likelier]`."""
+    """A row in full: the mean p of each reading, and its tokens, of which the labelled ones are `[text, p, whether it
+    is wrong, what was likelier in training, and with the Copilot p, whether it is wrong]`."""
     documents = ledger.of_row(row)
     visits = sorted({int(number) for (number, _), _ in documents})
     history = [np.concatenate([t["p"] for (n, _), t in documents if n == visit]).mean() for visit in visits]
-    found = {"row": row, "why": why, "history": [round(float(p), 4) for p in history], "tokens": []}
+    made = {"row": row, "why": why, "history": [round(float(p), 4) for p in history], "tokens": []}
     if text is None:
-        return found
+        return made
     last = {int(token["position"]): token for _, tokens in documents for token in tokens}
-    after = dict(zip(text.labelled(row).tolist(), rectified.T, strict=False)) if rectified is not None else {}
-    for position, token in enumerate(text.parts[row]):
-        piece, seen = tokenizer.decode([token]), last.get(position)
-        if seen is None:
-            found["tokens"].append([piece, None, None, None])
-            continue
-        p = after.get(position, np.array([seen["p"], seen["p"]]))  # [2], before and after the Copilot
-        said = None if seen["said"] == SAID_THE_LABEL else tokenizer.decode([seen["said"]])
-        found["tokens"].append([piece, round(float(p[0]), 4), round(float(p[1]), 4), said])
-    return found
+    order = {position: i for i, position in enumerate(text.labelled(row).tolist())}
+    for position, token in enumerate(text.parts[row].tolist()):
+        entry = [tokenizer.decode([token])]
+        if position in last:
+            _, p, said = last[position].tolist()
+            is_wrong = said != SAID_THE_LABEL
+            entry += [round(p, 4), is_wrong, tokenizer.decode([said]) if is_wrong else None]
+        if found is not None and position in order:
+            p = found.log_likelihoods[:, order[position]].exp().tolist()  # before and after the Copilot
+            is_right = found.is_likeliest[:, order[position]].tolist()
+            entry[1:3] = round(p[0], 4), not is_right[0]
+            entry += [round(p[1], 4), not is_right[1]]
+        made["tokens"].append(entry)
+    return made
 
 
 def confusions(text: RowTokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str, int]]:
     return [(tokenizer.decode([c.label]), tokenizer.decode([c.said]), c.count) for c in text.confusions()]
 
 
-def rectified_p(
-    run: str | os.PathLike, ledger: MistakeLedger, text: RowTokens, rows: list[int]
-) -> dict[int, np.ndarray]:
-    """p of the labels `[2, m]` by the trained Pilot, and by Pilot + Copilot, of every row."""
+def scored(run: str | os.PathLike, ledger: MistakeLedger, text: RowTokens, rows: list[int]) -> dict[int, RowScore]:
+    """These rows by the trained Pilot, and by Pilot + Copilot."""
     pilot = load_from(run, AutoModelForSeq2SeqLM if ledger.has_encoder else AutoModelForCausalLM)
     copilot = load_from(Path(run) / WEIGHTS_FOLDER, CopilotModel)
-    scores = score(pilot, copilot, [text.to_score(row) for row in rows])
-    return {row: found.log_likelihoods.exp().numpy() for row, found in zip(rows, scores, strict=True)}
+    return dict(zip(rows, score(pilot, copilot, [text.to_score(row) for row in rows]), strict=True))
+
+
+def fixed(scores: dict[int, RowScore]) -> str:
+    """What the Copilot changes in these rows."""
+    before, after = torch.cat([found.is_likeliest for found in scores.values()], dim=1)  # [m] each
+    return (
+        f"Of {len(before):,} labelled tokens in these rows the trained Pilot has {int((~before).sum()):,} wrong. With "
+        f"the Copilot {int((after & ~before).sum()):,} of them are right, and {int((before & ~after).sum()):,} others "
+        "wrong."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
