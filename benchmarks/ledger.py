@@ -5,6 +5,10 @@
 The small Pilots of benchmarks/accuracy are trained on rows of which 5 % have the answer of another row. Every way to
 rank rows flags 5 %: precision is the share of swapped ones among these. Then the Pilot is trained anew, as many steps,
 without the rows that the ledger's mean p flags.
+
+    python -m benchmarks.ledger --data DIR --page out
+
+trains on 400 such rows of MAWPS with a Copilot, and writes the rows and the page of their mistakes into a folder.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from datasets import Dataset
 from scipy.stats import mannwhitneyu
 
 from benchmarks.accuracy.scoring import Rectified
@@ -24,6 +29,7 @@ from benchmarks.accuracy.tasks import MAWPS, TEXT
 from benchmarks.accuracy.training import Setting
 from benchmarks.common import RESULTS, Row, kept, standard_error, table
 from hf_copilot import CopilotConfig, CopilotSFTConfig, CopilotTrainer, MistakeLedger
+from hf_copilot.ledger.page import mistakes
 
 SHARE = 0.05
 COPILOT = {"init": "random", "hidden_size": 16, "num_attention_heads": 2}  # as small as may be: the Pilot is looked at
@@ -107,6 +113,29 @@ def run(setting: Setting, seed: int, plan: Plan) -> dict[str, Any]:
     }
 
 
+def write_page(setting: Setting, folder: Path) -> None:
+    """The rows, the run and the page of its mistakes; prints what the page of the documentation shows."""
+    rows, is_wrong = swapped(setting.task.splits(setting.data, 0).train[:400], 0)
+    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+    tokenizer, file = setting.tokenizer(), folder / "train.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = setting.arguments(0) | {"max_steps": 150, "output_dir": str(folder)}
+    trainer = CopilotTrainer(
+        setting.base(tokenizer),
+        CopilotSFTConfig(**arguments, **setting.task.copilot),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model()
+    print(mistakes(folder, folder / "mistakes.html", file, rectify=True))
+    found = MistakeLedger.load(folder).rows()
+    for i in found.mean_p.argsort()[:5]:
+        row, p, loss = found.row[i], found.mean_p[i], found.last_loss[i]
+        print(f"row {row:3}  mean p {p:.3f}  last loss {loss:.2f}  {'swapped' if is_wrong[row] else ''}")
+
+
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means and standard errors over seeds."""
 
@@ -132,8 +161,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, help="instead of the plan's")
+    parser.add_argument("--page", type=Path, help="write a page of mistakes into this folder, and nothing else")
     parser.add_argument("--out", type=Path, default=RESULTS / "ledger.json")
     args = parser.parse_args()
+    if args.page is not None:
+        write_page(Setting(MAWPS, args.data, args.work), args.page)
+        return
     results = json.loads(args.out.read_text()) if args.out.is_file() else {}
     for name in args.tasks:
         setting, plan = Setting(TASKS[name], args.data, args.work), PLANS[name]

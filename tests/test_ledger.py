@@ -14,7 +14,6 @@ from huggingface_hub.utils import filter_repo_objects
 from test_checkpoint import make_trainer
 from test_data import KINDS, padded
 from test_seq2seq import make as make_seq2seq
-from test_trainer import settings
 from tiny import QUIET, addition, assert_same, sums, tiny_pilot, tiny_tokenizer, trained_like
 from transformers import TrainerCallback
 
@@ -379,7 +378,7 @@ def test_a_push_has_no_file_of_the_ledger(tmp_path, monkeypatch, strategy):
 
     monkeypatch.setattr("transformers.trainer.hf_api", Api)
     hub = {"push_to_hub": True, "hub_model_id": "me/m", "hub_strategy": strategy, "save_strategy": "steps"}
-    trainer = train_on(addition(16), tmp_path, **settings(tmp_path, save_steps=2, **hub) | {"output_dir": None})
+    trainer = train_on(addition(16), tmp_path, max_steps=4, save_steps=2, **hub)
     trainer.push_to_hub()
     assert len(MistakeLedger.load(tmp_path).documents) and "README.md" in pushed
     assert not [name for name in pushed if "ledger" in name or "documents-" in name or "tokens-" in name]

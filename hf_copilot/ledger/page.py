@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from ..model.modeling_copilot import CopilotModel
 from ..training.checkpoint import WEIGHTS_FOLDER
-from ..training.ledger import SAID_THE_LABEL
+from ..training.ledger import LEDGER_FOLDER, SAID_THE_LABEL
 from ..training.teacher_forced import RowScore, score
 from .mistake_ledger import MistakeLedger, RowStatistics
 from .row_tokens import RowTokens
@@ -55,15 +55,10 @@ def mistakes(
     """
     ledger = MistakeLedger.load(run)
     statistics = ledger.rows()
-    unread = sorted({*rows} - {*statistics.row.tolist()})
-    if unread:
-        raise ValueError(f"The run did not read the rows {unread}: choose others.")
     if rectify and data is None:
         raise ValueError("rectify runs Pilot and Copilot on the rows: pass data (--data) with it.")
-    text, tokenizer = None, None
-    if data is not None:
-        tokenizer = load_from(run, AutoTokenizer)
-        text = RowTokens(ledger, read_rows(data), tokenizer)
+    tokenizer = load_from(run, AutoTokenizer) if data is not None else None
+    text = RowTokens(ledger, read_rows(data), tokenizer) if data is not None else None
     chosen = rows_in_full(statistics, rows)
     scores = scored(run, ledger, text, list(chosen)) if rectify else {}
     page = {
@@ -74,9 +69,8 @@ def mistakes(
         "rectified": fixed(scores) if rectify else None,
         "without_text": WITHOUT_TEXT,
     }
-    output = Path(output) if output is not None else Path(run) / "_mistake_ledger" / "mistakes.html"
-    html = TEMPLATE.read_text(encoding="utf-8").replace("{{ data }}", as_json(page))
-    output.write_text(html, encoding="utf-8")
+    output = Path(output or Path(run) / LEDGER_FOLDER / "mistakes.html")
+    output.write_text(TEMPLATE.read_text(encoding="utf-8").replace("{{ data }}", as_json(page)), encoding="utf-8")
     return output
 
 
@@ -117,6 +111,9 @@ def load_from(run: str | os.PathLike, auto_class: Any) -> Any:
 
 def rows_in_full(statistics: RowStatistics, chosen: Sequence[int]) -> dict[int, str]:
     """Rows that are shown in full, and why: the chosen ones, those that fit worst, those that were forgotten most."""
+    unread = sorted({*chosen} - {*statistics.row.tolist()})
+    if unread:
+        raise ValueError(f"The run did not read the rows {unread}: choose others.")
     reasons = {int(row): "chosen" for row in chosen}
     forgotten = (-statistics.forgotten).argsort(kind="stable")[: IN_FULL // 2]
     forgotten = forgotten[statistics.forgotten[forgotten] > 0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -133,8 +134,7 @@ def make_records(
     Args:
         states: What the tap read; positions of virtual tokens (prompt tuning) are left out.
         inputs: The batch: `input_ids`, `labels` `[B, T]` (−100 where there is none), masks.
-        head: The Pilot's head, for ℓ.
-        embedding: The Pilot's embedding: X̃ is left out of the records where the ids give it.
+        head, embedding: The Pilot's, for ℓ, and to leave X̃ out of the records where the ids give it.
         top_k: Entries of p̂ kept in ℓ.
         dtype, device: Of the hidden states and of all tensors in the records; None keeps the Pilot's.
         note: Told of the targets and their ℓ, before these are copied to `device`.
@@ -151,16 +151,13 @@ def make_records(
         "positions": torch.cat(targets.offsets),
         "labels": targets.labels,
         "final_states": final.to(dtype=dtype),
-        "indices": mistake.indices.int(),
-        "values": mistake.values,
-        "dropped": mistake.dropped,
-    }
+    } | mistake._replace(indices=mistake.indices.int())._asdict()
     columns = {name: Column(tensor, counts) for name, tensor in of_targets.items()}
     columns |= _context(states, inputs, targets, embedding, dtype)
     parts = [column.tensor.to(device or final.device).split(column.sizes) for column in columns.values()]
-    records = [MistakeRecord(**dict(zip(columns, row, strict=True))) for row in zip(*parts, strict=True)]
     finite = mistake.values.isfinite().all(-1).cpu().split(counts)  # D x [m]
-    return [record for record, is_finite in zip(records, finite, strict=True) if bool(is_finite.all())]
+    rows = compress(zip(*parts, strict=True), (bool(is_finite.all()) for is_finite in finite))
+    return [MistakeRecord(**dict(zip(columns, row, strict=True))) for row in rows]
 
 
 def _at(positions: torch.Tensor, tensor: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
