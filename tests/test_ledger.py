@@ -256,7 +256,7 @@ def test_blocks_are_written_once_in_many_rounds(tmp_path):
     """Until then nothing is copied from the device: `observe` adds no synchronisation."""
     learner = loop(tmp_path, ROUNDS_HELD - 1, [0, 1, 2])
     assert not len(read_written(tmp_path / LEDGER_FOLDER, 0).documents)
-    assert all(isinstance(p, torch.Tensor) for *_, p, _ in learner.ledger.rounds)
+    assert len(learner.ledger.rounds) == ROUNDS_HELD - 1
     learner.ledger.end_round()
     assert len(read_written(tmp_path / LEDGER_FOLDER, 0).documents) == 3 * (ROUNDS_HELD - 1)
 

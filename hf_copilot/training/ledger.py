@@ -136,7 +136,7 @@ class LedgerWriter:
             targets: Of the batch.
             mistake: ℓ at the targets.
             inputs: The batch; its `row_ids`, where it has them, are `[B]`, or `[B, T]` where a row of the batch holds
-                several of the data set, and then with `row_positions`.
+                several of the data set, and then with `row_positions`. Ids of another shape name no rows.
         """
         kept, label = mistake.indices[:, :-1], mistake.indices[:, -1:]  # [M, k], [M, 1]
         is_label = kept == label  # [M, k]
@@ -144,11 +144,12 @@ class LedgerWriter:
         among, beside = (mistake.values[:, :-1] * is_label).sum(-1), mistake.values[:, -1]  # [M], [M]
         p = 1.0 - torch.where(is_label.any(-1), among, beside)  # [M]
         said = torch.where(is_label[:, 0], SAID_THE_LABEL, kept[:, 0])  # [M]
-        self.round.append((*_documents(targets, inputs, self.step + 1), p, said))
+        shape = tuple(inputs["labels"].shape)
+        self.round.append((targets, shape, inputs.get(ROW_IDS), inputs.get(ROW_POSITIONS), p, said))
 
     def end_round(self) -> None:
         self.step += 1
-        self.rounds += self.round
+        self.rounds += [(self.step, *batch) for batch in self.round]
         self.round = []
         self.rounds_held += 1
         if self.rounds_held == ROUNDS_HELD:
@@ -159,7 +160,8 @@ class LedgerWriter:
         rounds, self.rounds, self.rounds_held = self.rounds, [], 0
         if not rounds:
             return
-        documents, positions, p, said = zip(*rounds, strict=True)
+        *batches, p, said = zip(*rounds, strict=True)
+        documents, positions = zip(*map(_documents, *batches), strict=True)
         documents = np.concatenate(documents)  # [D]
         tokens = np.empty(sum(map(len, positions)), TOKEN)  # [M]
         tokens["position"] = np.concatenate(positions)
@@ -175,24 +177,27 @@ class LedgerWriter:
                 entries.tofile(file)
 
 
-def _documents(targets: Targets, inputs: Mapping[str, Any], step: int) -> tuple[np.ndarray, np.ndarray]:
+def _documents(
+    step: int, targets: Targets, shape: tuple[int, int], ids: Any, places: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """The documents of a batch `[D]`, cut where another row of the data set begins, and the positions `[M]` of their
     labelled tokens."""
     at = (targets.where + targets.shift).numpy()  # [M], of the labels in the flattened batch
-    labels, shape = targets.labels.numpy(), inputs["labels"].shape  # [M], (B, T)
-    document = np.repeat(np.arange(len(targets.offsets)), [len(offsets) for offsets in targets.offsets])  # [M]
-    positions = np.concatenate([offsets.numpy() for offsets in targets.offsets]) + targets.shift  # [M]
-    rows = np.full(len(at), UNKNOWN_ROW)  # [M]
-    if inputs.get(ROW_IDS) is not None:
-        ids = np.asarray(inputs[ROW_IDS])
-        rows = (ids[at // shape[1]] if ids.ndim == 1 else ids.reshape(-1)[at]).astype(np.int64)  # [M]
-    if inputs.get(ROW_POSITIONS) is not None:
-        positions = np.asarray(inputs[ROW_POSITIONS]).reshape(-1)[at]  # [M]
+    counts = [len(offsets) for offsets in targets.offsets]
+    document = np.repeat(np.arange(len(counts)), counts)  # [M]
+    positions = torch.cat(targets.offsets).numpy() + targets.shift  # [M]
+    rows = np.full(len(at), UNKNOWN_ROW, np.int64)  # [M]
+    ids = None if ids is None else torch.as_tensor(ids).cpu().numpy()
+    if ids is not None and ids.shape == shape[:1]:
+        rows = ids[at // shape[1]]
+    elif ids is not None and ids.shape == shape:
+        rows = ids.reshape(-1)[at]
+        positions = positions if places is None else torch.as_tensor(places).cpu().numpy().reshape(-1)[at]
     begins = np.ones(len(at), bool)  # [M]
     begins[1:] = (np.diff(document) != 0) | (np.diff(rows) != 0)
     starts = np.flatnonzero(begins)  # [D]
     found = np.empty(len(starts), DOCUMENT)
     found["step"], found["row"] = step, rows[starts]
     found["tokens"] = np.diff(starts, append=len(at))
-    found["check"] = [checksum(part) for part in np.split(labels, starts[1:])]
+    found["check"] = [checksum(part) for part in np.split(targets.labels.numpy(), starts[1:])]
     return found, positions

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, concatenate_datasets
 from transformers.utils import logging
 
@@ -50,7 +51,7 @@ def places_of(row: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 class RowIdsCollator:
-    """Another collator, and beside its batch the row ids, as NumPy arrays, which stay on the CPU."""
+    """Another collator, and beside its batch the row ids."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]):
         self.collate = collate
@@ -62,23 +63,23 @@ class RowIdsCollator:
         batch = self.collate([{k: v for k, v in row.items() if k not in COLUMNS} for row in examples])
         if "labels" not in batch:
             return batch
-        ids = [np.asarray(row[column]) for row in examples]
+        ids = [torch.as_tensor(row[column]) for row in examples]
         if column == PLACES:
             places = in_layout(ids, batch["labels"].shape)  # [B, T]
             batch[ROW_IDS], batch[ROW_POSITIONS] = places >> 32, places & 0xFFFFFFFF
         elif len(batch["labels"]) == len(examples):
-            batch[ROW_IDS] = np.stack(ids)  # [B]
+            batch[ROW_IDS] = torch.stack(ids)  # [B]
         elif len(batch["labels"]) == 1:
-            repeated = [np.full(len(row["input_ids"]), id) for id, row in zip(ids, examples, strict=True)]
+            repeated = [id.repeat(len(row["input_ids"])) for id, row in zip(ids, examples, strict=True)]
             batch[ROW_IDS] = in_layout(repeated, batch["labels"].shape)  # [1, T]
         return batch
 
 
-def in_layout(parts: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+def in_layout(parts: list[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
     """Numbers of tokens as a batch `[B, T]` has these: one after the other in one row, or each padded on the right."""
     if shape[0] == 1:
-        parts = [np.concatenate(parts)]
-    laid = np.full(shape, UNKNOWN_ROW, np.int64)
+        parts = [torch.cat(parts)]
+    laid = torch.full(shape, UNKNOWN_ROW)
     for row, part in zip(laid, parts, strict=True):
         row[: len(part)] = part
     return laid

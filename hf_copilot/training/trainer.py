@@ -96,7 +96,7 @@ class CopilotMixin(RowIdsMixin):
             self.learner_class,
         )
         self.lifecycle = TrainerLifecycle(self.learner, self.copilot_args)
-        if has_row_ids(self.train_dataset):
+        if writes_ledger and has_row_ids(self.train_dataset):
             self.lifecycle.rows = len(bound.arguments["train_dataset"])
         if self.copilot_args.copilot_mistake_source == "holdout":
             self.lifecycle.source = hold_out(self, self.copilot_args.copilot_holdout)
