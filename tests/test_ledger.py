@@ -240,6 +240,12 @@ def test_a_plain_loop_passes_row_ids(tmp_path, ids):
     assert ledger.visit.tolist() == [0, 0, 0, 1, 1, 1] and ledger.num_rows is None
 
 
+@pytest.mark.parametrize("ids", [[7, 2], [[7, 2, 9]]], ids=["fewer", "another_shape"])
+def test_ids_that_do_not_fit_the_batch_name_no_rows(tmp_path, ids):
+    loop(tmp_path, 1, ids).close()
+    assert MistakeLedger.load(tmp_path).documents["row"].tolist() == [-1, -1, -1]
+
+
 def test_a_plain_loop_writes_none_unless_asked(tmp_path):
     assert loop(None, 1).ledger is None
 
