@@ -285,7 +285,9 @@ def test_a_document_that_is_not_finite_is_left_out(tmp_path):
         pilot(padded()["input_ids"], attention_mask=padded()["attention_mask"])
     learner.ledger.end_round()
     learner.close()
-    rows = MistakeLedger.load(tmp_path).documents["row"].tolist()
+    ledger = MistakeLedger.load(tmp_path)
+    rows = ledger.documents["row"].tolist()
+    assert np.isfinite(ledger.tokens["p"]).all() and not read_written(tmp_path / LEDGER_FOLDER, 0).is_torn
     assert rows[:3] == [0, 1, 2] and 4 not in rows and len(rows) < 6
 
 
