@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.common import RESULTS, table_of_cells
 
 ROOT = RESULTS.parent.parent
-PAGES = ("README.md", "docs/results.md", "docs/experiments.md", "docs/method.md")
+PAGES = ("README.md", "docs/results.md", "docs/experiments.md", "docs/method.md", "docs/mistakes.md")
 BETWEEN = re.compile(r"(?<=<!-- table: )(\S+)( -->\n)(.*?)(?=<!-- end -->)", re.S)
 
 TASKS = {  # name: the metric that it is judged by, and how the pages call the two
@@ -37,6 +37,7 @@ ARMS = {
     "longer": "Pilot, 2.5 times the steps",
 }
 COPILOTS = {"tokens": "token Copilot", "pilot": "state Copilot"}
+LEDGER_TASKS = {"mawps": "MAWPS", "text": "GSM8K"}
 
 
 # ---- figures into text ----------------------------------------------------------------------------------------------
@@ -317,6 +318,40 @@ def as_printed(name: str) -> Callable[[], str]:
     return lambda: (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip() + "\n"
 
 
+# ---- the ledger ----------------------------------------------------------------------------------------------------
+
+
+def rankings() -> str:
+    """How well each way to rank rows finds the swapped answers: precision at 5 %, and AUROC."""
+    found = read("ledger")
+    heads = [f"{LEDGER_TASKS[task]}, {what}" for task in found for what in ("precision at 5 %", "AUROC")]
+    names = next(iter(found.values()))["rankings"]
+    rows = [
+        [name, *(spread(run["rankings"][name][what]) for run in found.values() for what in ("precision", "auroc"))]
+        for name in names
+    ]
+    return table(("rows ranked by", *heads), [*rows, ["by chance", *["0.050", "0.500"] * len(found)]])
+
+
+def cleaned() -> str:
+    """Test NLL with all rows and without those that the ledger flags."""
+    rows = [
+        [
+            f"{LEDGER_TASKS[task]}, {run['rows']:,} rows, {run['steps']} steps, {run['seeds']} seeds",
+            *(spread(run["test nll"][arm]) for arm in ("all rows", "without flagged")),
+            spread(run["gain"], "+").replace("-", "−"),
+        ]
+        for task, run in read("ledger").items()
+    ]
+    return table(("test NLL per token", "trained on all rows", "without what is flagged", "gain"), rows)
+
+
+def spread(found: dict[str, Any], sign: str = "") -> str:
+    """A mean and its standard error over seeds, if there are several."""
+    error = found["standard_error"]
+    return f"{found['mean']:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "helps": helps,
     "tasks": lambda: by_task(figure, ARMS),
@@ -333,6 +368,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "mistakes": mistakes,
     "defaults": defaults,
     "theorem": as_printed("theorem"),
+    "ledger-rankings": rankings,
+    "ledger-cleaned": cleaned,
 }
 
 

@@ -1,7 +1,8 @@
 """Transformer Copilot (arXiv 2505.16270) for the Hugging Face stack.
 
-Wings of which each imports only from those before it: `model`, `pilot`, `generation`, `training`, `evaluation`, `cli`.
-From the fourth on they are loaded on first use: who only generates with a Copilot imports neither trl nor datasets.
+Wings of which each imports only from those before it: `model`, `pilot`, `generation`, `training`, `ledger`,
+`evaluation`, `cli`. From the fourth on they are loaded on first use: who only generates with a Copilot imports neither
+trl nor datasets.
 """
 
 from importlib import import_module
@@ -18,6 +19,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .evaluation.rectified_generation import RectifiedGeneration
+    from .ledger.mistake_ledger import MistakeLedger
     from .training.callback import CopilotCallback
     from .training.learner import CopilotLearner
     from .training.mistake_log import MistakeLog
@@ -36,6 +38,7 @@ _ON_FIRST_USE = {
     "CopilotSeq2SeqConfig": ".training.training_args",
     "CopilotSeq2SeqTrainer": ".training.trainer",
     "CopilotTrainer": ".training.trainer",
+    "MistakeLedger": ".ledger.mistake_ledger",
     "MistakeLog": ".training.mistake_log",
     "RectifiedGeneration": ".evaluation.rectified_generation",
     "score": ".training.teacher_forced",
@@ -52,6 +55,7 @@ __all__ = [
     "CopilotSeq2SeqConfig",
     "CopilotSeq2SeqTrainer",
     "CopilotTrainer",
+    "MistakeLedger",
     "MistakeLog",
     "RectifiedGeneration",
     "__version__",

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import OBJECTIVES
+from tiny import OBJECTIVES, addition, tiny_tokenizer
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from two_processes import evaluated, learn
 from versions import CANT_RESUME_ON_TWO_CPU_PROCESSES, fails_with
 
-from hf_copilot import CopilotLearner, copilot_for
+from hf_copilot import CopilotLearner, MistakeLedger, copilot_for
+from hf_copilot.ledger.row_tokens import RowTokens
 
 TESTS = Path(__file__).parent
 LAUNCHERS = {
@@ -54,6 +55,16 @@ def test_both_have_the_same_copilot_and_the_parents_pilot(ranks):
     assert first["processes"] == 2
     assert first["copilot"] == second["copilot"]
     assert first["pilot"] == second["pilot"] == first["plain_pilot"] == second["plain_pilot"]
+
+
+def test_both_write_one_ledger_of_the_rows_that_each_has_read(ranks):
+    folder, *both = ranks
+    rows, ledger = addition(64), MistakeLedger.load(folder / "straight")
+    assert len(RowTokens(ledger, rows, tiny_tokenizer()).confusions()) > 0
+    assert ledger.documents["step"].tolist() == sorted([*range(1, 7)] * 8)
+    read = [tiny_tokenizer().decode(ids).replace(" ", "") for rank in both for ids in rank["documents"]]
+    named = ["".join(rows[int(row)].values()) for row in ledger.documents["row"]]
+    assert sorted(read) == sorted(named)  # a record ends before the last token, which is the end
 
 
 def test_each_has_its_own_log_and_all_log_the_same_metrics(ranks):

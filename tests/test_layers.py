@@ -20,6 +20,7 @@ WINGS = (
     "pilot",
     "generation",
     "training",
+    "ledger",
     "lm_eval",
     "evaluation",
     "plots",

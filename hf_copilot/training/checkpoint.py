@@ -79,6 +79,8 @@ def save_weights(learner: CopilotLearner, directory: str | os.PathLike) -> None:
 def save_state(learner: CopilotLearner, directory: str | os.PathLike, mistake_log: bool = True) -> None:
     """Write the learner's state; every process calls it. The log can be left out: it may be large, and it holds
     token ids of the training data."""
+    if learner.ledger is not None:
+        learner.ledger.flush()  # a resumed run goes on from what is on disk
     with written_beside(directory) as folder:
         save_file({"generator": learner.generator.get_state()}, folder / generator_file(process_index()))
         if mistake_log:

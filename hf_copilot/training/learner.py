@@ -25,6 +25,7 @@ from ..pilot.compatibility import check_teacher_forced
 from ..pilot.inspect import eval_mode, isolated_rng
 from .adapter import add_adapter, merged_copy
 from .distributed import copy_from_main_process, process_index
+from .ledger import LedgerWriter
 from .metrics import (
     STRENGTHS,
     RunningMetrics,
@@ -72,6 +73,7 @@ class CopilotLearner:
         autocast_dtype: Runs the Copilot under autocast in this type; None for its own.
         compile_backend: Compiles the Copilot's forward with this backend of `torch.compile`; None does not.
         peft_config: Trains the Copilot with this adapter; its new modules are trained in full.
+        ledger: Written of every round; see [`LedgerWriter`].
     """
 
     teacher_forced_class = TeacherForced
@@ -94,6 +96,7 @@ class CopilotLearner:
         autocast_dtype: torch.dtype | None = None,
         compile_backend: str | None = None,
         peft_config: PeftConfig | None = None,
+        ledger: LedgerWriter | None = None,
     ):
         check_ranges(steps_per_round, learning_rate, weight_decay, max_grad_norm)
         self.forced = self.teacher_forced_class(copilot, pilot, autocast_dtype, compile_backend)
@@ -105,6 +108,8 @@ class CopilotLearner:
         settings |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
         self.make_optimizer = partial(CopilotOptimizer, copilot, **settings)
         self.log = log if log is not None else MistakeLog()
+        self.ledger = ledger
+        self.row_ids: dict[str, Any] = {}  # of the next batch, where it does not hold them itself
         self.log_dtype, self.steps_per_round, self.seed = log_dtype, steps_per_round, seed
         self.optimizer: CopilotOptimizer | None = None  # from `start` on
         self.calibrating: tuple[Sequence[float], torch.Tensor] | None = None  # λ and sums, inside `calibrate`
@@ -145,8 +150,10 @@ class CopilotLearner:
         self.optimizer = self.make_optimizer(num_training_steps=num_training_steps, warmup_steps=self.warmup_steps)
 
     def close(self) -> None:
-        """Remove the hooks from the Pilot; the next `observe` or `evaluate` puts them back."""
+        """Remove the hooks from the Pilot, which the next `observe` or `evaluate` puts back, and write the ledger."""
         self.forced.close()
+        if self.ledger is not None:
+            self.ledger.flush()
 
     # ---- observing -------------------------------------------------------------------------------------------------
 
@@ -155,7 +162,8 @@ class CopilotLearner:
         """Log the first forward of the Pilot inside the block; leave it before `backward()`.
 
         Args:
-            inputs: The batch: `input_ids`, `labels` `[B, T]`, and `attention_mask` or (padding-free) `position_ids`.
+            inputs: The batch: `input_ids`, `labels` `[B, T]`, and `attention_mask` or (padding-free) `position_ids`;
+                for the ledger `row_ids` `[B]`, the indices of the rows in the data set.
 
         Raises:
             ValueError: If there are no labels, or the Pilot's decoder does not run inside the block.
@@ -163,7 +171,9 @@ class CopilotLearner:
         with self.forced.watch(inputs):
             yield
         self.has_observed = True
-        self.round += self._records_to_log(inputs)
+        note = None if self.ledger is None else self.ledger.collect
+        self.round += self._records_to_log({**self.row_ids, **inputs}, note)
+        self.row_ids = {}
 
     @contextmanager
     def evaluate(self, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -183,10 +193,10 @@ class CopilotLearner:
             forward()
         return self._records_to_log(inputs)
 
-    def _records_to_log(self, inputs: Mapping[str, Any]) -> list[MistakeRecord]:
+    def _records_to_log(self, inputs: Mapping[str, Any], note: Callable | None = None) -> list[MistakeRecord]:
         self.max_positions = max(self.max_positions, self.forced.positions)
         with self.head.gathered():
-            return self.forced.records(inputs, self.log_dtype, "cpu")
+            return self.forced.records(inputs, self.log_dtype, "cpu", note)
 
     # ---- learning --------------------------------------------------------------------------------------------------
 
@@ -225,6 +235,8 @@ class CopilotLearner:
                 self.update([random_start(record, self.generator, has_encoder) for record in drawn])
         self.steps += 1
         self.optimizer.scheduler.step()
+        if self.ledger is not None:
+            self.ledger.end_round()
 
     @property
     def room(self) -> int:

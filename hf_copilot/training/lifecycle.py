@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..pilot.compatibility import check_pilot, describe_pilot
 from ..pilot.copilot_for import copilot_for
 from .checkpoint import load_checkpoint
 from .learner import CopilotLearner
+from .ledger import LEDGER_FOLDER, LedgerWriter
 from .mistake_log import MistakeLog
 from .mistake_source import FirstVisit, TrainingErrors
 from .preflight import Stopwatch, find_shortages
@@ -131,18 +133,26 @@ class CopilotLifecycle(TrainerCallback):
 
 
 class TrainerLifecycle(CopilotLifecycle):
-    """Says what is trained, what it takes, and what will not fit.
+    """Says what is trained, what it takes, and what will not fit; begins the ledger.
 
     Attributes:
         watch: Of the first rounds.
+        rows: Of the data set that the trainer was given; None writes no ledger.
     """
+
+    rows: int | None = None
 
     def __init__(self, learner: CopilotLearner, copilot_args: CopilotArguments):
         super().__init__(learner, copilot_args)
         self.watch = Stopwatch(learner.device)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        earlier = Path(self.checkpoint).parent / LEDGER_FOLDER if self.checkpoint is not None else None
         super().on_train_begin(args, state, control, **kwargs)
+        if self.rows is not None:
+            folder = Path(args.output_dir) / LEDGER_FOLDER
+            has_encoder = self.learner.copilot.config.pilot_is_encoder_decoder
+            self.learner.ledger = LedgerWriter(folder, state.global_step, self.rows, has_encoder, earlier)
         self.watch = Stopwatch(self.learner.device)
         self._say(args, state, describe_start(self.learner))
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..pilot.inspect import without_logits
 from .learner import CopilotLearner
 from .mistake_log import MistakeRecord
+from .row_ids import without_row_ids
 
 logger = logging.get_logger(__name__)
 
@@ -120,7 +121,7 @@ def hold_out(trainer: Trainer, share: float) -> Holdout:
     """Take a share of a trainer's rows out of its training, by its seed."""
     args = trainer.args
     trainer.train_dataset, rows = split_holdout(trainer.train_dataset, share, args.seed)
-    loader = trainer.get_test_dataloader(rows)  # that of evaluation may be kept, and given out again
+    loader = trainer.get_test_dataloader(without_row_ids(rows))  # that of evaluation may be kept, and given out again
     return Holdout(
         loader.dataset,
         loader.collate_fn,

@@ -8,13 +8,13 @@ documents with a target, N positions of theirs (each up to its last target), M t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from ..model.discrepancy import discrepancy
+from ..model.discrepancy import SparseDiscrepancy, discrepancy
 from ..pilot.head import PilotEmbedding, PilotHead
 from ..pilot.inspect import is_encoder_decoder
 from ..pilot.tap import PilotStates
@@ -100,6 +100,7 @@ class Targets:
     where: torch.Tensor  # [M], the positions of the targets
     positions: torch.Tensor  # [M], likewise, counted from the document's start
     labels: torch.Tensor  # [M] int64
+    shift: int  # the label of position j is at j + shift
 
 
 def find_targets(inputs: Mapping[str, Any], has_encoder: bool) -> Targets | None:
@@ -131,6 +132,7 @@ def find_targets(inputs: Mapping[str, Any], has_encoder: bool) -> Targets | None
         where=where,
         positions=where - starts.repeat_interleave(counts),
         labels=labels.flatten()[where + shift],
+        shift=shift,
     )
 
 
@@ -149,38 +151,38 @@ def make_records(
     top_k: int,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    note: Callable[[Targets, SparseDiscrepancy, Mapping[str, Any]], None] | None = None,
 ) -> list[MistakeRecord]:
     """One record for every document of a forward that has a target and a finite forward.
 
     Args:
         states: What the tap read; positions of virtual tokens (prompt tuning) are left out.
         inputs: The batch: `input_ids`, `labels` `[B, T]` (−100 where there is none), masks.
-        head: The Pilot's head, for ℓ.
-        embedding: The Pilot's embedding: X̃ is left out of the records where the ids give it.
+        head, embedding: The Pilot's, for ℓ, and to leave X̃ out of the records where the ids give it.
         top_k: Entries of p̂ kept in ℓ.
         dtype, device: Of the hidden states and of all tensors in the records; None keeps the Pilot's.
+        note: Told of the targets and their ℓ, before these are copied to `device`.
     """
     targets = find_targets(inputs, is_encoder_decoder(head.pilot))
     if targets is None:
         return []
     final = _at(targets.where, states.last_hidden_state, inputs)  # [M, d_P]
     mistake = discrepancy(head, final, targets.labels.to(final.device), top_k)
+    if note is not None:
+        note(targets, mistake, inputs)
     counts = targets.counts
     of_targets = {
         "positions": targets.positions,
         "labels": targets.labels,
         "final_states": final.to(dtype=dtype),
-        "indices": mistake.indices.int(),
-        "values": mistake.values,
-        "dropped": mistake.dropped,
-    }
+    } | mistake._replace(indices=mistake.indices.int())._asdict()
     columns = {name: Column(tensor, counts) for name, tensor in of_targets.items()}
     columns |= _context(states, inputs, targets, embedding, dtype)
     parts = [column.tensor.to(device or final.device).split(column.sizes) for column in columns.values()]
-    records = [MistakeRecord(**dict(zip(columns, row, strict=True))) for row in zip(*parts, strict=True)]
     is_bad = ~mistake.values.isfinite().all(-1).cpu()  # [M]
     bad = set(Ragged.of(counts).rows[is_bad].tolist())
-    return [record for i, record in enumerate(records) if i not in bad]
+    rows = (row for i, row in enumerate(zip(*parts, strict=True)) if i not in bad)
+    return [MistakeRecord(**dict(zip(columns, row, strict=True))) for row in rows]
 
 
 def _at(positions: torch.Tensor, tensor: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -112,14 +112,12 @@ class TeacherForced:
         """Those of the forward that [`watch`] has read, padding included."""
         return self._caught.positions
 
-    def records(
-        self, inputs: Mapping[str, Any], dtype: torch.dtype | None = None, device: str | torch.device | None = None
-    ) -> list[MistakeRecord]:
-        """The records of the forward that [`watch`] has read; see [`make_records`]. Of a sharded Pilot inside
-        `head.gathered()`."""
+    def records(self, inputs: Mapping[str, Any], *options: Any) -> list[MistakeRecord]:
+        """The records of the forward that [`watch`] has read; `options` are the last ones of [`make_records`]. Of a
+        sharded Pilot inside `head.gathered()`."""
         states, self._caught = self._caught, None
         with self.autocast():
-            return make_records(states, inputs, self.head, self.embedding, self.copilot.config.top_k, dtype, device)
+            return make_records(states, inputs, self.head, self.embedding, self.copilot.config.top_k, *options)
 
     def read(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
         """The records of one forward."""

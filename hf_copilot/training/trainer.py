@@ -38,6 +38,7 @@ from .lifecycle import TrainerLifecycle, make_copilot, make_learner
 from .metrics import STRENGTHS, NothingMeasured, results_at_chosen
 from .mistake_source import hold_out
 from .report import show, table_of_training
+from .row_ids import RowIdsMixin, has_row_ids, with_row_ids
 from .training_args import AUTO_STRENGTHS, CopilotArguments, least_is_best
 
 logger = logging.get_logger(__name__)
@@ -45,11 +46,11 @@ logger = logging.get_logger(__name__)
 CARD_LINE = (
     "\n## Copilot\n\nThis model was fine-tuned together with a [Transformer Copilot]"
     "(https://huggingface.co/papers/2505.16270), which rectifies it while it generates: see "
-    f"[`{WEIGHTS_FOLDER}/`]({WEIGHTS_FOLDER}/README.md).\n"
+    f"[`{WEIGHTS_FOLDER}/`]({WEIGHTS_FOLDER}/README.md). The ledger of its mistakes is not in this repository.\n"
 )
 
 
-class CopilotMixin:
+class CopilotMixin(RowIdsMixin):
     """Adds a Copilot to a subclass of `transformers.Trainer`; see [`CopilotTrainer`].
 
     Attributes:
@@ -74,8 +75,11 @@ class CopilotMixin:
         bound = inspect.signature(super().__init__).bind_partial(model, args, *more, **kwargs)
         for argument in ("train_dataset", "eval_dataset"):
             check_data(argument, bound.arguments.get(argument))
+        writes_ledger = getattr(args, "copilot_mistake_ledger", True)
+        if writes_ledger and bound.arguments.get("train_dataset") is not None:
+            bound.arguments["train_dataset"] = with_row_ids(bound.arguments["train_dataset"])
         try:
-            super().__init__(model, args, *more, **kwargs)
+            super().__init__(*bound.args, **bound.kwargs)
         except StopIteration as error:
             raise ValueError("A streamed data set is empty: it has no rows to train on or to measure.") from error
         if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
@@ -92,6 +96,8 @@ class CopilotMixin:
             self.learner_class,
         )
         self.lifecycle = TrainerLifecycle(self.learner, self.copilot_args)
+        if writes_ledger and has_row_ids(self.train_dataset):
+            self.lifecycle.rows = len(bound.arguments["train_dataset"])
         if self.copilot_args.copilot_mistake_source == "holdout":
             self.lifecycle.source = hold_out(self, self.copilot_args.copilot_holdout)
         self.add_callback(self.lifecycle)

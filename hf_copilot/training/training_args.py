@@ -44,6 +44,9 @@ class CopilotArguments:
         copilot_torch_compile (`bool`, defaults to `False`): Compile it, with the Pilot's `torch_compile_backend`.
         copilot_save_mistake_log (`bool`, defaults to `True`): Save the log in checkpoints. Without it the Pilot still
             resumes exactly, the Copilot with an empty log. It may be large, and holds token ids of the training data.
+        copilot_mistake_ledger (`bool`, defaults to `True`): Write a ledger of the run into `output_dir`, 12 bytes for
+            each labelled token of each epoch: its row, how likely it was, what was likelier. It is never pushed.
+            Trainers write it, `CopilotCallback` does not.
         copilot_strength (`str`, *optional*): Where λ comes from. `"config"` leaves the Copilot's own. `"auto"` takes
             the best one on `eval_dataset` when training ends, by NLL; `"auto_accuracy"` by token accuracy (for greedy
             answers; its probabilities may be too sure). None is `"auto"` with an `eval_dataset`, else `"config"`.
@@ -98,6 +101,10 @@ class CopilotArguments:
     copilot_save_mistake_log: bool = field(
         default=True,
         metadata={"help": "Save the Mistake Log (with token ids of the training data) in checkpoints."},
+    )
+    copilot_mistake_ledger: bool = field(
+        default=True,
+        metadata={"help": "Write a ledger of every labelled token's likelihood, 12 bytes each, into output_dir."},
     )
     copilot_strength: str | None = field(
         default=None,

@@ -1,0 +1,1 @@
+"""The Mistake Log as a product: which rows and tokens the Pilot never learnt, on a page."""
