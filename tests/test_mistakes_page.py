@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,7 +15,8 @@ from test_ledger import different_rows, train_on
 from tiny import tiny_tokenizer
 
 from hf_copilot import MistakeLedger
-from hf_copilot.ledger.page import IN_FULL, main, mistakes
+from hf_copilot.cli.__main__ import main
+from hf_copilot.ledger.page import IN_FULL, mistakes
 from hf_copilot.training.ledger import (
     DOCUMENT,
     FORMAT_VERSION,
@@ -192,8 +192,6 @@ def test_what_a_user_may_hand_in(run, rows, tmp_path, capsys):
         with pytest.raises(ValueError, match=sentence):
             mistakes(output=tmp_path / "page.html", **arguments)
     assert not (tmp_path / "page.html").exists()
-    with pytest.raises(SystemExit, match="error: .* holds no mistake ledger"):
-        main([str(tmp_path)])
 
 
 def test_a_run_that_saved_no_model_says_so(tmp_path, rows):
@@ -202,11 +200,16 @@ def test_a_run_that_saved_no_model_says_so(tmp_path, rows):
         mistakes(tmp_path, data=rows)
 
 
-def test_from_the_command_line(run, rows):
+def test_from_the_command_line(run, rows, capsys):
     """By default beside the ledger, which is not pushed."""
-    command = [sys.executable, "-m", "hf_copilot.ledger.page", str(run), "--data", str(rows), "--rows", "3"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert main(["mistakes", str(run), "--data", str(rows), "--rows", "3"]) == 0
     page = run / LEDGER_FOLDER / "mistakes.html"
-    assert done.stdout.strip() == str(page) and page.is_file()
+    assert "mistakes.html" in "".join(capsys.readouterr().out.split()) and page.is_file()
     assert Page(page).data["cards"][0]["row"] == 3
+
+
+def test_what_is_wrong_is_said_in_a_sentence(run, tmp_path, capsys):
+    assert main(["mistakes", str(tmp_path)]) == 1
+    assert "holds no mistake ledger" in capsys.readouterr().err
+    assert main(["mistakes", str(run), "--data", str(tmp_path / "none.jsonl")]) == 1
+    assert "none.jsonl is not here" in capsys.readouterr().err

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
 
 from ..evaluation.comparison import matches
+from ..evaluation.rows import label_row
 from ..model.configuration_copilot import CopilotConfig
 from .data import load_rows, to_prompt_completion
 
@@ -96,3 +98,8 @@ def prepare_rows(script_args: ScriptArguments, recipe: RecipeArguments, seed: in
         raise ValueError(f"{len(train)} training rows leave none beside validation_rows={count}.")
     validation, train = train.select(range(count)), train.select(range(count, len(train)))
     return train, validation, test.select(range(min(recipe.generate_rows, len(test))))
+
+
+def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Prompts as the encoder's input, completions as labels; both end with the end token."""
+    return rows.map(lambda row: label_row(tokenizer, row, has_encoder=True), remove_columns=rows.column_names)

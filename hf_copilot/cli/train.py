@@ -20,13 +20,13 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from ..evaluation.comparison import compare_answers, compare_likelihoods, table_of
 from ..evaluation.rectified_generation import RectifiedGeneration
-from ..evaluation.rows import label_row
 from ..pilot.inspect import eval_mode, is_sharded
 from ..training.report import cost_since, show
 from ..training.trainer import CopilotMixin, CopilotSeq2SeqTrainer, CopilotTrainer
 from ..training.training_args import CopilotArguments, CopilotSeq2SeqConfig, CopilotSFTConfig
+from .mistakes import write_reference
 from .parser import Parser
-from .recipe import RecipeArguments, prepare_rows
+from .recipe import RecipeArguments, prepare_rows, tokenize
 from .scratch import build_from_scratch
 
 MODEL = ("model_name_or_path", "model_revision", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout")
@@ -83,7 +83,7 @@ def sft(argv: Sequence[str]) -> None:
         peft_config=get_peft_config(model_args),
         copilot=recipe.copilot(),
     )
-    train_and_compare(trainer, tokenizer, validation, test, recipe)
+    train_and_compare(trainer, tokenizer, validation, test, recipe, script_args)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
@@ -117,7 +117,7 @@ def seq2seq(argv: Sequence[str]) -> None:
         processing_class=tokenizer,
         copilot=recipe.copilot(),
     )
-    train_and_compare(trainer, tokenizer, validation, test, recipe)
+    train_and_compare(trainer, tokenizer, validation, test, recipe, script_args)
     if args.push_to_hub:
         trainer.push_to_hub(dataset=script_args.dataset_name)
 
@@ -128,17 +128,13 @@ def named_model(model_args: ModelConfig) -> str:
     return model_args.model_name_or_path
 
 
-def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Prompts as the encoder's input, completions as labels; both end with the end token."""
-    return rows.map(lambda row: label_row(tokenizer, row, has_encoder=True), remove_columns=rows.column_names)
-
-
 def train_and_compare(
     trainer: CopilotMixin,
     tokenizer: PreTrainedTokenizerBase,
     validation: Dataset,
     test: Dataset,
     recipe: RecipeArguments,
+    script_args: ScriptArguments,
 ) -> None:
     """Train, with some answers at every evaluation; save; compare Pilot and Pilot + Copilot on the test rows, in the
     main process."""
@@ -150,6 +146,7 @@ def train_and_compare(
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
+    write_reference(trainer.args.output_dir, script_args, recipe, trainer.args.seed)
     pilot = trainer.accelerator.unwrap_model(trainer.model)
     if is_sharded(pilot):
         show("The Pilot is sharded, so nothing is answered here: hf-copilot eval does that with what is saved.")

@@ -1,15 +1,13 @@
 """One HTML page of a run's mistakes: a map of its rows, those that it never learnt, confusions, tokens in context.
 
-python -m hf_copilot.ledger.page RUN --data train.jsonl [--rectify] [--output mistakes.html]
+`hf-copilot mistakes` writes it.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,23 +195,3 @@ def fixed(scores: dict[int, RowScore]) -> str:
         f"the Copilot {int((after & ~before).sum()):,} of them are right, and {int((before & ~after).sum()):,} others "
         "wrong."
     )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_copilot.ledger.page", description="Write a run's mistakes page."
-    )
-    parser.add_argument("run", help="the run's output_dir")
-    parser.add_argument("--data", help="the JSON Lines file that the run was trained on")
-    parser.add_argument("--output", help="the page; by default mistakes.html beside the ledger")
-    parser.add_argument("--rows", type=int, nargs="+", default=[], help="rows to show in full besides the worst")
-    parser.add_argument("--rectify", action="store_true", help="show tokens before and after the Copilot")
-    try:
-        output = mistakes(**vars(parser.parse_args(arguments)))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    sys.stdout.write(f"{output}\n")
-
-
-if __name__ == "__main__":
-    main()

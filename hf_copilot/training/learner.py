@@ -10,7 +10,6 @@ for batch in loader:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -39,8 +38,6 @@ from .mistake_log import MistakeLog, MistakeRecord
 from .optimizer import CopilotOptimizer, check_ranges
 from .records import random_start
 from .teacher_forced import TeacherForced
-
-logger = logging.getLogger(__name__)
 
 NOTHING_OBSERVED = (
     "No forward of the Pilot was observed in this round, so its Copilot would learn nothing. In a loop of your own: "
@@ -225,7 +222,7 @@ class CopilotLearner:
         has_encoder = self.copilot.config.pilot_is_encoder_decoder
         with self.head.gathered(), isolated_rng(self.device, self.seed + 1_000_003 * self.steps + process_index()):
             if records and measure:
-                self._measure(records)
+                self.metrics.add_round(self.forced, records, self.strengths, self.room)
             if mistakes is None:
                 mistakes = records
             if mistakes:
@@ -242,12 +239,6 @@ class CopilotLearner:
     def room(self) -> int:
         """Positions that one batch of the Copilot may have: as many as the Pilot's, or what is known to fit."""
         return max(self.max_positions, self.optimizer.room)
-
-    def _measure(self, records: list[MistakeRecord]) -> None:
-        try:
-            self.metrics.sums["train"] += measure(self.forced, records, self.strengths, self.room)
-        except torch.OutOfMemoryError:
-            logger.warning("Memory ran out while the Copilot was measured: these documents are not in the metrics.")
 
     def update(self, records: Sequence[MistakeRecord]) -> None:
         """One optimizer step on these documents; see [`CopilotOptimizer.step`]."""

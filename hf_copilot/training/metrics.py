@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from ..pilot.inspect import eval_mode
 from .distributed import num_processes, sum_over_processes
 from .mistake_log import MistakeRecord
 from .teacher_forced import TeacherForced, label_figures, score
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("pilot_nll", "pilot_token_accuracy", "rectified_nll", "rectified_token_accuracy", "copilot_dropped_mass")
 METRICS_OF_STRENGTH = ("nll", "token_accuracy")
@@ -90,6 +93,19 @@ class RunningMetrics:
         self.sums = {mode: empty_sums(strengths) for mode in ("train", "eval")}
         self.loss_sum = torch.zeros((), device=device)
         self.loss_count = torch.zeros((), device=device)
+
+    def add_round(
+        self,
+        forced: TeacherForced,
+        records: Sequence[MistakeRecord],
+        strengths: Sequence[float],
+        max_positions: float,
+    ) -> None:
+        """The documents of a round of training, unless memory runs out."""
+        try:
+            self.sums["train"] += measure(forced, records, strengths, max_positions)
+        except torch.OutOfMemoryError:
+            logger.warning("Memory ran out while the Copilot was measured: these documents are not in the metrics.")
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """The Copilot's loss of one step, over all processes; NaN is of one that was left out."""
