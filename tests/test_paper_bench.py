@@ -11,8 +11,9 @@ import torch
 from tiny import tiny_pilot, tiny_seq2seq, tiny_tokenizer
 
 from benchmarks.accuracy.scoring import Rectified
+from benchmarks.common import RESULTS
 from benchmarks.paper import __main__ as command
-from benchmarks.paper import tasks
+from benchmarks.paper import picture, tasks
 from benchmarks.paper.rows import HUB, ROWS
 from benchmarks.paper.run import summary, table
 from benchmarks.paper.sets import ARITHMETIC, COMMONSENSE, instruction_of, last_number, lone_letter
@@ -244,3 +245,13 @@ def test_items_one_by_one_rank_as_likelihoods_do(data):
             losses[text] = pilot(input_ids=ids, labels=labels).loss.item() * labels.numel()
     rank = sorted(losses, key=losses.get).index(row["completion"]) + 1
     assert item.ranks_one_by_one(pair, row, texts) == (rank, rank)
+
+
+# ---- the picture ----------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_fitted_and_the_stored_table_is_theirs():
+    points = [picture.Point(0.1, 10.0, False), picture.Point(1.0, 30.0, True), picture.Point(10.0, 50.0, True)]
+    assert picture.fitted(points) == pytest.approx((20.0, 30.0))
+    groups = picture.our_points() | {f"{family}, the paper": own for family, own in picture.paper_points().items()}
+    assert picture.text_of(groups) + "\n" == (RESULTS / "paper" / "parameters.md").read_text()
