@@ -224,10 +224,11 @@ def test_the_published_mixture_is_trained_on_where_it_is(data, monkeypatch):
 def test_interactions_have_the_papers_prompt_form(data):
     task = tasks.NextItem("Beauty").interactions()
     assert isinstance(task, Interactions)
-    row = task.splits(data, seed=0).test[0]
-    assert row["prompt"].startswith("Considering Beauty user_0 has interacted with Beauty items item_")
-    assert row["prompt"].endswith(". What is the next recommendation for the user ?")
-    assert row["completion"][:-2] == " Beauty item_" and row["completion"][-2:].isdigit()
+    row, texts = task.splits(data, seed=0).test[0], task.item_texts(data)
+    seen = ", ".join(texts[item].removeprefix(" Beauty ") for item in (1, 2, 3))
+    start = f"Considering Beauty user_0 has interacted with Beauty items {seen}. "
+    assert row["prompt"] == start + "What is the next recommendation for the user?"
+    assert row["completion"] == texts[4] and texts[4].startswith(" Beauty item_") and texts[4][-2:].isdigit()
 
 
 def test_items_one_by_one_rank_as_likelihoods_do(data):

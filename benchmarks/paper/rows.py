@@ -70,7 +70,7 @@ class PaperRow:
 
     Attributes:
         pilot: A name in `HUB`.
-        copilot: Likewise, where the Copilot's first weights come from; None for the Pilot itself.
+        size: Of the Copilot: with the Pilot's family it says where the first weights come from.
         task: `"commonsense"`, `"arithmetic"`, `"beauty"`, `"lastfm"` or `"metamathqa"`.
         paper: What was measured elsewhere, by figure: the Pilot alone, and with the Copilot.
     """
@@ -87,6 +87,7 @@ class PaperRow:
 
     @property
     def copilot(self) -> str | None:
+        """A name in `HUB`, or None for the Pilot itself."""
         families = [key for key in SOURCES if key[0] in self.pilot and key[1] == self.size]
         return SOURCES[families[0]] if families else None
 

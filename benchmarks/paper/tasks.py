@@ -135,7 +135,10 @@ class Interactions(Recommendation):
 
     def row(self, user: int, history: list[int], item: int, texts: dict[int, str]) -> Row:
         row = super().row(user, history, item, texts)
-        return row | {"prompt": row["prompt"].replace("user_ ", "user_").replace(" ,", ",").replace(" . ", ". ")}
+        changes = {"user_ ": "user_", " ,": ",", " . ": ". ", " ?": "?"}
+        for spaced, close in changes.items():
+            row["prompt"] = row["prompt"].replace(spaced, close)
+        return row
 
 
 @dataclass(frozen=True)
