@@ -15,7 +15,7 @@ from benchmarks.common import RESULTS
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import picture, tasks
 from benchmarks.paper.rows import HUB, ROWS
-from benchmarks.paper.run import summary, table
+from benchmarks.paper.run import summary, table, task_of
 from benchmarks.paper.sets import ARITHMETIC, COMMONSENSE, instruction_of, last_number, lone_letter
 from benchmarks.paper.tasks import Interactions, concluded_number
 from benchmarks.paper.train import Options, arguments, copilot_settings
@@ -219,6 +219,15 @@ def test_the_published_mixture_is_trained_on_where_it_is(data, monkeypatch):
     splits = replace(tasks.TASKS["arithmetic"], mixture="mixed.json").splits(data, None, seed=0)
     assert splits.sources == {"mixed.json": 30} and (len(splits.train), len(splits.valid)) == (27, 3)
     assert not {row["prompt"] for row in splits.train} & {row["prompt"] for row in splits.valid}
+
+
+def test_sets_can_be_chosen(tmp_path):
+    row, options = ROWS["llama-3.2-1b+1b/arithmetic"], Options(tmp_path, tmp_path, sets=["mawps", "aqua"])
+    assert [each.name for each in task_of(row, options).sets] == ["mawps", "aqua"]
+    with pytest.raises(ValueError, match="'aqua', 'gsm8k'"):
+        task_of(row, replace(options, sets=["piqa"]))
+    with pytest.raises(ValueError, match="no sets to choose among"):
+        task_of(ROWS["llama-3.2-1b+1b/lastfm"], options)
 
 
 def test_interactions_have_the_papers_prompt_form(data):

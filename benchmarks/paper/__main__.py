@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the Copilot")
     parser.add_argument("--max_steps", type=int)
     parser.add_argument("--rows", type=int, help="at most so many to train on, and of each set to test on")
+    parser.add_argument("--sets", nargs="+", help="of a reasoning row, those to train on and to test; all without it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--work", type=Path, default=Path("out/paper"), help="the trainer's folder")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,29 @@ from transformers import set_seed
 
 from benchmarks.common import device_name, paired_interval, standard_error, table_of_cells
 from benchmarks.paper.rows import HUB, PEFT, PaperRow
-from benchmarks.paper.tasks import TASKS, Pairs
+from benchmarks.paper.tasks import TASKS, MetaMathQA, NextItem, Pairs, Reasoning
 from benchmarks.paper.train import Options, train
 from hf_copilot.version import __version__
+
+
+def task_of(row: PaperRow, options: Options) -> Reasoning | NextItem | MetaMathQA:
+    """
+    Raises:
+        ValueError: If the row has no set of a name that is asked for.
+    """
+    task, wanted = TASKS[row.task], options.sets
+    if wanted is None:
+        return task
+    known = {each.name: each for each in getattr(task, "sets", ())}
+    if not set(wanted) <= known.keys():
+        raise ValueError(f"--sets {' '.join(wanted)}: {row.name} has {sorted(known) or 'no sets to choose among'}.")
+    return replace(task, sets=tuple(known[name] for name in wanted))
 
 
 def run(row: PaperRow, options: Options) -> dict[str, Any]:
     """Train and measure one row; everything that goes into its file."""
     set_seed(options.seed)
-    task, started = TASKS[row.task], datetime.datetime.now(datetime.UTC)
+    task, started = task_of(row, options), datetime.datetime.now(datetime.UTC)
     splits = task.splits(options.data, options.rows, options.seed)
     pair, took = train(row, options, splits.train, splits.valid)
     start = time.perf_counter()

@@ -43,6 +43,7 @@ class Options:
         copilot: Likewise, where the Copilot's first weights come from. With another Pilot it is that Pilot.
         layers: Of the Copilot, spread over its source; None takes the preset's.
         rows: At most so many to train on, and of each set to test on.
+        sets: Of a reasoning row, those that are trained on and tested; None takes all.
     """
 
     data: Path
@@ -52,6 +53,7 @@ class Options:
     layers: int | None = None
     max_steps: int | None = None
     rows: int | None = None
+    sets: list[str] | None = None
     seed: int = 0
     device: str = "cpu"
 
