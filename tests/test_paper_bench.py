@@ -210,6 +210,7 @@ def test_a_row_runs_from_end_to_end(data, tmp_path, monkeypatch, capsys, name):
         assert found["trained_on"]["of"] == {"aqua": 4, "gsm8k": 6, "mawps": 6, "svamp": 0}
         assert "aqua, lone letter" in found["figures"]
     if task == "metamathqa":
+        assert files["peft"]["run_info"]["train_config"]["max_steps"] == 2
         assert files["peft"]["train_info"]["metrics"][0]["step"] == 2 and "rsLoRA r 64" in said
 
 

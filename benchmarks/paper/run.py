@@ -81,13 +81,15 @@ def peft_form(row: PaperRow, options: Options, found: dict[str, Any]) -> dict[st
     names = {"train samples": took["steps"] * training.batch_size, "step": took["steps"]}
     accuracy = {"test accuracy": found["figures"]["gsm8k"]["rectified"] / 100}
     own = {"test accuracy of the Pilot alone": found["figures"]["gsm8k"]["pilot"] / 100}
+    config = asdict(training) | {"model_id": options.pilot or HUB[row.pilot], "max_steps": took["steps"]}
     memory = torch.cuda.max_memory_reserved() if options.device == "cuda" else None
     return {
         "run_info": {
             "created_at": found["created_at"],
             "total_time": took["seconds"] + took["seconds of the evaluation"],
             "experiment_name": f"copilot/{row.name.replace('/', '--')}",
-            "train_config": asdict(training) | {"model_id": options.pilot or HUB[row.pilot]},
+            "train_config": asdict(training)
+            | {"model_id": options.pilot or HUB[row.pilot], "max_steps": took["steps"]},
             "error_msg": "",
         },
         "train_info": {
