@@ -88,8 +88,7 @@ def peft_form(row: PaperRow, options: Options, found: dict[str, Any]) -> dict[st
             "created_at": found["created_at"],
             "total_time": took["seconds"] + took["seconds of the evaluation"],
             "experiment_name": f"copilot/{row.name.replace('/', '--')}",
-            "train_config": asdict(training)
-            | {"model_id": options.pilot or HUB[row.pilot], "max_steps": took["steps"]},
+            "train_config": config,
             "error_msg": "",
         },
         "train_info": {
