@@ -148,7 +148,7 @@ def plot_lens(token: dict[str, Any], axes: Axes) -> None:
     for layer, name in enumerate(token["lens"]):
         colour = "tab:green" if name == token["label"] else "lightgray"
         axes.add_patch(plt.Rectangle((layer, 0), 1, 1, facecolor=colour, edgecolor="white"))
-        text = repr(name)[1:-1].strip()
+        text = repr(name)[1:-1].replace(" ", "␣")
         axes.text(layer + 0.5, 0.5, text, rotation=90, ha="center", va="center", fontsize=7, parse_math=False)
     axes.set(xlim=(0, len(token["lens"])), ylim=(0, 1), yticks=[], xlabel="layer", title="likeliest token by layer")
 
