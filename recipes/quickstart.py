@@ -1,6 +1,7 @@
 """The whole path on a laptop, without any hub: make word problems, fine-tune a small Pilot with a Copilot, generate.
 
 python recipes/quickstart.py
+python recipes/quickstart.py --pretrained FOLDER_OR_ID    # LoRA on a chat model that exists
 """
 
 from __future__ import annotations
@@ -9,11 +10,24 @@ import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import make_tokenizer
 from datasets import Dataset
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging, set_seed
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    logging,
+    set_seed,
+)
 
 from hf_copilot import CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer
 from hf_copilot.evaluation.comparison import Comparison, compare, table_of
@@ -23,42 +37,72 @@ from hf_copilot.training.report import cost_since, show
 
 NAMES = ["ann", "ben", "eva", "tom", "lea", "max", "zoe", "jon"]
 THINGS = ["apples", "books", "coins", "stamps", "pens", "eggs", "cards", "shells"]
+FROM_SCRATCH = {
+    "max_steps": 2500,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 1e-3,
+    "copilot_learning_rate": 3e-3,
+    "warmup_steps": 50,
+    "logging_steps": 100,
+    "eval_steps": 100,
+}
+PRETRAINED = {  # λ = 1 is too much beside a Pilot that knows a lot: it is chosen on the evaluation set
+    "max_steps": 60,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "copilot_learning_rate": 1e-3,
+    "warmup_steps": 5,
+    "logging_steps": 10,
+    "eval_steps": 15,
+    "copilot_strength": "auto",
+}
+SHOWN = 5  # answers before and after
 
 
 @dataclass
 class Arguments:
     """What can be changed."""
 
+    pretrained: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a chat model; without it a small Pilot from scratch."}
+    )
     output_dir: str = field(default="out/quickstart", metadata={"help": "Where Pilot, Copilot and picture go."})
-    max_steps: int = field(default=2500, metadata={"help": "Optimizer steps."})
-    problems: int = field(default=1000, metadata={"help": "Unseen problems for the evaluation by generation."})
+    max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps; 2500, pretrained 60."})
+    problems: int | None = field(
+        default=None, metadata={"help": "Unseen problems for the evaluation by generation; 1000, pretrained 100."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of data, weights and training."})
 
 
-def word_problem(rng: random.Random) -> tuple[str, str]:
-    """A question about one or two operations, and its answer."""
+def word_problem(rng: random.Random) -> tuple[str, str, int]:
+    """A question about one or two operations, the calculation, and its answer."""
     name, other, thing = rng.choice(NAMES), rng.choice(NAMES), rng.choice(THINGS)
     a, b, c = rng.randint(10, 99), rng.randint(10, 99), rng.randint(2, 9)
     kind = rng.randrange(4)
     if kind == 0:
-        return f"{name} has {a} {thing} and buys {b} more . how many {thing} has {name} ?", str(a + b)
+        return f"{name} has {a} {thing} and buys {b} more . how many {thing} has {name} ?", f"{a} + {b}", a + b
     if kind == 1:
         a, b = max(a, b), min(a, b)
-        return f"{name} has {a} {thing} and gives {b} to {other} . how many are left ?", str(a - b)
+        return f"{name} has {a} {thing} and gives {b} to {other} . how many are left ?", f"{a} - {b}", a - b
     if kind == 2:
-        return f"{name} fills {c} boxes with {a} {thing} each . how many {thing} are that ?", str(a * c)
-    return f"{name} has {c} bags of {a} {thing} and finds {b} more . how many now ?", str(a * c + b)
+        return f"{name} fills {c} boxes with {a} {thing} each . how many {thing} are that ?", f"{c} * {a}", a * c
+    return f"{name} has {c} bags of {a} {thing} and finds {b} more . how many now ?", f"{c} * {a} + {b}", a * c + b
 
 
 def make_data(count: int, rng: random.Random, unseen: set[str]) -> Dataset:
     """`count` different problems, none of them in `unseen`; their questions are added to it."""
     rows = []
     while len(rows) < count:
-        question, answer = word_problem(rng)
+        question, calculation, answer = word_problem(rng)
         if question not in unseen:
             unseen.add(question)
-            rows.append({"prompt": question + " answer :", "completion": " " + answer})
+            rows.append({"question": question, "calculation": calculation, "answer": answer})
     return Dataset.from_list(rows)
+
+
+def as_texts(data: Dataset) -> Dataset:
+    """The problems for a Pilot from scratch: a question, and a bare number."""
+    return data.map(lambda row: {"prompt": f"{row['question']} answer :", "completion": f" {row['answer']}"})
 
 
 def make_pilot(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -78,13 +122,15 @@ def make_pilot(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def exact_matches(pilot, tokenizer, data: Dataset, title: str, processor) -> torch.Tensor:
-    """Greedy answers to every problem: `[problems]` float, 1 where right."""
-    answers = generate_answers(
-        pilot, tokenizer, data["prompt"][:], processor, title, max_new_tokens=6, do_sample=False
-    )
-    pairs = zip(answers, data["completion"], strict=True)
-    return torch.tensor([float(answer.replace(" ", "") == right.strip()) for answer, right in pairs])
+def exact_answers(pilot, tokenizer, data: Dataset, title: str, processor) -> list[str]:
+    """Greedy answers to every problem."""
+    return generate_answers(pilot, tokenizer, data["prompt"][:], processor, title, max_new_tokens=20, do_sample=False)
+
+
+def exact_matches(answers: list[str], data: Dataset) -> torch.Tensor:
+    """`[problems]` float, 1 where right."""
+    pairs = zip(answers, data["answer"], strict=True)
+    return torch.tensor([float(text.rpartition("=")[-1].replace(" ", "") == str(right)) for text, right in pairs])
 
 
 def example_batch(tokenizer, data: Dataset, device) -> dict[str, torch.Tensor]:
@@ -100,52 +146,94 @@ def example_batch(tokenizer, data: Dataset, device) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def load_pretrained(name: str) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
+    """A chat model in float32, and its tokenizer with a pad token."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), tokenizer
+
+
+def as_chats(data: Dataset, tokenizer) -> Dataset:
+    """The problems in the chat form of a pretrained Pilot: it answers with the calculation and the number."""
+
+    def convert(row: dict[str, str]) -> dict[str, str]:
+        chat = [{"role": "user", "content": row["question"]}]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return {"prompt": prompt, "completion": f"{row['calculation']} = {row['answer']}"}
+
+    return data.map(convert)
+
+
+def print_answers(columns: dict[str, list[str]]) -> None:
+    """What is said to a few problems, side by side."""
+    table = Table(*columns, title="Some answers")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(" ".join(text.split()) for text in row))
+    Console().print(table)
+
+
+def settings(arguments: Arguments) -> dict[str, Any]:
+    """Of the trainer."""
+    on_gpu = torch.cuda.is_available()
+    chosen = PRETRAINED if arguments.pretrained else FROM_SCRATCH
+    return chosen | {
+        "output_dir": arguments.output_dir,
+        "max_steps": arguments.max_steps or chosen["max_steps"],
+        "eval_strategy": "steps",
+        "save_strategy": "no",
+        "report_to": [],
+        "seed": arguments.seed,
+        "bf16": on_gpu,
+        "use_cpu": not on_gpu,
+    }
+
+
 def main(arguments: Arguments) -> None:
     set_seed(arguments.seed)
     logging.set_verbosity_error()
     rng, seen = random.Random(arguments.seed), set()
-    train, validation, test = (make_data(count, rng, seen) for count in (20_000, 200, arguments.problems))
-    tokenizer = make_tokenizer([row["prompt"] + row["completion"] for data in (train, test) for row in data])
-    pilot = make_pilot(tokenizer)
-    on_gpu = torch.cuda.is_available()
+    *counts, problems = (1_000, 40, 100) if arguments.pretrained else (20_000, 200, 1000)
+    counts.append(arguments.problems or problems)
+    train, validation, test = (make_data(count, rng, seen) for count in counts)
+    if arguments.pretrained:
+        pilot, tokenizer = load_pretrained(arguments.pretrained)
+        train, validation, test = (as_chats(data, tokenizer) for data in (train, validation, test))
+        few = test["prompt"][:SHOWN]
+        before = generate_answers(pilot, tokenizer, few, None, "before", max_new_tokens=24, do_sample=False)
+    else:
+        train, validation, test = map(as_texts, (train, validation, test))
+        tokenizer = make_tokenizer([row["prompt"] + row["completion"] for data in (train, test) for row in data])
+        pilot = make_pilot(tokenizer)
 
     trainer = CopilotTrainer(
         model=pilot,
-        args=CopilotSFTConfig(
-            output_dir=arguments.output_dir,
-            max_steps=arguments.max_steps,
-            per_device_train_batch_size=32,
-            learning_rate=1e-3,
-            copilot_learning_rate=3e-3,
-            warmup_steps=50,
-            logging_steps=100,
-            eval_strategy="steps",
-            eval_steps=100,
-            save_strategy="no",
-            report_to=[],
-            seed=arguments.seed,
-            bf16=on_gpu,
-            use_cpu=not on_gpu,
-        ),
-        train_dataset=train,
-        eval_dataset=validation,
+        args=CopilotSFTConfig(**settings(arguments)),
+        train_dataset=train.select_columns(["prompt", "completion"]),
+        eval_dataset=validation.select_columns(["prompt", "completion"]),
         processing_class=tokenizer,
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear") if arguments.pretrained else None,
     )
     start = time.perf_counter()
     trainer.train()
     history = list(trainer.state.log_history)
-    metrics = trainer.evaluate(test)
+    metrics = trainer.evaluate(test.select_columns(["prompt", "completion"]))
     trainer.save_model()
 
     pilot = trainer.model.eval()
-    pilot_hits = exact_matches(pilot, tokenizer, test, "Pilot", None)
+    answers = exact_answers(pilot, tokenizer, test, "Pilot", None)
     with CopilotLogitsProcessor(trainer.copilot, pilot, tokenizer=tokenizer) as processor:
-        rectified_hits = exact_matches(pilot, tokenizer, test, "Pilot + Copilot", processor)
-    found = [compare("right answers", pilot_hits, rectified_hits, form=".1%")]
+        rectified = exact_answers(pilot, tokenizer, test, "Pilot + Copilot", processor)
+    hits = [exact_matches(texts, test) for texts in (answers, rectified)]
+    found = [compare("right answers", *hits, form=".1%")]
     for quantity, name, form in (("nll", "NLL (nats per token)", ".4f"), ("token_accuracy", "token accuracy", ".1%")):
         both = (metrics[f"eval_{who}_{quantity}"] for who in ("pilot", "rectified"))
         found.append(Comparison(name, *both, form=form))
     show(table_of(f"{len(test)} unseen problems, greedy", found))
+    if arguments.pretrained:
+        after = {"Pilot after": answers[:SHOWN], "Pilot + Copilot": rectified[:SHOWN]}
+        problems = {"problem": test["question"][:SHOWN], "Pilot before": before}
+        print_answers(problems | after | {"right": test["completion"][:SHOWN]})
     print(cost_since(start))
 
     picture = Path(arguments.output_dir) / "quickstart.png"
@@ -159,9 +247,9 @@ def main(arguments: Arguments) -> None:
     pilot = AutoModelForCausalLM.from_pretrained("{arguments.output_dir}")
     tokenizer = AutoTokenizer.from_pretrained("{arguments.output_dir}")
     copilot = CopilotModel.from_pretrained("{arguments.output_dir}/copilot")
-    inputs = tokenizer("{test[0]["prompt"]}", return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer({test[0]["prompt"]!r}, return_tensors="pt", return_token_type_ids=False)
     with CopilotLogitsProcessor(copilot, pilot, tokenizer=tokenizer) as processor:
-        print(tokenizer.decode(pilot.generate(**inputs, logits_processor=[processor], max_new_tokens=6)[0]))""")
+        print(tokenizer.decode(pilot.generate(**inputs, logits_processor=[processor], max_new_tokens=20)[0]))""")
 
 
 if __name__ == "__main__":

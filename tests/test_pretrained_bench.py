@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_pilot
 
 from benchmarks.common import RESULTS
-from benchmarks.pretrained import arms, report
+from benchmarks.pretrained import arms, picture, report
 from benchmarks.pretrained.arms import FEATURES, FEATURES_OWN, LANGUAGE_MODEL, STATE_0, TOKEN, Arm, lora, plan
 from benchmarks.pretrained.measuring import ALONE, Model
 from benchmarks.pretrained.running import Bench, Limits
@@ -165,3 +165,29 @@ def test_results_are_stored_without_loss_for_the_tables(bench, tmp_path, monkeyp
     assert text.startswith("a CPU, 2 arms") and "token-0.0005-s4" in text and "Pilot alone, dora" in text
     assert report.text_of(report.Results.read(tmp_path / "tiny.json")) + "\n" == text
     assert (tmp_path / "tiny.md").read_text() == text
+
+
+def test_the_size_of_a_correction_and_the_lens(bench):
+    """Twice the strength is twice the share; a fresh Copilot has none; the last layer says what the Pilot says."""
+    model, rows = untrained(bench, TOKEN), bench.splits["mawps"].test
+    half, full = (picture.Study(model, strength).correction(rows)["share"] for strength in (0.5, 1.0))
+    assert full == pytest.approx(2 * half) and full > 0.001
+    fresh = make_learner(bench.base.eval(), TOKEN, 1, seed=0)
+    fresh.close()
+    found = picture.Study(Model(bench.base, bench.tokenizer, fresh), 1.0).correction(rows)
+    assert found["share"] == 0 and sum(found["counts"]) == found["targets"] * bench.base.config.vocab_size
+    ids = bench.tokenizer("12 and 13 ?")["input_ids"]
+    with torch.no_grad():
+        out = bench.base(input_ids=torch.tensor([ids]))
+    lens = picture.Study(model, 1.0).lens(ids)
+    assert len(lens) == 3 and lens[-1] == bench.tokenizer.decode([int(out.logits[0, -1].argmax())])
+
+
+def test_the_picture_is_drawn_of_what_is_stored(bench, tmp_path, monkeypatch, capsys):
+    looked, rows = picture.Study(untrained(bench, TOKEN), 1.0), bench.splits["mawps"].test
+    tasks = {name: looked.correction(rows[:2]) for names in picture.KINDS.values() for name in names}
+    found = {"steps": 1, "seconds": 1.0, "strength": 1.0, "tasks": tasks, "token": looked.token(rows)}
+    (tmp_path / "small.json").write_text(json.dumps(found))
+    monkeypatch.setattr(sys, "argv", ["picture", "--file", str(tmp_path / "small")])
+    picture.main()
+    assert (tmp_path / "small.png").stat().st_size > 10_000 and "mawps: " in capsys.readouterr().out

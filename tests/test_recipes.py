@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import addition
+from tiny import addition, tiny_pilot, tiny_tokenizer
 
 from hf_copilot.cli.recipe import RecipeArguments
 from hf_copilot.cli.scratch import build_from_scratch
@@ -41,6 +41,23 @@ def test_quickstart(tmp_path):
     code = "\n".join(line[4:] for line in lines)
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert again.returncode == 0 and "answer" in again.stdout, again.stderr[-3000:]
+
+
+@slow
+def test_quickstart_on_a_pretrained_pilot(tmp_path):
+    """In its own chat form, with LoRA, λ chosen; the last lines of what is printed run too."""
+    tiny_pilot().save_pretrained(tmp_path / "pilot")
+    tiny_tokenizer().save_pretrained(tmp_path / "pilot")
+    short = ["--max_steps", "4", "--problems", "8", "--output_dir", str(tmp_path / "out")]
+    out = run("quickstart.py", "--pretrained", str(tmp_path / "pilot"), *short)
+    assert "Pilot before" in out and "8 unseen problems" in out
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    calibration = json.loads((tmp_path / "out" / "copilot" / "config.json").read_text())["calibration"]
+    assert calibration["data"] == "40 rows"
+    lines = out[out.index("    from transformers") :].splitlines()
+    code = "\n".join(line[4:] for line in lines)
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0 and "<user>" in again.stdout, again.stderr[-3000:]
 
 
 @slow
