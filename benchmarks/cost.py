@@ -2,6 +2,7 @@
 
     python -m benchmarks.cost                                  # CPU shape, writes benchmarks/results/cost_cpu.json
     python -m benchmarks.cost --device cuda --shape llama-3.2-1b
+    python -m benchmarks.cost --device cuda --shape llama-3.2-1b --quick    # within four minutes, fewer arms
 
 Random weights in the exact shapes: timing needs no pretrained ones. Each repetition times the one Pilot alone and with
 every Copilot, in turn from the first and from the last, so that a slow minute of the machine hits all; ratios are
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from transformers.utils import logging
 from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks.common import RESULTS, Stopwatch, device_name, table
+from benchmarks.counting import Count
 from hf_copilot import CopilotArguments, CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
 from hf_copilot.pilot.inspect import unwrap
 from hf_copilot.training.report import multiplied_parameters
@@ -65,14 +67,19 @@ Batch = dict[str, torch.Tensor]
 
 
 class Copilot(NamedTuple):
-    """One that is timed: its steps in a round, and what it reads."""
+    """One that is timed: its steps in a round, what it reads, and its size: two layers that are trained in full, as
+    `CopilotConfig()` has, or the paper's small decoder with LoRA."""
 
     steps: int
     memory: str
+    size: str = "default"
 
 
 STEPS = CopilotArguments.copilot_steps_per_round
-COPILOTS = (Copilot(1, "pilot"), *(Copilot(STEPS, memory) for memory in MEMORIES))  # the paper takes one step
+PAPERS = Copilot(1, "pilot", "decoder")  # the paper takes one step
+DEFAULTS = tuple(Copilot(STEPS, memory) for memory in MEMORIES)
+COPILOTS = (PAPERS, *DEFAULTS, Copilot(STEPS, "tokens", "decoder"))
+COPILOTS_OF_CPU = (Copilot(1, "pilot"), *DEFAULTS)
 
 
 @dataclass(frozen=True)
@@ -89,24 +96,21 @@ class Work:
         return [make_batch(*sizes) for _ in range(self.accumulate)]
 
 
-def make_pilot(shape: str, device: str) -> tuple[PreTrainedModel, LoraConfig | None]:
-    """The Pilot, and its Copilots' adapter: a small one in full, or with the paper's LoRA r 32 in bf16."""
+def make_pilot(shape: str, device: str) -> PreTrainedModel:
+    """The Pilot: a small one in full, or with the paper's LoRA r 32 in bf16."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     with torch.device(device):
         pilot = LlamaForCausalLM(config)
     add_fused_lm_head(pilot, outputs=("log_probs", "entropy", "is_top1"))  # the Pilot's loss as SFTTrainer has it
     if shape == "cpu":
-        return pilot, None
-    lora = LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64)
-    adapter = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear")
-    return get_peft_model(pilot.to(torch.bfloat16), lora), adapter
+        return pilot
+    return get_peft_model(pilot.to(torch.bfloat16), LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64))
 
 
-def copilot_config(shape: str, memory: str) -> CopilotConfig:
-    """Two layers of the small Pilot's, or the paper's small decoder."""
-    if shape == "cpu":
-        return CopilotConfig(num_hidden_layers=2, memory=memory)
+def copilot_config(memory: str, size: str) -> CopilotConfig:
+    if size == "default":
+        return CopilotConfig(memory=memory)
     decoder = SMALL_DECODER | {"head_dim": 64, "hidden_act": "silu", "num_hidden_layers": 16}
     return CopilotConfig(init="random", memory=memory, **decoder)
 
@@ -123,16 +127,18 @@ class TrainingArms:
     """Optimizer steps of one Pilot, alone and with each of several Copilots; hooks are there in its turn alone."""
 
     def __init__(self, shape: str, device: str, copilots: Sequence[Copilot]):
-        self.pilot, adapter = make_pilot(shape, device)
+        self.pilot = make_pilot(shape, device)
         self.pilot.train()
         self.watch, self.device = Stopwatch(device), device
         trained = [parameter for parameter in self.pilot.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
-        self.learners = {copilot: self._learner(shape, copilot, adapter) for copilot in copilots}
+        self.learners = {copilot: self._learner(copilot) for copilot in copilots}
+        self.counts: dict[Copilot, dict[str, int]] = {}
 
-    def _learner(self, shape: str, copilot: Copilot, adapter: LoraConfig | None) -> CopilotLearner:
+    def _learner(self, copilot: Copilot) -> CopilotLearner:
+        adapter = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear") if copilot.size == "decoder" else None
         learner = CopilotLearner(
-            copilot_for(self.pilot, copilot_config(shape, copilot.memory)),
+            copilot_for(self.pilot, copilot_config(copilot.memory, copilot.size)),
             self.pilot,
             num_training_steps=1000,
             steps_per_round=copilot.steps,
@@ -165,6 +171,15 @@ class TrainingArms:
                 learner.step()
         learner.close()
 
+    def count(self, copilot: Copilot, batches: list[Batch]) -> None:
+        """Operators and waits of one step in a round, untimed."""
+        learner = self.learners[copilot]
+        self._update(batches, learner.observe)
+        with Count() as count:
+            learner.step()
+        learner.close()
+        self.counts[copilot] = {name: getattr(count, name) // copilot.steps for name in ("operators", "waits")}
+
     def _update(self, batches: list[Batch], observe: Callable[[Batch], AbstractContextManager]) -> None:
         for batch in batches:
             with observe(batch), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
@@ -181,6 +196,7 @@ class TrainingArms:
         updates = copilot.steps * watch.median((copilot, "optimizer"))
         return {
             "memory": copilot.memory,
+            "size": copilot.size,
             "labelled_share": work.labelled / work.length,
             "steps_per_round": copilot.steps,
             "pilot_s": pilot,
@@ -189,12 +205,13 @@ class TrainingArms:
             "share_log": work.accumulate * watch.median((copilot, "log")) / pilot,
             "share_forward_backward": (step - updates) / pilot,
             "share_optimizer": updates / pilot,
+            **self.counts[copilot],
             "log_mb": self.learners[copilot].log.nbytes / 1e6,
         }
 
 
 def measure_training(
-    shape: str, device: str, work: Work, reps: int, copilots: Sequence[Copilot] = COPILOTS
+    shape: str, device: str, work: Work, reps: int, copilots: Sequence[Copilot] = COPILOTS_OF_CPU
 ) -> list[dict[str, Any]]:
     """Seconds of one optimizer step: the Pilot alone, and with each Copilot."""
     arms = TrainingArms(shape, device, copilots)
@@ -204,46 +221,51 @@ def measure_training(
         return [partial(arms.alone, batches), *(partial(arms.beside, copilot, batches) for copilot in copilots)]
 
     arms.watch.repeat(reps, 2, turn)
+    for copilot in copilots:
+        arms.count(copilot, work.batches(SHAPES[shape]["vocab_size"], device))
     return [arms.row(copilot, work) for copilot in copilots]
 
 
 @torch.no_grad()
 def measure_generation(
-    shape: str, device: str, rows: int, prompt: int, tokens: int, reps: int, memories: Sequence[str] = MEMORIES
+    shape: str, device: str, rows: int, prompt: int, tokens: int, reps: int, copilots: Sequence[Copilot] = DEFAULTS
 ) -> list[dict[str, Any]]:
     """Seconds of `generate`: greedy, the Pilot alone and with each Copilot; all make the same number of tokens."""
-    pilot = make_pilot(shape, device)[0].eval()
+    pilot = make_pilot(shape, device).eval()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    configs = {memory: copilot_config(shape, memory) for memory in memories}
-    copilots = {name: copilot_for(pilot, config).to(device, dtype).eval() for name, config in configs.items()}
+    models = {
+        copilot: copilot_for(pilot, copilot_config(copilot.memory, copilot.size)).to(device, dtype).eval()
+        for copilot in copilots
+    }
     watch = Stopwatch(device)
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
 
-    def generate(name: str, inputs: dict, processors: list) -> None:
+    def generate(name: Hashable, inputs: dict, processors: list) -> None:
         with watch.time(name):
             pilot.generate(**inputs, logits_processor=processors, **settings)
 
-    def rectified(memory: str, inputs: dict) -> None:
-        with CopilotLogitsProcessor(copilots[memory], pilot) as processor:
-            generate(memory, inputs, [processor])
+    def rectified(copilot: Copilot, inputs: dict) -> None:
+        with CopilotLogitsProcessor(models[copilot], pilot) as processor:
+            generate(copilot, inputs, [processor])
 
     def turn() -> list[Callable[[], None]]:
         inputs = make_batch(SHAPES[shape]["vocab_size"], rows, prompt, 1, device)
         del inputs["labels"]
-        return [partial(generate, "alone", inputs, []), *(partial(rectified, memory, inputs) for memory in memories)]
+        return [partial(generate, "alone", inputs, []), *(partial(rectified, copilot, inputs) for copilot in copilots)]
 
     watch.repeat(reps, 1, turn)
-    share = {name: multiplied_parameters(c) / multiplied_parameters(unwrap(pilot)) for name, c in copilots.items()}
+    whole = multiplied_parameters(unwrap(pilot))
     return [
         {
-            "memory": memory,
+            "memory": copilot.memory,
+            "size": copilot.size,
             "batch": rows,
             "pilot_ms_per_token": 1e3 * watch.median("alone") / tokens,
-            "rectified_ms_per_token": 1e3 * watch.median(memory) / tokens,
-            **spread(watch.ratios(memory, "alone")),
-            "share_of_weights": share[memory],
+            "rectified_ms_per_token": 1e3 * watch.median(copilot) / tokens,
+            **spread(watch.ratios(copilot, "alone")),
+            "share_of_weights": multiplied_parameters(model) / whole,
         }
-        for memory in memories
+        for copilot, model in models.items()
     ]
 
 
@@ -257,15 +279,23 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--reps", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="Three repetitions of the first arms.")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/cost_<shape>.json")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     shape, device, reps = arguments.shape, arguments.device, arguments.reps
     works = [Work(labelled, 8, 1) for labelled in (26, 128, 255)] if shape == "cpu" else [Work(10, 4, 4)]
-    training = [row for work in works for row in measure_training(shape, device, work, reps)]
-    sizes = [(rows, 64, arguments.tokens, reps) for rows in (1, 8)]
-    generation = [row for size in sizes for row in measure_generation(shape, device, *size)]
+    trained, generating = (COPILOTS_OF_CPU, DEFAULTS) if shape == "cpu" else (COPILOTS, (PAPERS, *DEFAULTS))
+    sizes = (1, 8)
+    if arguments.quick:
+        reps, works, trained, generating, sizes = 3, works[:1], trained[:2], generating[:2], sizes[:1]
+    training = [row for work in works for row in measure_training(shape, device, work, reps, trained)]
+    generation = [
+        row
+        for rows in sizes
+        for row in measure_generation(shape, device, rows, 64, arguments.tokens, reps, generating)
+    ]
     result = {
         "shape": shape,
         "device": device_name(device),

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from counting import Count
 from tiny import MEMORIES, tiny_pilot, trained_like
 from versions import CACHE
 
+from benchmarks.counting import Count
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
 from hf_copilot.generation.follower import Follower
 

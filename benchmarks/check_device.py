@@ -1,0 +1,195 @@
+"""Is what holds on a CPU true on an accelerator? In a minute, with a small Pilot in bf16 and both kinds of Copilot.
+
+    python -m benchmarks.check_device --device cuda
+
+Training: the Pilot's weights are those without a learner, bit for bit, and a run that is saved, loaded and goes on ends
+with the same Copilot as one that does not stop. Generation: f at every step is that of a teacher-forced pass on the
+text, in greedy search, in a padded batch, with beams and with a static cache; tokens of another run raise one call
+later. Each line says what was compared, and the largest difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
+from hf_copilot.training.checkpoint import load_state, load_weights, save_state, save_weights
+from hf_copilot.training.teacher_forced import TeacherForced
+
+SHAPE = {"vocab_size": 500, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+SHAPE |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+STEPS, LABELLED, NEW = 6, 10, 12
+DECODINGS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+}
+TOLERANCE = 1e-3  # of f in float32: another order of sums
+
+
+def make_pilot(device: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(device, dtype)
+
+
+def make_batch(device: str, seed: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, SHAPE["vocab_size"], (8, 32), generator=torch.Generator().manual_seed(seed)).to(device)
+    labels = ids.clone()
+    labels[:, :-LABELLED] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def train(device: str, pilot: LlamaForCausalLM, learner: CopilotLearner | None, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        batch = make_batch(device, step)
+        with learner.observe(batch) if learner else nullcontext(), torch.autocast(device, torch.bfloat16):
+            loss = pilot(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if learner:
+            learner.step()
+
+
+def make_learner(pilot: LlamaForCausalLM, memory: str) -> CopilotLearner:
+    copilot = copilot_for(pilot, CopilotConfig(memory=memory))
+    return CopilotLearner(copilot, pilot, STEPS, autocast_dtype=torch.bfloat16)
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().float().flatten() for parameter in model.parameters()])
+
+
+def check_training(device: str, memory: str) -> Iterator[tuple[str, float, float]]:
+    pilots, copilots = [], []
+    for run in ("alone", "beside", "stopped"):
+        pilot = make_pilot(device, torch.float32)
+        optimizer = torch.optim.AdamW(pilot.parameters(), 1e-3)
+        learner = None if run == "alone" else make_learner(pilot, memory)
+        stop = STEPS // 2 if run == "stopped" else STEPS
+        train(device, pilot, learner, optimizer, range(stop))
+        if run == "stopped":
+            learner = gone_on(pilot, learner, memory)
+            train(device, pilot, learner, optimizer, range(stop, STEPS))
+        pilots.append(weights(pilot))
+        if learner:
+            learner.close()
+            copilots.append(weights(learner.copilot))
+    yield "the Pilot with a learner and without", float((pilots[0] - pilots[1]).abs().max()), 0.0
+    yield "the Copilot of a run that went on", float((copilots[0] - copilots[1]).abs().max()), 0.0
+
+
+def gone_on(pilot: LlamaForCausalLM, learner: CopilotLearner, memory: str) -> CopilotLearner:
+    """Another learner, of what one has saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_weights(learner, folder)
+        save_state(learner, Path(folder) / "state")
+        learner.close()
+        fresh = make_learner(pilot, memory)
+        load_weights(fresh, folder)
+        load_state(fresh, Path(folder) / "state")
+    return fresh
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
+
+class Recorder(CopilotLogitsProcessor):
+    """Keeps the tokens and f of every call."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        rectified = super().__call__(input_ids, scores)
+        self.calls.append((input_ids.clone(), self.rectifier.last_correction.clone()))
+        return rectified
+
+
+def check_generation(device: str, memory: str) -> Iterator[tuple[str, float, float]]:
+    pilot = make_pilot(device, torch.float32).eval()
+    copilot = copilot_for(pilot, CopilotConfig(memory=memory, dropout=0.0)).eval()
+    with torch.no_grad():
+        torch.nn.init.normal_(copilot.lm_head.weight, std=0.1)
+    ids = make_batch(device, 0)["input_ids"][:3, :9]
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    for name, how in DECODINGS.items():
+        settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "attention_mask": mask} | how
+        with Recorder(copilot, pilot) as processor:
+            pilot.generate(ids, logits_processor=[processor], **settings)
+        copies = how.get("num_beams", 1)
+        rows = mask.repeat_interleave(copies, 0).bool()
+        yield name, max(difference(copilot, pilot, call, rows) for call in processor.calls), TOLERANCE
+    yield "tokens of another run", float(not raises(lambda: deceive(copilot, pilot, ids))), 0.0
+
+
+@torch.no_grad()
+def difference(
+    copilot: torch.nn.Module, pilot: LlamaForCausalLM, call: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor
+) -> float:
+    """Between f of a call and f of a teacher-forced pass on its rows, one at a time."""
+    found = []
+    for ids, visible, f in zip(call[0], mask, call[1], strict=True):
+        row = torch.cat([ids[: len(visible)][visible], ids[len(visible) :], ids[-1:]])[
+            None
+        ]  # the last is a label alone
+        labels = row.clone()
+        labels[:, : int(visible.sum())] = -100
+        with TeacherForced(copilot, pilot) as forced:
+            records = forced.read({"input_ids": row, "labels": labels}, lambda row=row: pilot(input_ids=row))
+            *_, (_, _, correction) = forced.corrections(forced.collate(records))
+        found.append(float((correction[-1] - f).abs().max()))
+    return max(found)
+
+
+def deceive(copilot: torch.nn.Module, pilot: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    """Call a processor for tokens of the right number that its Pilot was not run on."""
+    with torch.no_grad(), CopilotLogitsProcessor(copilot, pilot) as processor:
+        output = pilot(ids, use_cache=True)
+        processor(ids, output.logits[:, -1].float())
+        name = "cache" if "cache" in output else "past_key_values"
+        output = pilot(ids[:, -1:], **{name: output[name]})
+        processor(torch.cat([ids, ids[:, -1:]], dim=1) + 1, output.logits[:, -1].float())
+
+
+def raises(function: Callable[[], None]) -> bool:
+    try:
+        function()
+    except ValueError:
+        return True
+    return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args().device
+    logging.set_verbosity_error()
+    failed = 0
+    for memory in ("tokens", "pilot"):
+        for check in (check_training, check_generation):
+            for name, found, bound in check(device, memory):
+                failed += not found <= bound
+                verdict = "ok" if found <= bound else "FAILED"
+                print(f"{verdict:7} {memory:7} {name}: {found:.2g} (at most {bound:g})", flush=True)
+    if failed:
+        raise SystemExit(f"{failed} checks failed.")
+
+
+if __name__ == "__main__":
+    main()
