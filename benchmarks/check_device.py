@@ -2,10 +2,10 @@
 
     python -m benchmarks.check_device --device cuda
 
-Training: the Pilot's weights are those without a learner, bit for bit, and a run that is saved, loaded and goes on ends
-with the same Copilot as one that does not stop. Generation: f at every step is that of a teacher-forced pass on the
-text, in greedy search, in a padded batch, with beams and with a static cache; tokens of another run raise one call
-later. Each line says what was compared, and the largest difference.
+Training: the Pilot's weights are those without a learner, bit for bit, and a run that is saved, loaded and goes on
+ends with the same Copilot as one that does not stop. Generation: f at every step is that of a teacher-forced pass on
+the text, in a padded batch, with greedy search, with beams and with a static cache; tokens of another run raise. Each
+line says what was compared, and the largest difference.
 """
 
 from __future__ import annotations

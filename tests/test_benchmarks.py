@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny import SHAPE
 
-from benchmarks import checkpoint, cost, parameters, theorem
+from benchmarks import check_device, checkpoint, cost, parameters, theorem
 from benchmarks.common import RESULTS, Stopwatch, table
 from benchmarks.equations import solves
 from hf_copilot import CopilotConfig
+from hf_copilot.generation.follower import Follower
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,13 @@ def test_cost_of_generation():
     assert tokens["pilot_ms_per_token"] == states["pilot_ms_per_token"] > 0
     assert tokens["rectified_ms_per_token"] > 0 and 0 < tokens["share_of_weights"] < 1
     assert table([tokens, states]).count("|") == 4 * (len(tokens) + 1)
+
+
+@pytest.mark.parametrize("check", [check_device.check_training, check_device.check_generation])
+def test_what_is_checked_on_a_device_holds_here(check, monkeypatch):
+    monkeypatch.setattr(Follower, "waits", False)
+    found = list(check("cpu", "pilot"))
+    assert len(found) >= 2 and all(difference <= bound for _, difference, bound in found)
 
 
 def test_arms_take_turns():
