@@ -145,9 +145,8 @@ def difference(
     """Between f of a call and f of a teacher-forced pass on its rows, one at a time."""
     found = []
     for ids, visible, f in zip(call[0], mask, call[1], strict=True):
-        row = torch.cat([ids[: len(visible)][visible], ids[len(visible) :], ids[-1:]])[
-            None
-        ]  # the last is a label alone
+        row = torch.cat([ids[: len(visible)][visible], ids[len(visible) :], ids[-1:]])  # [n + 1], the last a label
+        row = row[None]
         labels = row.clone()
         labels[:, : int(visible.sum())] = -100
         with TeacherForced(copilot, pilot) as forced:

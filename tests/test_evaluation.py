@@ -54,7 +54,8 @@ def test_figures_are_those_of_the_trainers_evaluation(tmp_path):
     trainer = sft(tmp_path)
     trainer.train()
     metrics, pilot = trainer.evaluate(), trainer.model.eval()
-    nll, accuracy = compare_likelihoods(pilot, trainer.copilot, tiny_tokenizer(), list(addition(8, seed=1)), 1.0)
+    strength, rows = trainer.copilot.config.strength, list(addition(8, seed=1))
+    nll, accuracy = compare_likelihoods(pilot, trainer.copilot, tiny_tokenizer(), rows, strength)
     for found, name in ((nll, "nll"), (accuracy, "token_accuracy")):
         assert found.pilot == pytest.approx(metrics[f"eval_pilot_{name}"], abs=1e-4)
         assert found.rectified == pytest.approx(metrics[f"eval_rectified_{name}"], abs=1e-4)

@@ -9,5 +9,7 @@ from soak import KINDS, soak
 @pytest.mark.filterwarnings("ignore")  # pytest keeps all that are given
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_grows(kind):
-    seen = [each[:4] for each in soak(kind, warm_up=40, rounds=30, looks=3)]  # the first look settles a few things
-    assert seen[1] == seen[2] == seen[3]
+    _, *seen = soak(kind, warm_up=40, rounds=30, looks=3)  # the first look settles a few things
+    assert len({each[1:4] for each in seen}) == 1
+    objects = [each[0] for each in seen]
+    assert max(objects) - min(objects) < 10  # less than one in a round; the interpreter's own come and go

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hf_copilot import CopilotLearner, CopilotModel
 from hf_copilot.model.attention import NOWHERE
@@ -35,13 +36,17 @@ class WithPrompts(TeacherForced):
     A position of a prompt is marked by a `dropped` of `PROMPT`."""
 
     def records(self, inputs: dict[str, torch.Tensor], *args: Any) -> list[MistakeRecord]:
-        ids, labels = inputs["input_ids"], inputs["labels"]  # [B, T] each
-        everything = ids.masked_fill(inputs["attention_mask"] == 0, IGNORE)
+        ids, is_token = inputs["input_ids"], inputs["attention_mask"] != 0  # [B, T] each
+        labels = inputs.get("shift_labels")  # [B, T], of the token after each
+        if labels is None:
+            labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
+        following = F.pad(ids.masked_fill(~is_token, IGNORE)[:, 1:], (0, 1), value=IGNORE)  # [B, T]
+        everything = following.where(following != IGNORE, labels)
         firsts = (labels != IGNORE).int().argmax(1).tolist()
         # not from position 0, where the learner would draw a start at random
-        records = [record.starting_at(1) for record in super().records({**inputs, "labels": everything}, *args)]
+        records = [record.starting_at(1) for record in super().records({**inputs, "shift_labels": everything}, *args)]
         for record, first in zip(records, firsts, strict=True):
-            record.dropped = record.dropped.masked_fill(record.positions < first - 1, PROMPT)
+            record.dropped = record.dropped.masked_fill(record.positions < first, PROMPT)
         return records
 
     def collate(self, records: Sequence[MistakeRecord]) -> CopilotBatch:
