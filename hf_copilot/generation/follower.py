@@ -167,7 +167,8 @@ class Follower:
         has_same_encoder = old is None or old.data_ptr() == states.embeddings.data_ptr()
         is_one_token = states.input_ids is not None and states.input_ids.shape == (len(ids), 1)
         follows = states.past_length == self.ids.shape[1] and states.next_logits is not None
-        return has_same_encoder and is_one_token and follows and self._holds_every_state(states)
+        may_reorder = len(ids) == 1 or self._holds_every_state(states)
+        return has_same_encoder and is_one_token and follows and may_reorder
 
     def _next_rows(self, states: PilotStates, ids: torch.Tensor) -> torch.Tensor:
         """The row of the last call that each row goes on from, `[R]`; that there is one is left to be seen."""
