@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Cache, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
@@ -161,8 +161,8 @@ def deceive(copilot: torch.nn.Module, pilot: LlamaForCausalLM, ids: torch.Tensor
     with torch.no_grad(), CopilotLogitsProcessor(copilot, pilot) as processor:
         output = pilot(ids, use_cache=True)
         processor(ids, output.logits[:, -1].float())
-        name = "cache" if "cache" in output else "past_key_values"
-        output = pilot(ids[:, -1:], **{name: output[name]})
+        cache = {name: value for name, value in output.items() if isinstance(value, Cache)}
+        output = pilot(ids[:, -1:], **cache)
         processor(torch.cat([ids, ids[:, -1:]], dim=1) + 1, output.logits[:, -1].float())
 
 
