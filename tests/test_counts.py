@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import MEMORIES, tiny_pilot, trained_like
+from transformers import DynamicCache
 from versions import CACHE
 
 from benchmarks.counting import Count
@@ -55,7 +56,8 @@ def test_tokens_of_another_run_raise_one_call_later(monkeypatch):
 
     def deceive(processor):
         ids = torch.randint(5, 40, (2, 6))
-        cache = pilot(ids, use_cache=True)[CACHE]
+        cache = DynamicCache(config=pilot.config)
+        pilot(ids, **{CACHE: cache})
         scores = processor(ids, torch.zeros(2, pilot.config.vocab_size))
         grown = torch.cat([ids, ids[:, :1]], dim=1)
         pilot(grown[:, -1:], **{CACHE: cache})
@@ -69,6 +71,25 @@ def test_tokens_of_another_run_raise_one_call_later(monkeypatch):
     with torch.no_grad(), expected, CopilotLogitsProcessor(copilot, pilot) as processor:
         deceive(processor)
     assert not processor.rectifier.tap.handles
+
+
+def test_chats_that_take_turns_are_looked_at_at_once(monkeypatch):
+    """By sizes alone one would go on from the other: their caches tell them apart."""
+    monkeypatch.setattr(Follower, "waits", False)
+    pilot = tiny_pilot().eval()
+    copilot = trained_like(pilot)
+    ids = torch.randint(5, 40, (1, 12))
+    with torch.no_grad(), CopilotLogitsProcessor(copilot, pilot) as processor:
+        caches = [pilot(ids[:, i : i + 6], use_cache=True)[CACHE] for i in (0, 5)]
+        pilot(ids[:, 4:10])
+        processor(ids[:, 4:10], torch.zeros(1, pilot.config.vocab_size))  # six tokens, of another cache
+        output = pilot(ids[:, 11:12], **{CACHE: caches[1]})
+        found = processor(ids[:, 5:12], output.logits[:, -1])
+        fresh = CopilotLogitsProcessor(copilot, pilot)
+        pilot(ids[:, 5:12])
+        expected = fresh(ids[:, 5:12], output.logits[:, -1])
+        fresh.detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def batch_of(documents):

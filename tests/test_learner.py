@@ -104,10 +104,12 @@ def test_frozen_weights_are_held_in_the_type_of_autocast(pilot):
     """What autocast makes of them at every use anyway: what is learnt, and saved, is the same."""
 
     def trained(hold):
-        copilot = trained_like(pilot, CopilotConfig(dropout=0.0))
-        learner = CopilotLearner(copilot, pilot, 2, autocast_dtype=torch.bfloat16, peft_config=LoraConfig(r=2))
-        frozen = [p for name, p in copilot.named_parameters() if "base_layer" in name]
+        copilot = trained_like(pilot, CopilotConfig(dropout=0.0, init="random", attention_bias=True))
+        adapter = LoraConfig(r=2, bias="lora_only")
+        learner = CopilotLearner(copilot, pilot, 2, autocast_dtype=torch.bfloat16, peft_config=adapter)
+        frozen = [p for name, p in copilot.named_parameters() if "base_layer.weight" in name]
         assert frozen and all(p.dtype == torch.bfloat16 for p in frozen)
+        assert all(p.dtype == torch.float32 for p in copilot.parameters() if p.requires_grad)
         if not hold:
             for p in frozen:
                 p.data = p.data.float()

@@ -20,10 +20,10 @@ def test_a_span_says_what_is_read():
     assert Span(places, last, first).mask(slice(1, 3)).int().tolist() == [[[0, 0, 1, 0], [0, 0, 1, 1]]]
 
 
-def loss_and_gradients(copilot, pilot, rows):
+def loss_and_gradients(copilot, pilot, rows, **how):
     """Of whole documents, labelled at every token."""
     batch = {"input_ids": rows, "labels": rows}
-    with TeacherForced(copilot, pilot) as forced:
+    with TeacherForced(copilot, pilot, **how) as forced:
         records = forced.read(batch, lambda: pilot(input_ids=rows))
         loss = forced.loss(forced.collate(records))
     copilot.zero_grad()
@@ -40,6 +40,17 @@ def test_blocks_equal_one(memory, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_ENTRIES", 500)  # of 3 x 28 x 28, or 56
     in_blocks = loss_and_gradients(copilot, pilot, rows)
     torch.testing.assert_close(in_blocks, whole, rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_of_a_compiled_copilot(monkeypatch):
+    """torch.compile can't recompute a block, so blocks are left out of what is compiled."""
+    pilot = tiny_pilot()
+    copilot = trained_like(pilot, CopilotConfig(dropout=0.0))
+    rows = torch.randint(5, 40, (3, 29))
+    monkeypatch.setattr(attention, "BLOCK_ENTRIES", 500)
+    whole = loss_and_gradients(copilot, pilot, rows)
+    compiled = loss_and_gradients(copilot, pilot, rows, compile_backend="eager")
+    torch.testing.assert_close(compiled, whole, rtol=1e-3, atol=1e-4)
 
 
 class Largest(TorchDispatchMode):

@@ -35,6 +35,7 @@ def usage() -> str:
     return "\n".join([head, "", "usage: hf-copilot COMMAND [arguments]", "", *lines, "", LAST])
 
 
+WHERE = " (TRANSFORMERS_VERBOSITY=debug shows where)"
 LAST = "hf-copilot COMMAND --help says more. Every command takes --config FILE, a YAML file of its arguments.\n"
 
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(import_module(f"hf_copilot.cli.{module}"), function)(argv[1:])
     except (ValueError, NotImplementedError, OSError) as error:
         logger.debug("What led to it:", exc_info=True)  # TRANSFORMERS_VERBOSITY=debug
-        sys.stderr.write(f"hf-copilot {argv[0]}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"hf-copilot {argv[0]}: {' '.join(str(error).split())}{WHERE}\n")
         return 1
     return 0
 

@@ -85,10 +85,14 @@ class RectifiedGeneration(TrainerCallback):
         shares = torch.zeros(len(METRICS), device=self.trainer.learner.device)  # [2]
         if state.is_world_process_zero:
             with isolated_rng(shares.device):  # of `generate`, and of the user's function
-                answers = self.generate()
-                for i, said in enumerate(answers):
-                    shares[i] = self.share_of_right(said)
-                self.report(answers, args, state.global_step)
+                try:
+                    answers = self.generate()
+                    for i, said in enumerate(answers):
+                        shares[i] = self.share_of_right(said)
+                    self.report(answers, args, state.global_step)
+                except Exception:  # of a user's function, or no memory: other processes wait, and training goes on
+                    shares.fill_(torch.nan)
+                    logger.warning("No answers at step %d.", state.global_step, exc_info=True)
         copy_from_main_process([shares])
         found = dict(zip(METRICS, shares.tolist(), strict=True))
         metrics.update(found)

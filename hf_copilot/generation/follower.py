@@ -13,8 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
+from transformers import Cache
 
 from ..pilot.cache import holds_every_state
 from ..pilot.tap import PilotStates
@@ -39,6 +41,8 @@ STATE_OUTSIDE = (
     "Beams change their places, and this Pilot keeps states outside of its cache, or in a cache that does not reorder "
     "them: transformers gives each beam the state of another. Pass use_cache=False, or num_beams=1."
 )
+
+COMPARED_LATE = 2**22  # tokens of every pair of rows that are compared without a wait
 
 
 class Piece(NamedTuple):
@@ -85,6 +89,7 @@ class Follower:
         self.visible: torch.Tensor | None = None  # [R, n] bool, which of them are not padding
         self.group: torch.Tensor | None = None  # [R] rows of one group began the run with the same content
         self.encoder_output: torch.Tensor | None = None  # [R, S, d_P], of an encoder-decoder
+        self.cache: ref[Cache] | None = None  # the Pilot's, at the last call
         self.unsettled: torch.Tensor | None = None  # [] bool, whether the last call's tokens were what sizes said
         self.thread = get_ident()  # of the last call
 
@@ -135,7 +140,7 @@ class Follower:
             raise ValueError(STATE_OUTSIDE)
         before = self.visible[:, :past] if continues else self._visible_before(forwards[0])  # [R, past]
         visible = torch.cat([before, *(self._visible(s, s.past_length) for s in forwards)], dim=1)  # [R, n]
-        self.ids, self.visible = ids, visible
+        self.ids, self.visible, self.cache = ids, visible, forwards[-1].cache
         encoder_visible = self._read_encoder(forwards[-1])
         if not continues:
             self.group = self._groups()
@@ -167,8 +172,10 @@ class Follower:
         has_same_encoder = old is None or old.data_ptr() == states.embeddings.data_ptr()
         is_one_token = states.input_ids is not None and states.input_ids.shape == (len(ids), 1)
         follows = states.past_length == self.ids.shape[1] and states.next_logits is not None
+        is_same_cache = states.cache is not None and states.cache == self.cache  # not one of another chat
         may_reorder = len(ids) == 1 or self._holds_every_state(states)
-        return has_same_encoder and is_one_token and follows and may_reorder
+        is_small = len(ids) * ids.numel() <= COMPARED_LATE
+        return has_same_encoder and is_one_token and follows and is_same_cache and may_reorder and is_small
 
     def _next_rows(self, states: PilotStates, ids: torch.Tensor) -> torch.Tensor:
         """The row of the last call that each row goes on from, `[R]`; that there is one is left to be seen."""

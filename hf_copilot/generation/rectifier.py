@@ -6,6 +6,8 @@ Copilot's hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from threading import Lock
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +25,8 @@ WITH_GRADIENT = (
     "The Pilot's last forward computed gradients, as in training, and a CopilotLogitsProcessor reads none of these: "
     "put torch.no_grad() around your decoding loop, as `generate` does."
 )
+
+MODE = Lock()  # threads that share a Copilot in training mode switch it one at a time
 
 
 class Rectifier:
@@ -158,12 +162,13 @@ class Rectifier:
 
     def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """One query per row through the Copilot in eval mode: f, `[R, V]` float32."""
-        was_training = self.copilot.training
-        if was_training:
-            self.copilot.eval()
-        output = self.copilot(**inputs, cache=self.cache, return_logits=True, lent=self.lent)
-        if was_training:
-            self.copilot.train()
+        with MODE:
+            was_training = self.copilot.training
+            if was_training:
+                self.copilot.eval()
+            output = self.copilot(**inputs, cache=self.cache, return_logits=True, lent=self.lent)
+            if was_training:
+                self.copilot.train()
         return output.logits[:, 0].float()
 
 

@@ -16,7 +16,8 @@ from .mistake_ledger import Confusion, MistakeLedger
 
 OTHER_DATA = (
     "Pass the rows that the trainer was given, in their order, and the run's own tokenizer; or the rows as they were "
-    "tokenised, with a column `input_ids` (beside an encoder-decoder `labels` too)."
+    "tokenised, with a column `input_ids` (beside an encoder-decoder `labels` too). Rows that were cut at their "
+    "beginning (truncation_mode='keep_end') need that column, and the cut."
 )
 
 

@@ -114,13 +114,13 @@ class CopilotAttention(nn.Module):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reads: torch.Tensor | Span | None
     ) -> torch.Tensor:
-        """softmax(scaling q kᵀ) v over what each query reads: `[B, m, heads, head_dim]`.
+        """softmax(scaling q kᵀ) v over what each query reads: `[B, m, heads, head_dim]`."""
+        return self._attend_by_blocks(q, k, v, reads) if isinstance(reads, Span) else self._attend(q, k, v, reads)
 
-        A long document goes in blocks of queries. Their masks are made anew in the backward pass, so that memory grows
-        with its length and not with the square of it.
-        """
-        if not isinstance(reads, Span):
-            return self._attend(q, k, v, reads)
+    @torch.compiler.disable  # which can't recompute a block
+    def _attend_by_blocks(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reads: Span) -> torch.Tensor:
+        """A long document goes in blocks of queries. Their masks are made anew in the backward pass, so that memory
+        grows with its length and not with the square of it."""
 
         def block(rows: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return self._attend(q, k, v, reads.mask(rows))  # [B, c, heads, head_dim]

@@ -46,7 +46,9 @@ def add_adapter(copilot: CopilotModel, peft_config: PeftConfig, compute_dtype: t
             parameter.data = parameter.data.float()
     for module in copilot.modules():
         if compute_dtype is not None and isinstance(module, BaseTunerLayer):
-            module.get_base_layer().to(compute_dtype)
+            frozen = (p for p in module.get_base_layer().parameters() if not p.requires_grad)
+            for parameter in frozen:
+                parameter.data = parameter.data.to(compute_dtype)
     return model
 
 

@@ -151,7 +151,6 @@ def known_embeddings(record: MistakeRecord, embedding: PilotEmbedding) -> torch.
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that the CPU does not wait for."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    """The tensor there; the CPU does not wait for what is sent to a GPU."""
+    is_sent = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory().to(device, non_blocking=True) if is_sent else tensor.to(device)

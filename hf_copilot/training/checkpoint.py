@@ -100,6 +100,7 @@ def _save_shared(learner: CopilotLearner, folder: Path) -> None:
         "steps": learner.steps,
         "skipped_steps": learner.skipped_steps,
         "largest_batch": learner.max_positions,
+        "room": learner.optimizer.room,
         "trained": _what_is_trained(learner),
     }
     (folder / SCALARS).write_text(json.dumps(scalars), encoding="utf-8")
@@ -277,6 +278,7 @@ def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
     learner.optimizer.scheduler.load_state_dict(scalars["scheduler"])
     learner.steps, learner.optimizer.skips[0] = scalars["steps"], scalars["skipped_steps"]
     learner.max_positions = scalars["largest_batch"]
+    learner.optimizer.room = scalars.get("room", learner.optimizer.room)  # of version 0.2 on
     with torch.no_grad():
         for name, parameter in _beside_exported(learner):
             parameter.copy_(tensors[f"weights.{name}"])

@@ -149,6 +149,8 @@ class CopilotLearner:
     def close(self) -> None:
         """Remove the hooks from the Pilot, which the next `observe` or `evaluate` puts back, and write the ledger."""
         self.forced.close()
+        if self.optimizer is not None:
+            self.optimizer.count_skips()  # warns
         if self.ledger is not None:
             self.ledger.flush()
 

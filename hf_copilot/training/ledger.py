@@ -7,6 +7,7 @@ each of its labelled tokens. Shapes: M targets of a batch, k kept entries of ℓ
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -20,6 +21,8 @@ import torch
 from ..model.discrepancy import SparseDiscrepancy
 from .distributed import num_processes, process_index
 from .records import Targets
+
+logger = logging.getLogger(__name__)
 
 LEDGER_FOLDER = "_mistake_ledger"  # in output_dir; what begins with _ Trainer does not push
 HEADER = "ledger.json"
@@ -100,7 +103,7 @@ class LedgerWriter:
         self.folder, self.step, self.process = Path(folder), step, process_index()
         self.round: list[tuple] = []  # of the batches of this round
         self.rounds: list[tuple] = []  # of the rounds that are done
-        self.rounds_held = 0
+        self.rounds_held, self.is_broken = 0, False
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_up(earlier)
         for process in {self.process, *(p for p in processes_in(self.folder) if p >= num_processes())}:
@@ -158,7 +161,7 @@ class LedgerWriter:
     def flush(self) -> None:
         """Write the rounds that are done: tokens first, so that a document on disk has them."""
         rounds, self.rounds, self.rounds_held = self.rounds, [], 0
-        if not rounds:
+        if not rounds or self.is_broken:
             return
         *batches, p, said = zip(*rounds, strict=True)
         documents, positions = zip(*map(_documents, *batches), strict=True)
@@ -169,12 +172,18 @@ class LedgerWriter:
         tokens["said"] = torch.cat(said).cpu().numpy()
         of = np.repeat(np.arange(len(documents)), documents["tokens"])  # [M]
         is_finite = np.bincount(of, ~np.isfinite(tokens["p"]), len(documents)) == 0  # [D]
-        for path, entries in (
-            (tokens_file(self.folder, self.process), tokens[is_finite[of]]),
-            (documents_file(self.folder, self.process), documents[is_finite]),
-        ):
-            with open(path, "ab") as file:
-                entries.tofile(file)
+        try:
+            for path, entries in (
+                (tokens_file(self.folder, self.process), tokens[is_finite[of]]),
+                (documents_file(self.folder, self.process), documents[is_finite]),
+            ):
+                with open(path, "ab") as file:
+                    entries.tofile(file)
+        except OSError as error:
+            self.is_broken = True
+            logger.warning(
+                "The ledger ends at step %d, for it can't be written (%s). Training goes on.", self.step, error
+            )
 
 
 def _documents(

@@ -61,7 +61,10 @@ def checkpoints_kept(args: TrainingArguments, state: TrainerState) -> int:
     """How many will be on disk at the end."""
     if args.save_strategy == "no":
         return 0
-    each = {"steps": max(state.max_steps // max(state.save_steps, 1), 1), "epoch": state.num_train_epochs}
+    each = {
+        "steps": max(state.max_steps // max(state.save_steps, 1), 1),
+        "epoch": min(state.num_train_epochs, state.max_steps),
+    }
     saved = int(each.get(args.save_strategy, 1))
     return min(saved, args.save_total_limit or saved)
 

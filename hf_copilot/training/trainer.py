@@ -148,7 +148,7 @@ class CopilotMixin(RowIdsMixin):
         elif strength is None and self.eval_dataset is not None:
             try:
                 self.calibrate()
-            except NothingMeasured as error:  # nobody asked for it
+            except (NothingMeasured, torch.OutOfMemoryError) as error:  # nobody asked for it
                 logger.warning(f"λ stays at {self.learner.copilot.config.strength:g}. {error}")
 
     def _print_table(self):
