@@ -2,15 +2,27 @@
 
 On a GPU every operator is a launch, and every call that needs a value on the CPU waits for all launches before it.
 Both can be counted without one.
+
+    python -m benchmarks.counting
+
+beside a Llama of three layers, whose own operators are left out: what the learner adds to a forward of 16 documents,
+one step of a default Copilot, and one more token.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from benchmarks.common import table
+from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, CopilotModel, copilot_for
+from hf_copilot.generation.follower import Follower
 
 VALUES = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__}
 VALUES |= {torch.Tensor.__index__, torch.Tensor.numpy, torch.Tensor.cpu, torch.equal, torch.Tensor.equal}
@@ -70,3 +82,74 @@ class Count:
     def __repr__(self) -> str:
         operators, waits = self._operators.calls, self._waits.calls
         return f"{self.operators} operators {dict(operators.most_common(12))}, {self.waits} waits {dict(waits)}"
+
+
+SHAPE = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+HOW: dict[str, dict[str, Any]] = {"greedy": {"rows": 2}, "beams": {"rows": 2, "num_beams": 3}}
+SHORT, LONG = 4, 8  # tokens that are generated
+
+
+def small_pilot() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE))
+
+
+def token(pilot: PreTrainedModel, copilot: CopilotModel | None, rows: int, **how: Any) -> tuple[float, float]:
+    """Operators and waits of one more token, of the Pilot and, where there is one, the Copilot."""
+    ids, counts = torch.randint(5, 40, (rows, 8), generator=torch.Generator().manual_seed(0)), []
+    for tokens in (SHORT, LONG):
+        settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, **how}
+        processors = [] if copilot is None else [CopilotLogitsProcessor(copilot, pilot)]
+        with Count() as count:
+            pilot.generate(ids, logits_processor=processors, **settings)
+        for processor in processors:
+            processor.detach()
+        counts.append(count)
+    short, long = counts
+    return (long.operators - short.operators) / (LONG - SHORT), (long.waits - short.waits) / (LONG - SHORT)
+
+
+def documents(count: int) -> dict[str, torch.Tensor]:
+    """Documents of 32 tokens, the last 5 to 12 of them labelled."""
+    ids = torch.randint(5, 40, (count, 32))
+    labels = ids.clone()
+    for i in range(count):
+        labels[i, : 20 + i % 8] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
+def training_round(memory: str, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Operators and waits of the learner's look at a forward, beyond the Pilot's own, and of one step."""
+    pilot = small_pilot()
+    learner = CopilotLearner(copilot_for(pilot, CopilotConfig(memory=memory)), pilot, 4, steps_per_round=1)
+    for _ in range(2):
+        inputs = documents(count)
+        with Count() as alone:
+            pilot(**inputs)
+        with Count() as look, learner.observe(inputs):
+            pilot(**inputs)
+        with Count() as step:
+            learner.step()
+    return (look.operators - alone.operators, look.waits - alone.waits), (step.operators, step.waits)
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    Follower.waits, rows = False, []  # as on an accelerator
+    pilot = small_pilot().eval()
+    for memory in ("tokens", "pilot"):
+        found = dict(zip(("look at a forward", "step"), training_round(memory, 16), strict=True))
+        copilot = copilot_for(pilot, CopilotConfig(memory=memory))
+        for name, how in HOW.items():
+            alone, both = token(pilot, None, **how), token(pilot, copilot, **how)
+            found[f"token, {name}"] = tuple(b - a for a, b in zip(alone, both, strict=True))
+        rows += [
+            {"memory": memory, "of": name, "operators": operators, "waits": waits}
+            for name, (operators, waits) in found.items()
+        ]
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,29 +11,14 @@ from tiny import MEMORIES, tiny_pilot, trained_like
 from transformers import DynamicCache
 from versions import CACHE
 
-from benchmarks.counting import Count
-from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
+from benchmarks.counting import HOW, token, training_round
+from hf_copilot import CopilotConfig, CopilotLogitsProcessor
 from hf_copilot.generation.follower import Follower
 
 OPERATORS_OF_A_TOKEN = {"greedy": 190, "beams": 205}
 OPERATORS_OF_A_STEP = 540
 OPERATORS_OF_A_LOOK = 110  # at one forward of the Pilot
 WAITS_OF_A_LOOK = 10
-HOW = {"greedy": {"rows": 2}, "beams": {"rows": 2, "num_beams": 3}}
-
-
-def per_token(pilot, copilot, rows, **how):
-    """Operators and waits of one more token."""
-    ids, counts = torch.randint(5, 40, (rows, 8), generator=torch.Generator().manual_seed(0)), []
-    settings = {"do_sample": False, "pad_token_id": 0, **how}
-    for tokens in (4, 8):
-        processors = [] if copilot is None else [CopilotLogitsProcessor(copilot, pilot)]
-        with Count() as count:
-            pilot.generate(ids, logits_processor=processors, max_new_tokens=tokens, min_new_tokens=tokens, **settings)
-        for processor in processors:
-            processor.detach()
-        counts.append(count)
-    return [(getattr(counts[1], name) - getattr(counts[0], name)) / 4 for name in ("operators", "waits")]
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -42,8 +27,8 @@ def test_a_token(memory, how, monkeypatch):
     """A run that goes on waits for nothing, as on an accelerator."""
     monkeypatch.setattr(Follower, "waits", False)
     pilot = tiny_pilot().eval()
-    alone = per_token(pilot, None, **HOW[how])
-    operators, waits = per_token(pilot, trained_like(pilot, CopilotConfig(memory=memory)), **HOW[how])
+    alone = token(pilot, None, **HOW[how])
+    operators, waits = token(pilot, trained_like(pilot, CopilotConfig(memory=memory)), **HOW[how])
     assert operators - alone[0] <= OPERATORS_OF_A_TOKEN[how]
     assert waits - alone[1] == 1  # for what the last call left to be seen, before the Pilot's next forward
 
@@ -92,35 +77,9 @@ def test_chats_that_take_turns_are_looked_at_at_once(monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def batch_of(documents):
-    """Documents of 32 tokens, the last 5 to 12 of them labelled."""
-    ids = torch.randint(5, 40, (documents, 32))
-    labels = ids.clone()
-    for i in range(documents):
-        labels[i, : 20 + i % 8] = -100
-    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-
-
-def a_round(memory, documents):
-    """Counts of the learner's look at a forward, beyond the Pilot's own, and of its step."""
-    pilot = tiny_pilot()
-    copilot = copilot_for(pilot, CopilotConfig(memory=memory))
-    learner = CopilotLearner(copilot, pilot, num_training_steps=4, steps_per_round=1)
-    for _ in range(2):
-        inputs = batch_of(documents)
-        with Count() as alone:
-            pilot(**inputs)
-        with Count() as look, learner.observe(inputs):
-            pilot(**inputs)
-        with Count() as step:
-            learner.step()
-    return look.operators - alone.operators, look.waits - alone.waits, step
-
-
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_round(memory):
     """Neither grows with the documents, but for what a document is asked once in its life."""
-    few, many = a_round(memory, 4), a_round(memory, 16)
-    assert few[:2] == many[:2]
-    assert many[0] <= OPERATORS_OF_A_LOOK and many[1] <= WAITS_OF_A_LOOK
-    assert few[2].operators <= many[2].operators <= OPERATORS_OF_A_STEP
+    (few_look, few_step), (look, step) = training_round(memory, 4), training_round(memory, 16)
+    assert few_look == look and look[0] <= OPERATORS_OF_A_LOOK and look[1] <= WAITS_OF_A_LOOK
+    assert few_step[0] <= step[0] <= OPERATORS_OF_A_STEP
