@@ -20,7 +20,7 @@ from benchmarks.paper.sets import ARITHMETIC, COMMONSENSE, instruction_of, last_
 from benchmarks.paper.tasks import Interactions, concluded_number
 from benchmarks.paper.train import Options, arguments, copilot_settings
 from hf_copilot import CopilotLearner, copilot_for
-from recipes.common import ids_with_end
+from hf_copilot.evaluation.rows import ids_with_end
 
 SETS = {each.name: each for each in COMMONSENSE + ARITHMETIC}
 HELLASWAG = {

@@ -20,7 +20,7 @@ from benchmarks.common import Row
 from benchmarks.paper.rows import Training
 from benchmarks.paper.sets import ARITHMETIC, COMMONSENSE, ReasoningSet, find_file, last_number, lone_letter, read_rows
 from hf_copilot import score
-from recipes.common import ids_with_end
+from hf_copilot.evaluation.rows import ids_with_end
 
 VALID = 120  # rows that are held out to choose λ, as many as in LLM-Adapters
 BATCH = 16

@@ -30,8 +30,8 @@ from hf_copilot import (
     CopilotSFTConfig,
     CopilotTrainer,
 )
+from hf_copilot.evaluation.rows import ids_with_end
 from hf_copilot.training.report import count_parameters
-from recipes.common import ids_with_end
 
 
 @dataclass(frozen=True)
