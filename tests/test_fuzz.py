@@ -11,8 +11,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from hypothesis import event, example, given
 from hypothesis import strategies as st
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from test_generation import Recorder
 from tiny import SEQ2SEQ, VOCAB_SIZE, tiny_pilot, tiny_seq2seq, trained_like
@@ -34,31 +36,26 @@ PILOTS = {
 TYPES = {"sdpa": torch.float64, "eager": torch.float32}
 GPT2_SHAPE = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}
 GPT2_SHAPE |= {"initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2}
+# With 5.17 a prompt that is read in chunks on a kept cache is read from its beginning again, without us too.
+CHUNKS_ON_KEPT = Version(transformers.__version__) >= Version("5.24")
 WINDOWS = ("mistral", "gemma2")
 BANNED = [7, 8, 9, 20, 21, 22, 30, 31]
 
 # ---- what is drawn -------------------------------------------------------------------------------------------------
 
 UNSUPPORTED = [{"prompt_lookup_num_tokens": 2}, {"guidance_scale": 1.5}, {"assistant_model": True}]
-SEARCHES = st.one_of(
-    st.just({}),
-    st.fixed_dictionaries(
-        {"do_sample": st.just(True), "temperature": st.sampled_from([0.5, 1.0, 2.0])},
-        optional={
-            "top_k": st.integers(1, 40),
-            "top_p": st.floats(0.1, 1.0),
-            "num_return_sequences": st.integers(1, 3),
-        },
-    ),
-    st.fixed_dictionaries(
-        {"num_beams": st.integers(2, 4)},
-        optional={
-            "do_sample": st.booleans(),
-            "num_return_sequences": st.integers(1, 2),
-            "length_penalty": st.sampled_from([-1.0, 0.0, 2.0]),
-            "early_stopping": st.sampled_from([True, False, "never"]),
-        },
-    ),
+SAMPLING = st.fixed_dictionaries(
+    {"do_sample": st.just(True), "temperature": st.sampled_from([0.5, 1.0, 2.0])},
+    optional={"top_k": st.integers(1, 40), "top_p": st.floats(0.1, 1.0), "num_return_sequences": st.integers(1, 3)},
+)
+BEAMS = st.fixed_dictionaries(
+    {"num_beams": st.integers(2, 4)},
+    optional={
+        "do_sample": st.booleans(),
+        "num_return_sequences": st.integers(1, 2),
+        "length_penalty": st.sampled_from([-1.0, 0.0, 2.0]),
+        "early_stopping": st.sampled_from([True, False, "never"]),
+    },
 )
 COMPANIONS = st.fixed_dictionaries(
     {},
@@ -135,14 +132,14 @@ def configs(draw, family: str, attention: str) -> dict[str, Any]:
 @st.composite
 def turns(draw, family: str, kept: str | None, adapters: list[str | None], is_first: bool) -> Turn:
     """Kept caches hold one row for each prompt."""
-    search = draw(SEARCHES)
+    search = draw(st.one_of(st.just({}), SAMPLING, *([BEAMS, BEAMS] if kept is None else [])))
+    settings = {"max_new_tokens": draw(st.sampled_from([6, 5, 4, 3, 2, 1]))} | search | draw(COMPANIONS)
     if kept is not None:
-        search = {key: value for key, value in search.items() if not key.startswith("num_")}
-        search = {} if not search.get("do_sample") else search
-    settings = {"max_new_tokens": draw(st.integers(1, 6))} | search | draw(COMPANIONS)
-    if kept is None:
+        settings.pop("num_return_sequences", None)
+    else:
         settings |= draw(st.sampled_from(CACHES))
-    if family not in SEQ2SEQ and settings.get("use_cache", True) and draw(st.integers(0, 3)) == 0:
+    can_chunk = family not in SEQ2SEQ and (kept is None or CHUNKS_ON_KEPT) and settings.get("use_cache", True)
+    if can_chunk and draw(st.integers(0, 3)) == 0:
         settings["prefill_chunk_size"] = draw(st.integers(1, 4))
     if draw(st.booleans()):
         settings["eos_token_id"] = draw(st.lists(ENDS, min_size=1, max_size=12))
@@ -157,7 +154,7 @@ def turns(draw, family: str, kept: str | None, adapters: list[str | None], is_fi
 def cases(draw) -> Case:
     family = draw(st.sampled_from(list(PILOTS)))
     has_encoder = family in SEQ2SEQ
-    kept = None if has_encoder else draw(st.sampled_from([None, "dynamic", "static"]))
+    kept = None if has_encoder else draw(st.sampled_from([None, None, "dynamic", "static"]))
     with_adapters = draw(st.integers(0, 3)) == 0
     adapters: list[str | None] = ["one", "two", "none"] if with_adapters and kept is None else [None]
     attention = "eager" if family == "gemma2" else draw(st.sampled_from(["sdpa", "eager"]))
@@ -392,7 +389,7 @@ def check(case: Case) -> None:
     except Exception as error:
         assert not hooks(pilot)
         return check_error(case, pilot, error)
-    assert not hooks(pilot) and not is_refused(case)
+    assert not hooks(pilot)  # prompt lookup that finds nothing is plain decoding, and compared as such
     check_bans(case, texts)
     if not case.strength:
         bare, _ = converse(case, pilot, None)
@@ -414,6 +411,7 @@ def check(case: Case) -> None:
         ],
     )
 )
+@example(Case("llama", {"memory": "tokens"}, [[5, 6, 7], [8, 9]], [Turn([], {"max_new_tokens": 6, "num_beams": 4})]))
 @given(cases())
 def test_f_is_that_of_a_pass_from_scratch(case):
     check(case)
