@@ -108,6 +108,20 @@ def test_time_is_measured_after_a_warm_up(monkeypatch):
     assert (watch.total, watch.own) == (3 * preflight.MEASURED, preflight.MEASURED) and watch.share == 0.5
 
 
+@pytest.mark.parametrize("pauses", [False, True])
+def test_data_counts_and_pauses_do_not(monkeypatch, pauses):
+    """A round takes 10, loading its data 5, and an evaluation would be in that time."""
+    now = [0.0]
+    monkeypatch.setattr(preflight, "perf_counter", lambda: now[0])
+    watch = preflight.Stopwatch(torch.device("cpu"))
+    for _ in range(preflight.WARM_UP + preflight.MEASURED):
+        now[0] += 5
+        watch.begin_round()
+        now[0] += 10
+        watch.end_round(pauses)
+    assert watch.total == preflight.MEASURED * (10 if pauses else 15)
+
+
 def test_the_line_after_the_first_rounds(tmp_path, capsys):
     run(tmp_path, disable_tqdm=False)
     shown = " ".join(capsys.readouterr().out.split())

@@ -162,7 +162,7 @@ class TrainerLifecycle(CopilotLifecycle):
     def on_step_end(self, args, state, control, **kwargs):
         with self.watch.of_copilot():
             super().on_step_end(args, state, control, **kwargs)
-        if self.watch.end_round():
+        if self.watch.end_round(control.should_evaluate or control.should_save):
             self._say(args, state, describe_rounds(self.learner, self.watch))
 
     def _say(self, args, state, lines: str) -> None:

@@ -106,11 +106,12 @@ def in_words(count: float) -> str:
 
 
 class Stopwatch:
-    """How long the first rounds take, and how much of it is the Copilot's."""
+    """How long the first rounds take, with the data that is loaded before each, and how much of it is the Copilot's."""
 
     def __init__(self, device: torch.device):
         self.device, self.round = device, 0
-        self.begun, self.total, self.own = 0.0, 0.0, 0.0  # seconds
+        self.total, self.own = 0.0, 0.0  # seconds
+        self.since: float | None = None  # of what is not in `total` yet
 
     @property
     def is_running(self) -> bool:
@@ -123,7 +124,8 @@ class Stopwatch:
 
     def begin_round(self) -> None:
         self.round += 1
-        self.begun = self._now() if self.is_running else 0.0
+        if self.since is None and self.is_running:
+            self.since = self._now()
 
     @contextmanager
     def of_copilot(self) -> Iterator[None]:
@@ -132,10 +134,13 @@ class Stopwatch:
         yield
         self.own += self._now() - begun if self.is_running else 0.0
 
-    def end_round(self) -> bool:
-        """Whether this was the last round that is measured."""
+    def end_round(self, pauses: bool = False) -> bool:
+        """Whether this was the last round that is measured. What comes after it is left out where the run pauses, to
+        evaluate or to save."""
+        now = self._now() if WARM_UP <= self.round <= WARM_UP + MEASURED else 0.0
         if self.is_running:
-            self.total += self._now() - self.begun
+            self.total += now - self.since
+        self.since = None if pauses else now
         return self.round == WARM_UP + MEASURED
 
     @property
