@@ -106,7 +106,7 @@ def in_words(count: float) -> str:
 
 
 class Stopwatch:
-    """How long the first rounds take, with the data that is loaded before each, and how much of it is the Copilot's."""
+    """How long the first rounds take, data loading with them, and how much of it is the Copilot's."""
 
     def __init__(self, device: torch.device):
         self.device, self.round = device, 0
