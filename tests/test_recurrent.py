@@ -6,6 +6,7 @@ tests/test_families.py trains them all, and generates.
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import CompileConfig
 from versions import CACHE
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor
+from hf_copilot.pilot.cache import find_cache
 from hf_copilot.pilot.head import PilotHead
 
 RECURRENT = {name: settings for name, settings in DECODINGS.items() if name != "chunked_prefill"}  # raises without us
@@ -62,15 +64,17 @@ def test_a_decoding_loop_in_which_the_decoder_makes_its_cache():
     copilot = trained_like(pilot)
     with CopilotLogitsProcessor(copilot, pilot) as processor, torch.no_grad():
         expected = generate(pilot, processor, max_new_tokens=4)
+    arguments = inspect.signature(pilot.forward).parameters
+    name = next(name for name in (CACHE, "cache_params") if name in arguments)  # the second before transformers 5.24
     ids, new, cache = PROMPT, PROMPT, None
     with CopilotLogitsProcessor(copilot, pilot) as processor, torch.no_grad():
         for _ in range(4):
-            output = pilot(new, **{CACHE: cache}, use_cache=True)
-            cache, scores = output[CACHE], processor(ids, output.logits[:, -1])
+            output = pilot(new, **{name: cache}, use_cache=True)
+            cache, scores = find_cache(output.values()), processor(ids, output.logits[:, -1])
             new = scores.argmax(-1, keepdim=True)
             ids = torch.cat([ids, new], dim=1)
         assert torch.equal(ids, expected)
-        output = pilot(new, **{CACHE: copy.deepcopy(cache)}, use_cache=True)
+        output = pilot(new, **{name: copy.deepcopy(cache)}, use_cache=True)
         with pytest.raises(ValueError, match="must be filled while the processor is attached"):
             processor(ids, output.logits[:, -1])
 

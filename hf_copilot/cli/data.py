@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, logging
-from datasets.exceptions import DatasetGenerationError
 
 from .parser import in_a_line
 
@@ -64,7 +63,9 @@ def read_file(path: str | os.PathLike) -> Dataset:
     try:
         with without_log():
             rows = load_dataset("json", data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError, OSError) as error:
+    except KeyError as error:  # of datasets 4, where a later row lacks what the first one has
+        raise ValueError(f"{path}: a row of the data has no field {error}.") from error
+    except Exception as error:  # of several libraries, as they have it
         raise ValueError(find_fault(path) or f"{path} can't be read: {in_a_line(error)}") from error
     if not len(rows):
         raise ValueError(f"{path} is empty: it has no rows.")

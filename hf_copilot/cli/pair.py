@@ -110,6 +110,8 @@ def load_copilot(arguments: PairArguments) -> CopilotModel:
     file = Path(name, subfolder, "config.json")
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") != CopilotConfig.model_type:
         raise ValueError(f"The folder {file.parent} is no Copilot: its config.json is another model's.")
+    if file.is_file():  # beside an adapter, which transformers before 5.24 would look for
+        name, subfolder = str(file.parent), ""
     try:
         return CopilotModel.from_pretrained(name, revision=arguments.copilot_revision, subfolder=subfolder)
     except OSError as error:

@@ -25,15 +25,23 @@ class CachedPositions:
         """In the cache that a forward is given; 0 where they can't be known, and none are."""
         if cache is None:
             return 0
-        try:
+        if says_its_positions(cache):
             return int(cache.get_seq_length())
-        except ValueError:  # no layer of attention
-            return self.counted.get(cache, 0) if cache.has_previous_state() else 0
+        return self.counted.get(cache, 0) if cache.has_previous_state() else 0
 
     def count(self, cache: Cache | None, length: int) -> None:
         """There are so many now, after a forward."""
-        if cache is not None and all(cache.is_linear):
+        if cache is not None and not says_its_positions(cache):
             self.counted[cache] = length
+
+
+def says_its_positions(cache: Cache) -> bool:
+    """Whether a layer of it is one of attention."""
+    try:
+        cache.get_seq_length()
+    except ValueError:
+        return False
+    return True
 
 
 def holds_every_state(cache: Cache | None) -> bool:
