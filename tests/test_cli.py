@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from huggingface_hub import HfApi, parse_eval_result_entries
 from tiny import addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
 
 from hf_copilot import CopilotModel
-from hf_copilot.cli.__main__ import COMMANDS, main
+from hf_copilot.cli.__main__ import COMMANDS, main, usage
 from hf_copilot.cli.parser import WIDTH
 from hf_copilot.cli.scratch import train_tokenizer
 from hf_copilot.pilot.copilot_for import copilot_for
@@ -221,6 +222,7 @@ def test_commands_are_listed(capsys):
     assert run() == run("--help") == run("--version") == 0
     said = capsys.readouterr().out
     assert all(f"  {command} " in said for command in COMMANDS)
+    assert usage() in (Path(__file__).parent.parent / "docs" / "command_line.md").read_text(encoding="utf-8")
     assert run("evaluate") == 2
     assert "no command 'evaluate'" in capsys.readouterr().err
 

@@ -498,6 +498,18 @@ def test_lora_and_merged_pilot(pilot):
         assert torch.equal(generate(merged, processor), wrapped)
 
 
+def test_a_failure_leaves_the_copilot_in_its_mode(pilot, monkeypatch):
+    copilot = trained_like(pilot).train()
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(copilot.layers[0], "forward", fails)
+    with CopilotLogitsProcessor(copilot, pilot) as processor, pytest.raises(torch.OutOfMemoryError):
+        pilot.generate(PROMPT, logits_processor=[processor], max_new_tokens=2)
+    assert copilot.training and all(module.training for module in copilot.modules())
+
+
 def test_copilot_of_another_dtype_and_in_training_mode(pilot):
     copilot = trained_like(pilot)
     with CopilotLogitsProcessor(copilot, pilot) as processor:

@@ -267,6 +267,25 @@ def test_blocks_are_written_once_in_many_rounds(tmp_path):
     assert len(read_written(tmp_path / LEDGER_FOLDER, 0).documents) == 3 * (ROUNDS_HELD - 1)
 
 
+def test_a_ledger_that_cant_be_written_ends_no_run(tmp_path, caplog):
+    """What is whole of it stays; nothing is appended behind a gap."""
+    learner = loop(tmp_path, 1, [0, 1, 2])
+    learner.ledger.flush()
+    documents = tmp_path / LEDGER_FOLDER / "documents-0.bin"
+    documents.rename(tmp_path / "kept")
+    documents.mkdir()  # no file to append to
+    for _ in range(2):
+        with learner.observe(padded() | {"row_ids": [0, 1, 2]}):
+            learner.head.pilot(padded()["input_ids"], attention_mask=padded()["attention_mask"])
+        learner.step()
+        learner.ledger.flush()
+    learner.close()
+    assert caplog.text.count("nothing goes into the ledger") == 1
+    documents.rmdir()
+    (tmp_path / "kept").rename(documents)
+    assert len(MistakeLedger.load(tmp_path).documents) == 3
+
+
 def test_a_round_that_was_not_finished_is_not_written(tmp_path):
     learner = loop(tmp_path, 1, [0, 1, 2])
     with learner.observe(padded()):

@@ -260,7 +260,8 @@ class Follower:
         """Put the rows of the state in the order of this call; gives the order back, or None if it was that."""
         if rows is None or (len(rows) == 1 and len(self.ids) == 1):
             return None
-        if self.unsettled is None and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+        is_looked_at = self.unsettled is None  # else the order is known to the device alone
+        if is_looked_at and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
             return None
         self.visible, self.ids, self.group = self.visible[rows], self.ids[rows], self.group[rows]
         return rows

@@ -166,9 +166,11 @@ class Rectifier:
             was_training = self.copilot.training
             if was_training:
                 self.copilot.eval()
-            output = self.copilot(**inputs, cache=self.cache, return_logits=True, lent=self.lent)
-            if was_training:
-                self.copilot.train()
+            try:
+                output = self.copilot(**inputs, cache=self.cache, return_logits=True, lent=self.lent)
+            finally:
+                if was_training:
+                    self.copilot.train()
         return output.logits[:, 0].float()
 
 

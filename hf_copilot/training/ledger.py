@@ -182,7 +182,9 @@ class LedgerWriter:
         except OSError as error:
             self.is_broken = True
             logger.warning(
-                "The ledger ends at step %d, for it can't be written (%s). Training goes on.", self.step, error
+                "From before step %d on nothing goes into the ledger, it can't be written (%s). Training goes on.",
+                self.step,
+                error,
             )
 
 
