@@ -68,7 +68,7 @@ class CopilotLearner:
         steps_per_round: Optimizer steps of the Copilot in one round, each on documents of its own draw.
         seed: Of the draws from the log and of the Copilot's dropout.
         autocast_dtype: Runs the Copilot under autocast in this type; None for its own.
-        compile_backend: Compiles the Copilot's forward with this backend of `torch.compile`; None does not.
+        compile_backend: Compiles the Copilot's blocks with this backend of `torch.compile`; None does not.
         peft_config: Trains the Copilot with this adapter; its new modules are trained in full.
         ledger: Written of every round; see [`LedgerWriter`].
     """

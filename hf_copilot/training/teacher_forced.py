@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..model.compiled import CompiledDecode
 from ..model.configuration_copilot import check_strength
 from ..model.discrepancy import cross_entropy_loss, fuse, rmse_loss, row_chunks
 from ..model.modeling_copilot import CopilotModel, CopilotOutput, Vocabulary
@@ -25,7 +26,7 @@ from ..pilot.tap import PilotStates, PilotTap
 from ..pilot.vocabulary import lent_vocabulary
 from .batch import CopilotBatch, full_positions, group_by_length
 from .mistake_log import MistakeRecord
-from .ragged import Ragged
+from .ragged import Ragged, exact, powers_of_two
 from .records import IGNORE, make_records
 
 
@@ -43,7 +44,7 @@ class TeacherForced:
         copilot: Moved to the device of the Pilot's head.
         pilot: Wrapped or not; it is only read.
         autocast_dtype: Runs the Copilot under autocast in this type; None for its own.
-        compile_backend: Compiles the Copilot's forward with this backend of `torch.compile`; None does not.
+        compile_backend: Compiles the Copilot's blocks with this backend of `torch.compile`; None does not.
 
     Raises:
         ValueError, NotImplementedError: If the two do not fit; see [`check_teacher_forced`].
@@ -60,7 +61,7 @@ class TeacherForced:
         self.head, self.embedding = PilotHead(pilot), PilotEmbedding(pilot)
         self.device = self.head.device
         self.copilot, self.autocast_dtype = copilot.to(self.device), autocast_dtype
-        self.compiled = torch.compile(copilot, backend=compile_backend, dynamic=True) if compile_backend else copilot
+        self.compiled = CompiledDecode(copilot, compile_backend) if compile_backend else None
         self._listening, self._caught = False, None
         self.tap = PilotTap(pilot, copilot.config, self._catch, self._listens)
 
@@ -137,7 +138,8 @@ class TeacherForced:
     def collate(self, records: Sequence[MistakeRecord]) -> CopilotBatch:
         """All records in one batch, in their order."""
         dtype = self.copilot.norm.weight.dtype
-        return CopilotBatch.collate(records, self.embedding, self.copilot.config, self.device, dtype)
+        shape = powers_of_two if self.has_graphs else exact
+        return CopilotBatch.collate(records, self.embedding, self.copilot.config, self.device, dtype, shape)
 
     @property
     def lent(self) -> Vocabulary | None:
@@ -158,7 +160,18 @@ class TeacherForced:
 
     def run(self, **inputs: Any) -> CopilotOutput:
         """[`CopilotModel.forward`], compiled or not."""
-        return self.compiled(**inputs)
+        return self.copilot(**inputs, decode=self.compiled)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether CUDA graphs are recorded; see [`CompiledDecode`]."""
+        return self.compiled is not None and self.compiled.has_graphs
+
+    def give_up_compiling(self, error: Exception) -> None:
+        """After an error in the backward pass; raises it where nothing was compiled."""
+        if self.compiled is None:
+            raise error
+        self.compiled.give_up(error)
 
     def loss(self, batch: CopilotBatch) -> torch.Tensor:
         """The objective, summed: over positions (cross-entropy) or over sequences (RMSE, Eq. 7)."""
