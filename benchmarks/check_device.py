@@ -4,9 +4,9 @@
 
 Training, with the Copilot as it is and compiled, its draws in one batch and in two: the Pilot's weights are those
 without a learner, bit for bit; a run that is saved, loaded and goes on ends with the same Copilot as one that does
-not stop; the losses of a compiled Copilot are those of another. Generation: f at every step is that of a teacher-forced pass on
-the text, in a padded batch, with greedy search, with beams and with a static cache; tokens of another run raise. Each
-line says what was compared, and the largest difference.
+not stop; the losses of a compiled Copilot are those of another. Generation: f at every step is that of a
+teacher-forced pass on the text, in a padded batch, with greedy search, with beams and with a static cache; tokens of
+another run raise. Each line says what was compared, and the largest difference.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from ..model.modeling_copilot import rotary_positions
 from ..pilot.head import PilotEmbedding
 from .mistake_log import MistakeRecord
 from .ragged import Ragged, Shape, exact
+from .transfer import to_device
 
 ROOM = 2**13  # positions of one batch, whatever the Pilot's own have
 MIN_LENGTH_RATIO = 0.75  # of a full group's shortest document to its longest
@@ -152,9 +153,3 @@ def _entries(
 def known_embeddings(record: MistakeRecord, embedding: PilotEmbedding) -> torch.Tensor:
     """X̃ of a record: as it was logged, or from the ids where these give it."""
     return record.embeddings if len(record.embeddings) else embedding(record.input_ids)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor there; the CPU does not wait for what is sent to a GPU."""
-    is_sent = device.type == "cuda" and tensor.device.type == "cpu"
-    return tensor.pin_memory().to(device, non_blocking=True) if is_sent else tensor.to(device)

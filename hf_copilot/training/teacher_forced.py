@@ -27,7 +27,7 @@ from ..pilot.vocabulary import lent_vocabulary
 from .batch import CopilotBatch, full_positions, group_by_length
 from .mistake_log import MistakeRecord
 from .ragged import Ragged, exact, powers_of_two
-from .records import IGNORE, make_records
+from .records import IGNORE, PendingRecords, begin_records, send_inputs
 
 
 class TeacherForced:
@@ -93,6 +93,7 @@ class TeacherForced:
         if inputs.get("labels") is None:
             raise ValueError("The Mistake Log needs the `labels` of the batch that the Pilot is given.")
         self.tap.open()
+        self._sent = send_inputs(inputs)  # while the device still does what came before
         self._caught, self._listening = None, True
         try:
             yield
@@ -113,12 +114,17 @@ class TeacherForced:
         """Those of the forward that [`watch`] has read, padding included."""
         return self._caught.positions
 
-    def records(self, inputs: Mapping[str, Any], *options: Any) -> list[MistakeRecord]:
-        """The records of the forward that [`watch`] has read; `options` are the last ones of [`make_records`]. Of a
-        sharded Pilot inside `head.gathered()`."""
+    def begin_records(self, inputs: Mapping[str, Any], *options: Any) -> PendingRecords:
+        """[`begin_records`] of the forward that [`watch`] has read, with its last arguments. Of a sharded Pilot inside
+        `head.gathered()`."""
         states, self._caught = self._caught, None
+        of_pilot = self.head, self.embedding, self.copilot.config.top_k
         with self.autocast():
-            return make_records(states, inputs, self.head, self.embedding, self.copilot.config.top_k, *options)
+            return begin_records(states, inputs, self._sent, *of_pilot, *options)
+
+    def records(self, inputs: Mapping[str, Any]) -> list[MistakeRecord]:
+        """Likewise, on the Pilot's device and done."""
+        return self.begin_records(inputs).records
 
     def read(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
         """The records of one forward."""
