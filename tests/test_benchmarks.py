@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 
 import pytest
 import torch
 from tiny import SHAPE
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import check_device, checkpoint, cost, parameters, theorem
+from benchmarks import check_device, checkpoint, cost, parameters, scaling, theorem
 from benchmarks.common import RESULTS, Stopwatch, table
 from benchmarks.equations import solves
 from hf_copilot import CopilotConfig
@@ -130,3 +133,31 @@ def test_theorem_runs(monkeypatch, tmp_path):
     )
     theorem.main()
     assert (tmp_path / "theorem.png").is_file() and (tmp_path / "theorem.md").read_text().count("\n") == 3
+
+
+def test_operators_are_a_line_in_the_layers():
+    """Counted at two and four layers, right at six; they are the same in the file that the page is written from."""
+    kind = scaling.KINDS[1]
+    counted = scaling.lines(kind)["step"]
+    assert counted.slope > 50 and counted.at(6) == scaling.of_copilot(kind, 2, 6)[1]
+    kept = json.loads((RESULTS / "scaling.json").read_text())["operators"][kind.title]["step"]
+    assert kept["slope"] == pytest.approx(counted.slope, rel=0.2)
+
+
+@pytest.mark.parametrize("memory", ["tokens", "pilot"])
+def test_flops_of_a_step(memory, monkeypatch):
+    """By hand and as PyTorch counts them, but for a product in place that it does not know."""
+    shape = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 4, "head_dim": 16, "num_hidden_layers": 2}
+    pilot = scaling.LlamaForCausalLM(scaling.LlamaConfig(**shape, pad_token_id=0))
+    copilot = scaling.copilot_for(pilot, CopilotConfig(memory=memory, init="random"))
+    learner = scaling.CopilotLearner(copilot, pilot, 4, steps_per_round=1)
+    batch = cost.make_batch(500, rows=8, length=32, labelled=8, device="cpu")
+    with learner.observe(batch):
+        pilot(**batch)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        learner.step()
+    counted = counter.get_total_flops() + 2 * (8 * 8) * 500 * 64  # dL/dW of the head
+    assert scaling.copilot_flops(scaling.Kind("", False, memory, 1), shape, 8, 32, 8) == pytest.approx(
+        counted, rel=0.05
+    )
