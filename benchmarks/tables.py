@@ -233,6 +233,20 @@ class Experiment:
         return share(self.value(name, "nll", which) / self.value(self.runs[0][name]["beside"], "nll") - 1, "+")
 
 
+def vocabularies() -> str:
+    rows = [
+        [
+            row["vocabulary"],
+            f"{row['trained_m']:.1f}M",
+            f"{row['ratio']:.2f} ({row['ratio_least']:.2f} to {row['ratio_largest']:.2f})",
+            f"{row['memory_mb']:,.0f} MB",
+            f"{row['file_mb']:,.0f} MB",
+        ]
+        for row in read("vocabulary")["rows"]
+    ]
+    return table(("vocabulary matrices", "trained", "a step's time", "weights, gradients, moments", "file"), rows)
+
+
 def positions() -> str:
     names = {
         "no positions": "state Copilot, no positions",
@@ -438,6 +452,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained": pretrained,
     "cost-training": cost_of_training,
     "cost-generation": cost_of_generation,
+    "vocabularies": vocabularies,
     "positions": positions,
     "width": width,
     "pilots": pilots,

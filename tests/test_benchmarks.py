@@ -12,7 +12,7 @@ from tiny import SHAPE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import check_device, checkpoint, cost, parameters, scaling, theorem
+from benchmarks import check_device, checkpoint, cost, parameters, scaling, theorem, vocabulary
 from benchmarks.common import RESULTS, Stopwatch, table
 from benchmarks.equations import solves
 from hf_copilot import CopilotConfig
@@ -27,13 +27,14 @@ def tiny_shape(monkeypatch):
 
 def test_cost_of_training():
     copilots = [cost.Copilot(2, "tokens"), cost.Copilot(1, "pilot")]
+    assert {*cost.QUICK} <= {*cost.COPILOTS} and sum(copilot.compiled for copilot in cost.QUICK) == 2
     work = cost.Work(labelled=26, rows=2, accumulate=2)
     rows = cost.measure_training("cpu", "cpu", work, 2, copilots)
     assert [row["memory"] for row in rows] == ["tokens", "pilot"] and rows[0]["pilot_s"] == rows[1]["pilot_s"]
     for row in rows:
         assert row["pilot_and_copilot_s"] > row["share_optimizer"] > 0
         assert row["share_forward_backward"] > 0 and row["share_log"] > 0 and row["log_mb"] > 0
-        assert row["ratio_least"] <= row["ratio"] <= row["ratio_largest"]
+        assert row["ratio_least"] <= row["ratio"] <= row["ratio_largest"] and row["first_s"] > 0 < row["operators"]
 
 
 def test_cost_of_generation():
@@ -49,6 +50,14 @@ def test_what_is_checked_on_a_device_holds_here(check, monkeypatch):
     monkeypatch.setattr(check_device, "BACKENDS", (None, "eager"))
     found = list(check("cpu", "pilot"))
     assert len(found) >= 2 and all(difference <= bound for _, difference, bound in found)
+
+
+def test_cost_of_the_vocabulary():
+    rows = vocabulary.measure(rank=4, repetitions=1, work=cost.Work(4, 2, 1, 16))
+    full, low, frozen, lent = rows
+    assert full["ratio"] == 1 and all(row["step_s"] > 0 for row in rows)
+    assert full["trained_m"] > low["trained_m"] and full["trained_m"] > frozen["trained_m"] > lent["trained_m"]
+    assert frozen["file_mb"] > full["file_mb"] > lent["file_mb"] and full["memory_mb"] > frozen["memory_mb"]
 
 
 def test_arms_take_turns():
