@@ -3,10 +3,11 @@
     python -m benchmarks.check_device --device cuda
 
 Training, with the Copilot as it is and compiled, its draws in one batch and in two: the Pilot's weights are those
-without a learner, bit for bit; a run that is saved, loaded and goes on ends with the same Copilot as one that does
-not stop; the losses of a compiled Copilot are those of another. Generation: f at every step is that of a
-teacher-forced pass on the text, in a padded batch, with greedy search, with beams and with a static cache; tokens of
-another run raise. Each line says what was compared, and the largest difference.
+without a learner, bit for bit. A run that is saved, loaded and goes on ends with the same Copilot as one that does not
+stop, and so does one that waits for every copy of its log. The losses of a compiled Copilot are those of another.
+Generation: f at every step is that of a teacher-forced pass on the text, in a padded batch, with greedy search, with
+beams and with a static cache; tokens of another run raise. Each line says what was compared, and the largest
+difference.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import Cache, LlamaConfig, LlamaForCausalLM
@@ -25,6 +27,7 @@ from transformers.utils import logging
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
 from hf_copilot.training.checkpoint import load_state, load_weights, save_state, save_weights
 from hf_copilot.training.teacher_forced import TeacherForced
+from hf_copilot.training.transfer import Transfer
 
 SHAPE = {"vocab_size": 500, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -90,12 +93,13 @@ def check_training(device: str, memory: str) -> Iterator[tuple[str, float, float
 def check_backend(device: str, memory: str, backend: str | None) -> Iterator[Any]:
     """The loss of a whole run, and what is compared."""
     pilots, copilots, losses = [], [], []
-    for run in ("alone", "beside", "stopped"):
+    for run in ("alone", "beside", "stopped", "waiting"):
         pilot = make_pilot(device, torch.float32)
         optimizer = torch.optim.AdamW(pilot.parameters(), 1e-3)
         learner = None if run == "alone" else make_learner(pilot, memory, backend)
         stop = STEPS // 2 if run == "stopped" else STEPS
-        train(device, pilot, learner, optimizer, range(stop))
+        with copies_at_once() if run == "waiting" else nullcontext():
+            train(device, pilot, learner, optimizer, range(stop))
         if run == "stopped":
             learner = gone_on(pilot, learner, memory, backend)
             train(device, pilot, learner, optimizer, range(stop, STEPS))
@@ -107,6 +111,12 @@ def check_backend(device: str, memory: str, backend: str | None) -> Iterator[Any
     yield losses[0]
     yield "the Pilot with a learner and without", float((pilots[0] - pilots[1]).abs().max()), 0.0
     yield "the Copilot of a run that went on", float((copilots[0] - copilots[1]).abs().max()), 0.0
+    yield "the Copilot whose log was waited for", float((copilots[0] - copilots[2]).abs().max()), 0.0
+
+
+def copies_at_once() -> AbstractContextManager:
+    """Inside the CPU waits for every copy of the log."""
+    return patch.object(Transfer, "send", staticmethod(lambda tensor, device: tensor.to(device)))
 
 
 def gone_on(pilot: LlamaForCausalLM, learner: CopilotLearner, memory: str, backend: str | None) -> CopilotLearner:

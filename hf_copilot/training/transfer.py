@@ -20,7 +20,8 @@ class Transfer:
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], device: torch.device | str = "cpu"):
         self.tensors = {name: self.send(tensor, device) for name, tensor in tensors.items()}
-        sources = {tensor.device for tensor in tensors.values() if tensor.device.type == GPU}
+        is_read = torch.device(device).type == "cpu"
+        sources = {tensor.device for tensor in tensors.values() if is_read and tensor.device.type == GPU}
         self.events = [torch.cuda.current_stream(source).record_event() for source in sources]
 
     @staticmethod
