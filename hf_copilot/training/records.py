@@ -211,14 +211,8 @@ def begin_records(
     mistake = discrepancy(head, final, to_device(targets.labels, final.device), top_k)
     if note is not None:
         note(targets, mistake, inputs)
-    of_targets = {
-        "positions": targets.positions,
-        "labels": targets.labels,
-        "final_states": final.to(dtype=dtype),
-    } | mistake._replace(indices=mistake.indices.int())._asdict()
-    columns = {name: Column(tensor, targets.counts) for name, tensor in of_targets.items()}
     context, is_given = _context(states, here, inputs.get("input_ids"), targets, embedding, dtype)
-    columns |= context
+    columns = _at_targets(targets, final, mistake, dtype) | context
     held_back = None if is_given is None else columns.pop("embeddings")
     flags = {"is_finite": mistake.values.isfinite().all(-1)} | ({} if is_given is None else {"is_given": is_given})
     tensors = {name: column.tensor for name, column in columns.items()} | flags
@@ -230,6 +224,15 @@ def _at(positions: torch.Tensor, tensor: torch.Tensor, inputs: Mapping[str, Any]
     """Some flattened positions of the batch's T, the last ones of `tensor` `[B, T or more, ...]`."""
     length = inputs["labels"].shape[1]
     return tensor[:, -length:].flatten(0, 1)[to_device(positions, tensor.device)]
+
+
+def _at_targets(
+    targets: Targets, final: torch.Tensor, mistake: SparseDiscrepancy, dtype: torch.dtype | None
+) -> dict[str, Column]:
+    """What records hold of targets: the Pilot's last state `[M, d_P]` and ℓ."""
+    tensors = {"positions": targets.positions, "labels": targets.labels, "final_states": final.to(dtype=dtype)}
+    tensors |= mistake._replace(indices=mistake.indices.int())._asdict()
+    return {name: Column(tensor, targets.counts) for name, tensor in tensors.items()}
 
 
 def _context(
