@@ -56,7 +56,7 @@ def test_cost_of_the_vocabulary():
     rows = vocabulary.measure(rank=4, repetitions=1, work=cost.Work(4, 2, 1, 16))
     full, low, frozen, lent = rows
     assert full["ratio"] == 1 and all(row["step_s"] > 0 for row in rows)
-    assert full["trained_m"] > low["trained_m"] and full["trained_m"] > frozen["trained_m"] > lent["trained_m"]
+    assert full["trained_m"] > max(row["trained_m"] for row in (low, frozen, lent))
     assert frozen["file_mb"] > full["file_mb"] > lent["file_mb"] and full["memory_mb"] > frozen["memory_mb"]
 
 
