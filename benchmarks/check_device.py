@@ -2,10 +2,12 @@
 
     python -m benchmarks.check_device --device cuda
 
-Training: the Pilot's weights are those without a learner, bit for bit, and a run that is saved, loaded and goes on
-ends with the same Copilot as one that does not stop. Generation: f at every step is that of a teacher-forced pass on
-the text, in a padded batch, with greedy search, with beams and with a static cache; tokens of another run raise. Each
-line says what was compared, and the largest difference.
+Training, with the Copilot as it is and compiled, its draws in one batch and in two: the Pilot's weights are those
+without a learner, bit for bit. A run that is saved, loaded and goes on ends with the same Copilot as one that does not
+stop, and so does one that waits for every copy of its log. The losses of a compiled Copilot are those of another.
+Generation: f at every step is that of a teacher-forced pass on the text, in a padded batch, with greedy search, with
+beams and with a static cache; tokens of another run raise. Each line says what was compared, and the largest
+difference.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import Cache, LlamaConfig, LlamaForCausalLM
@@ -24,6 +27,7 @@ from transformers.utils import logging
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
 from hf_copilot.training.checkpoint import load_state, load_weights, save_state, save_weights
 from hf_copilot.training.teacher_forced import TeacherForced
+from hf_copilot.training.transfer import Transfer
 
 SHAPE = {"vocab_size": 500, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -34,7 +38,9 @@ DECODINGS = {
     "beams": {"num_beams": 3},
     "static cache": {"cache_implementation": "static", "disable_compile": True},
 }
+BACKENDS = (None, "inductor")
 TOLERANCE = 1e-3  # of f in float32: another order of sums
+TOLERANCE_OF_LOSS = 1e-2  # in nats, under autocast: other roundings to bf16
 
 
 def make_pilot(device: str, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -54,19 +60,21 @@ def make_batch(device: str, seed: int) -> dict[str, torch.Tensor]:
 
 def train(device: str, pilot: LlamaForCausalLM, learner: CopilotLearner | None, optimizer: Any, steps: range) -> None:
     for step in steps:
-        batch = make_batch(device, step)
-        with learner.observe(batch) if learner else nullcontext(), torch.autocast(device, torch.bfloat16):
-            loss = pilot(**batch).loss
-        loss.backward()
+        for batch in make_batch(device, 2 * step), make_batch(device, 2 * step + 1):
+            with learner.observe(batch) if learner else nullcontext(), torch.autocast(device, torch.bfloat16):
+                loss = pilot(**batch).loss
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if learner:
             learner.step()
 
 
-def make_learner(pilot: LlamaForCausalLM, memory: str) -> CopilotLearner:
+def make_learner(pilot: LlamaForCausalLM, memory: str, backend: str | None) -> CopilotLearner:
     copilot = copilot_for(pilot, CopilotConfig(memory=memory))
-    return CopilotLearner(copilot, pilot, STEPS, autocast_dtype=torch.bfloat16)
+    learner = CopilotLearner(copilot, pilot, STEPS, autocast_dtype=torch.bfloat16, compile_backend=backend)
+    learner.optimizer.room = 1  # of a draw from two micro-batches, no more than one's in a batch
+    return learner
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -74,31 +82,50 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 
 
 def check_training(device: str, memory: str) -> Iterator[tuple[str, float, float]]:
-    pilots, copilots = [], []
-    for run in ("alone", "beside", "stopped"):
+    losses = []
+    for backend in BACKENDS:
+        found = check_backend(device, memory, backend)
+        losses.append(next(found))
+        yield from ((f"{name}, {backend or 'eager'}", *figures) for name, *figures in found)
+    yield "the loss, compiled and not", abs(losses[0] - losses[1]), TOLERANCE_OF_LOSS
+
+
+def check_backend(device: str, memory: str, backend: str | None) -> Iterator[Any]:
+    """The loss of a whole run, and what is compared."""
+    pilots, copilots, losses = [], [], []
+    for run in ("alone", "beside", "stopped", "waiting"):
         pilot = make_pilot(device, torch.float32)
         optimizer = torch.optim.AdamW(pilot.parameters(), 1e-3)
-        learner = None if run == "alone" else make_learner(pilot, memory)
+        learner = None if run == "alone" else make_learner(pilot, memory, backend)
         stop = STEPS // 2 if run == "stopped" else STEPS
-        train(device, pilot, learner, optimizer, range(stop))
+        with copies_at_once() if run == "waiting" else nullcontext():
+            train(device, pilot, learner, optimizer, range(stop))
         if run == "stopped":
-            learner = gone_on(pilot, learner, memory)
+            learner = gone_on(pilot, learner, memory, backend)
             train(device, pilot, learner, optimizer, range(stop, STEPS))
         pilots.append(weights(pilot))
         if learner:
             learner.close()
             copilots.append(weights(learner.copilot))
+            losses.append(learner.pop_metrics()["copilot_loss"])
+    yield losses[0]
     yield "the Pilot with a learner and without", float((pilots[0] - pilots[1]).abs().max()), 0.0
     yield "the Copilot of a run that went on", float((copilots[0] - copilots[1]).abs().max()), 0.0
+    yield "the Copilot whose log was waited for", float((copilots[0] - copilots[2]).abs().max()), 0.0
 
 
-def gone_on(pilot: LlamaForCausalLM, learner: CopilotLearner, memory: str) -> CopilotLearner:
+def copies_at_once() -> AbstractContextManager:
+    """Inside the CPU waits for every copy of the log."""
+    return patch.object(Transfer, "send", staticmethod(lambda tensor, device: tensor.to(device)))
+
+
+def gone_on(pilot: LlamaForCausalLM, learner: CopilotLearner, memory: str, backend: str | None) -> CopilotLearner:
     """Another learner, of what one has saved."""
     with tempfile.TemporaryDirectory() as folder:
         save_weights(learner, folder)
         save_state(learner, Path(folder) / "state")
         learner.close()
-        fresh = make_learner(pilot, memory)
+        fresh = make_learner(pilot, memory, backend)
         load_weights(fresh, folder)
         load_state(fresh, Path(folder) / "state")
     return fresh

@@ -68,17 +68,20 @@ Batch = dict[str, torch.Tensor]
 
 class Copilot(NamedTuple):
     """One that is timed: its steps in a round, what it reads, and its size: two layers that are trained in full, as
-    `CopilotConfig()` has, or the paper's small decoder with LoRA."""
+    `CopilotConfig()` has, or the paper's small decoder with LoRA; and whether its blocks are compiled."""
 
     steps: int
     memory: str
     size: str = "default"
+    compiled: bool = False
 
 
 STEPS = CopilotArguments.copilot_steps_per_round
 PAPERS = Copilot(1, "pilot", "decoder")  # the paper takes one step
 DEFAULTS = tuple(Copilot(STEPS, memory) for memory in MEMORIES)
-COPILOTS = (PAPERS, *DEFAULTS, Copilot(STEPS, "tokens", "decoder"))
+COMPILED = tuple(copilot._replace(compiled=True) for copilot in (PAPERS, *DEFAULTS))
+QUICK = (PAPERS, COMPILED[0], DEFAULTS[0], COMPILED[1])
+COPILOTS = (PAPERS, *DEFAULTS, *COMPILED, Copilot(STEPS, "tokens", "decoder"))
 COPILOTS_OF_CPU = (Copilot(1, "pilot"), *DEFAULTS)
 
 
@@ -133,7 +136,8 @@ class TrainingArms:
         trained = [parameter for parameter in self.pilot.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
         self.learners = {copilot: self._learner(copilot) for copilot in copilots}
-        self.counts: dict[Copilot, dict[str, int]] = {}
+        self.counts: dict[Copilot, dict[str, int | None]] = {}
+        self.first: dict[Copilot, float] = {}  # seconds of the first step, which compiles
 
     def _learner(self, copilot: Copilot) -> CopilotLearner:
         adapter = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear") if copilot.size == "decoder" else None
@@ -143,6 +147,7 @@ class TrainingArms:
             num_training_steps=1000,
             steps_per_round=copilot.steps,
             autocast_dtype=torch.bfloat16 if self.device == "cuda" else None,
+            compile_backend="inductor" if copilot.compiled else None,
             peft_config=adapter,
         )
         learner.close()
@@ -169,10 +174,14 @@ class TrainingArms:
             self._update(batches, observe)
             with self.watch.time((copilot, "step")):
                 learner.step()
+        self.first.setdefault(copilot, self.watch.seconds[copilot, "all"][-1])
         learner.close()
 
     def count(self, copilot: Copilot, batches: list[Batch]) -> None:
-        """Operators and waits of one step in a round, untimed."""
+        """Operators and waits of one step in a round, untimed; what is compiled can't be counted."""
+        self.counts[copilot] = {"operators": None, "waits": None}
+        if copilot.compiled:
+            return
         learner = self.learners[copilot]
         self._update(batches, learner.observe)
         with Count() as count:
@@ -197,6 +206,7 @@ class TrainingArms:
         return {
             "memory": copilot.memory,
             "size": copilot.size,
+            "compiled": copilot.compiled,
             "labelled_share": work.labelled / work.length,
             "steps_per_round": copilot.steps,
             "pilot_s": pilot,
@@ -205,6 +215,7 @@ class TrainingArms:
             "share_log": work.accumulate * watch.median((copilot, "log")) / pilot,
             "share_forward_backward": (step - updates) / pilot,
             "share_optimizer": updates / pilot,
+            "first_s": self.first[copilot],
             **self.counts[copilot],
             "log_mb": self.learners[copilot].log.nbytes / 1e6,
         }
@@ -289,7 +300,8 @@ def main() -> None:
     trained, generating = (COPILOTS_OF_CPU, DEFAULTS) if shape == "cpu" else (COPILOTS, (PAPERS, *DEFAULTS))
     sizes = (1, 8)
     if arguments.quick:
-        reps, works, trained, generating, sizes = 3, works[:1], trained[:2], generating[:2], sizes[:1]
+        reps, works, generating, sizes = 3, works[:1], generating[:2], sizes[:1]
+        trained = trained[:2] if shape == "cpu" else QUICK
     training = [row for work in works for row in measure_training(shape, device, work, reps, trained)]
     generation = [
         row

@@ -1,7 +1,8 @@
 """Counts what a device would be asked for: operators dispatched, and calls that wait for it.
 
 On a GPU every operator is a launch, and every call that needs a value on the CPU waits for all launches before it.
-Both can be counted without one.
+Both can be counted without one; waits in training on a GPU that is pretended, where an event that is looked at before
+the first use of a copy is counted by itself.
 
     python -m benchmarks.counting
 
@@ -21,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from benchmarks.common import table
+from benchmarks.pretended import DEVICE, pretended_gpu
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, CopilotModel, copilot_for
 from hf_copilot.generation.follower import Follower
 
@@ -119,8 +121,8 @@ def documents(count: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-def training_round(memory: str, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Operators and waits of the learner's look at a forward, beyond the Pilot's own, and of one step."""
+def training_round(memory: str, count: int) -> tuple[int, int]:
+    """Operators of the learner's look at a forward, beyond the Pilot's own, and of one step."""
     pilot = small_pilot()
     learner = CopilotLearner(copilot_for(pilot, CopilotConfig(memory=memory)), pilot, 4, steps_per_round=1)
     for _ in range(2):
@@ -131,7 +133,29 @@ def training_round(memory: str, count: int) -> tuple[tuple[int, int], tuple[int,
             pilot(**inputs)
         with Count() as step:
             learner.step()
-    return (look.operators - alone.operators, look.waits - alone.waits), (step.operators, step.waits)
+    return look.operators - alone.operators, step.operators
+
+
+def waits_of_a_round(memory: str, count: int, is_frozen: bool = False) -> tuple[Counter, Counter, torch.Tensor]:
+    """Waits of the same look and step on a pretended GPU, by name, and the Copilot's weights after them. With a frozen
+    embedding the log leaves X̃ out, where a comparison on the device says that the tokens give it."""
+    torch.manual_seed(0)
+    batches = [documents(count) for _ in range(2)]
+    with pretended_gpu() as gpu:
+        pilot = small_pilot().to(DEVICE)
+        pilot.config.use_cache = False
+        pilot.get_input_embeddings().weight.requires_grad_(not is_frozen)
+        learner = CopilotLearner(copilot_for(pilot, CopilotConfig(memory=memory)), pilot, 4, steps_per_round=1)
+        for batch in batches:
+            inputs = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+            with gpu.counted() as alone:
+                pilot(**inputs)
+            with gpu.counted() as look, learner.observe(inputs):
+                pilot(**inputs)
+            with gpu.counted() as step:
+                learner.step()
+        weights = torch.cat([parameter.detach().cpu().flatten() for parameter in learner.copilot.parameters()])
+    return look - alone, step, weights
 
 
 def main() -> None:
@@ -139,7 +163,11 @@ def main() -> None:
     Follower.waits, rows = False, []  # as on an accelerator
     pilot = small_pilot().eval()
     for memory in ("tokens", "pilot"):
-        found = dict(zip(("look at a forward", "step"), training_round(memory, 16), strict=True))
+        operators, waits = training_round(memory, 16), waits_of_a_round(memory, 16)[:2]
+        found = {
+            name: (count, waited.total() - waited["event"])
+            for name, count, waited in zip(("look at a forward", "step"), operators, waits, strict=True)
+        }
         copilot = copilot_for(pilot, CopilotConfig(memory=memory))
         for name, how in HOW.items():
             alone, both = token(pilot, None, **how), token(pilot, copilot, **how)

@@ -17,7 +17,14 @@ from typing import Any
 from benchmarks.common import RESULTS, table_of_cells
 
 ROOT = RESULTS.parent.parent
-PAGES = ("README.md", "docs/results.md", "docs/experiments.md", "docs/method.md", "docs/mistakes.md")
+PAGES = (
+    "README.md",
+    "docs/results.md",
+    "docs/experiments.md",
+    "docs/method.md",
+    "docs/mistakes.md",
+    "docs/scaling.md",
+)
 BETWEEN = re.compile(r"(?<=<!-- table: )(\S+)( -->\n)(.*?)(?=<!-- end -->)", re.S)
 
 TASKS = {  # name: the metric that it is judged by, and how the pages call the two
@@ -226,6 +233,20 @@ class Experiment:
         return share(self.value(name, "nll", which) / self.value(self.runs[0][name]["beside"], "nll") - 1, "+")
 
 
+def vocabularies() -> str:
+    rows = [
+        [
+            row["vocabulary"],
+            f"{row['trained_m']:.1f}M",
+            f"{row['ratio']:.2f} ({row['ratio_least']:.2f} to {row['ratio_largest']:.2f})",
+            f"{row['memory_mb']:,.0f} MB",
+            f"{row['file_mb']:,.0f} MB",
+        ]
+        for row in read("vocabulary")["rows"]
+    ]
+    return table(("vocabulary matrices", "trained", "a step's time", "weights, gradients, moments", "file"), rows)
+
+
 def positions() -> str:
     names = {
         "no positions": "state Copilot, no positions",
@@ -346,6 +367,75 @@ def cleaned() -> str:
     return table(("test NLL per token", "trained on all rows", "without what is flagged", "gain"), rows)
 
 
+# ---- on paper ------------------------------------------------------------------------------------------------------
+
+
+def scaled_training() -> str:
+    rows = [
+        [
+            row["pilot"],
+            row["copilot"],
+            f"{row['pilot_step_s']:.2f} s",
+            *(f"{row[name]:.2f}" for name in ("training", "training_compiled")),
+            "" if row["training_paper"] is None else f"{row['training_paper']:.3f}",
+            f"{row['trained_gb']:.0f} GB",
+            f"{row['exchange_s']:.2f} s",
+        ]
+        for row in read("scaling")["overheads"]
+    ]
+    head = ("Pilot", "Copilot", "its step", "with the Copilot", "compiled", "the paper")
+    return table((*head, "weights, gradients, moments", "gradients between nodes"), rows)
+
+
+def scaled_generation() -> str:
+    rows = [
+        [
+            row["pilot"],
+            row["copilot"],
+            f"{row['pilot_token_ms']:.0f} ms",
+            *(f"{row[name]:.2f}" for name in ("generation", "generation_compiled")),
+            "" if row["generation_paper"] is None else f"{row['generation_paper']:.3f}",
+        ]
+        for row in read("scaling")["overheads"]
+    ]
+    return table(("Pilot", "Copilot", "its token", "with the Copilot", "compiled", "the paper"), rows)
+
+
+def scaled_documents() -> str:
+    rows = [
+        [
+            f"{row['length']:,}",
+            row["copilot"],
+            *(f"{row[name]:.2f}" for name in ("training_some_labelled", "training_all_labelled")),
+            f"{row['rounds_in_log']:.1f}",
+        ]
+        for row in read("scaling")["long_documents"]
+    ]
+    head = ("tokens of a document", "Copilot", "ten labelled", "all labelled", "rounds in the log")
+    return table(head, rows)
+
+
+def scaled_operators() -> str:
+    """At no layer, and for each."""
+    names = {"step": "a step", "look": "the look at a forward, by the Pilot's layers", "token": "a generated token"}
+    rows = [
+        [name if name != "pilot" else "the Pilot, a micro-batch for a step", names[part]]
+        + [f"{found['base']:.0f}", f"{found['slope']:.0f}"]
+        for name, parts in read("scaling")["operators"].items()
+        for part, found in parts.items()
+    ]
+    return table(("operators of", "in", "beside the layers", "each layer"), rows)
+
+
+def scaling_check() -> str:
+    found = read("scaling")["check"]
+    rows = [
+        ["a step", *(f"{found[f'step_s_{kind}']:.2f} s" for kind in ("predicted", "measured"))],
+        ["a generated token", *(f"{found[f'token_ms_{kind}']:.1f} ms" for kind in ("predicted", "measured"))],
+    ]
+    return table(("of the Copilot that was measured", "predicted", "measured"), rows)
+
+
 def spread(found: dict[str, Any], sign: str = "") -> str:
     """A mean and its standard error over seeds, if there are several."""
     error = found["standard_error"]
@@ -362,6 +452,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained": pretrained,
     "cost-training": cost_of_training,
     "cost-generation": cost_of_generation,
+    "vocabularies": vocabularies,
     "positions": positions,
     "width": width,
     "pilots": pilots,
@@ -370,6 +461,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "theorem": as_printed("theorem"),
     "ledger-rankings": rankings,
     "ledger-cleaned": cleaned,
+    "scaling-training": scaled_training,
+    "scaling-generation": scaled_generation,
+    "scaling-documents": scaled_documents,
+    "scaling-operators": scaled_operators,
+    "scaling-check": scaling_check,
 }
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 
 import pytest
 import torch
 from tiny import SHAPE
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import check_device, checkpoint, cost, parameters, theorem
+from benchmarks import check_device, checkpoint, cost, parameters, scaling, theorem, vocabulary
 from benchmarks.common import RESULTS, Stopwatch, table
 from benchmarks.equations import solves
 from hf_copilot import CopilotConfig
@@ -24,13 +27,14 @@ def tiny_shape(monkeypatch):
 
 def test_cost_of_training():
     copilots = [cost.Copilot(2, "tokens"), cost.Copilot(1, "pilot")]
+    assert {*cost.QUICK} <= {*cost.COPILOTS} and sum(copilot.compiled for copilot in cost.QUICK) == 2
     work = cost.Work(labelled=26, rows=2, accumulate=2)
     rows = cost.measure_training("cpu", "cpu", work, 2, copilots)
     assert [row["memory"] for row in rows] == ["tokens", "pilot"] and rows[0]["pilot_s"] == rows[1]["pilot_s"]
     for row in rows:
         assert row["pilot_and_copilot_s"] > row["share_optimizer"] > 0
         assert row["share_forward_backward"] > 0 and row["share_log"] > 0 and row["log_mb"] > 0
-        assert row["ratio_least"] <= row["ratio"] <= row["ratio_largest"]
+        assert row["ratio_least"] <= row["ratio"] <= row["ratio_largest"] and row["first_s"] > 0 < row["operators"]
 
 
 def test_cost_of_generation():
@@ -43,8 +47,17 @@ def test_cost_of_generation():
 @pytest.mark.parametrize("check", [check_device.check_training, check_device.check_generation])
 def test_what_is_checked_on_a_device_holds_here(check, monkeypatch):
     monkeypatch.setattr(Follower, "waits", False)
+    monkeypatch.setattr(check_device, "BACKENDS", (None, "eager"))
     found = list(check("cpu", "pilot"))
     assert len(found) >= 2 and all(difference <= bound for _, difference, bound in found)
+
+
+def test_cost_of_the_vocabulary():
+    rows = vocabulary.measure(rank=4, repetitions=1, work=cost.Work(4, 2, 1, 16))
+    full, low, frozen, lent = rows
+    assert full["ratio"] == 1 and all(row["step_s"] > 0 for row in rows)
+    assert full["trained_m"] > max(row["trained_m"] for row in (low, frozen, lent))
+    assert frozen["file_mb"] > full["file_mb"] > lent["file_mb"] and full["memory_mb"] > frozen["memory_mb"]
 
 
 def test_arms_take_turns():
@@ -129,3 +142,31 @@ def test_theorem_runs(monkeypatch, tmp_path):
     )
     theorem.main()
     assert (tmp_path / "theorem.png").is_file() and (tmp_path / "theorem.md").read_text().count("\n") == 3
+
+
+def test_operators_are_a_line_in_the_layers():
+    """Counted at two and four layers, right at six; they are the same in the file that the page is written from."""
+    kind = scaling.KINDS[1]
+    counted = scaling.lines(kind)["step"]
+    assert counted.slope > 50 and counted.at(6) == scaling.of_copilot(kind, 2, 6)[1]
+    kept = json.loads((RESULTS / "scaling.json").read_text())["operators"][kind.title]["step"]
+    assert kept["slope"] == pytest.approx(counted.slope, rel=0.2)
+
+
+@pytest.mark.parametrize("memory", ["tokens", "pilot"])
+def test_flops_of_a_step(memory, monkeypatch):
+    """By hand and as PyTorch counts them, but for a product in place that it does not know."""
+    shape = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 4, "head_dim": 16, "num_hidden_layers": 2}
+    pilot = scaling.LlamaForCausalLM(scaling.LlamaConfig(**shape, pad_token_id=0))
+    copilot = scaling.copilot_for(pilot, CopilotConfig(memory=memory, init="random"))
+    learner = scaling.CopilotLearner(copilot, pilot, 4, steps_per_round=1)
+    batch = cost.make_batch(500, rows=8, length=32, labelled=8, device="cpu")
+    with learner.observe(batch):
+        pilot(**batch)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        learner.step()
+    counted = counter.get_total_flops() + 2 * (8 * 8) * 500 * 64  # dL/dW of the head
+    assert scaling.copilot_flops(scaling.Kind("", False, memory, 1), shape, 8, 32, 8) == pytest.approx(
+        counted, rel=0.05
+    )

@@ -49,7 +49,7 @@ KINDS = {
 }
 
 
-def train(trainer_class, config_class, folder, data, **changes):
+def train(trainer_class, config_class, folder, data, resume_from=None, **changes):
     args = {"max_steps": 4, "logging_steps": 2, "learning_rate": 1e-2}
     args |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     trainer = trainer_class(
@@ -58,7 +58,7 @@ def train(trainer_class, config_class, folder, data, **changes):
         train_dataset=data,
         processing_class=tiny_tokenizer(),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from)
     return trainer
 
 

@@ -153,7 +153,7 @@ def test_the_log_holds_embeddings_only_where_ids_do_not_give_them(family, frozen
     pilot = tiny_pilot(family).eval()
     learner = CopilotLearner(trained_like(pilot, CopilotConfig(init="random", memory="pilot")), pilot, **FLOAT)
     expected = forward(learner, observe(learner, pilot, padded_batch()))
-    learner.round = []
+    learner.pending = []
     pilot.get_input_embeddings().requires_grad_(not frozen)
     records = observe(learner, pilot, padded_batch())
     assert all(len(r.embeddings) == (0 if frozen and family == "llama" else len(r.input_ids)) for r in records)
@@ -447,7 +447,7 @@ def test_the_log_survives_saving(pilot, tmp_path):
     log, loaded = MistakeLog(), MistakeLog()
     for _ in range(2):
         log.append(observe(learner, pilot, padded_batch()))
-        learner.round = []
+        learner.pending = []
     log.save(tmp_path / "log.safetensors")
     loaded.load(tmp_path / "log.safetensors")
     assert loaded.nbytes == log.nbytes and [len(r) for r in loaded.rounds] == [3, 3]

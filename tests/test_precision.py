@@ -8,8 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from test_checkpoint import make_trainer
-from test_data import train
-from test_learner import observe, padded_batch
+from test_learner import padded_batch
 from tiny import MEMORIES, QUIET, addition, assert_same, tiny_pilot, tiny_tokenizer, trained_like
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
@@ -144,43 +143,6 @@ def test_gradient_checkpointing_in_the_copilot(tmp_path, adapter, memory):
     assert all(layer.gradient_checkpointing is True for layer in checkpointed.learner.copilot.layers)
     states = plain.copilot.state_dict(), checkpointed.copilot.state_dict()
     assert all(torch.allclose(tensor, states[1][name], atol=1e-6) for name, tensor in states[0].items())
-
-
-def varied_batch(step: int) -> dict[str, torch.Tensor]:
-    """Another number of rows and positions at every step."""
-    rows, length = 2 + step % 4, 6 + step
-    ids = torch.arange(rows * length).view(rows, length) % 40 + 3
-    labels = ids.clone()
-    labels[:, : 2 + step % 3] = -100
-    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-
-
-@pytest.mark.parametrize("memory", MEMORIES)
-def test_a_compiled_copilot_is_the_same_and_stops_compiling(memory):
-    torch._dynamo.reset()
-    graphs, weights = [], []
-    for backend in (None, "eager"):
-        pilot = tiny_pilot()
-        copilot = trained_like(pilot, CopilotConfig(memory=memory))
-        learner = CopilotLearner(copilot, pilot, num_training_steps=12, compile_backend=backend)
-        counters.clear()
-        for step in range(12):
-            observe(learner, pilot, varied_batch(step))
-            learner.step(measure=True)
-            graphs.append(counters["stats"]["unique_graphs"])
-        weights.append(torch.cat([parameter.detach().flatten() for parameter in learner.copilot.parameters()]))
-    assert torch.allclose(*weights, atol=1e-6)
-    assert graphs[11] == 0 and graphs[12] > 0 and graphs[17] == graphs[-1]
-
-
-def test_the_trainer_compiles_the_copilot_on_request(tmp_path):
-    losses = []
-    for on in (False, True):
-        settings = {"copilot_torch_compile": on, "torch_compile": True, "torch_compile_backend": "eager"}
-        trainer = train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(32), **settings)
-        assert (trainer.learner.forced.compiled is trainer.learner.copilot) is not on
-        losses.append([entry["copilot_loss"] for entry in trainer.state.log_history if "copilot_loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("memory", MEMORIES)

@@ -34,6 +34,11 @@ class Span(NamedTuple):
         reads = places <= self.last[:, rows, None]  # [B, c, e]
         return reads if self.first is None else reads & (places >= self.first[:, rows, None])
 
+    @property
+    def is_small(self) -> bool:
+        """Whether the mask of all queries has at most `BLOCK_ENTRIES`."""
+        return self.places.numel() * self.last.shape[1] <= BLOCK_ENTRIES
+
     def blocks(self) -> list[slice]:
         """The queries in blocks whose masks have at most `BLOCK_ENTRIES`."""
         queries, size = self.last.shape[1], max(1, BLOCK_ENTRIES // max(1, self.places.numel()))
@@ -41,8 +46,8 @@ class Span(NamedTuple):
 
 
 def as_mask(reads: torch.Tensor | Span | None) -> torch.Tensor | Span | None:
-    """A span whose mask is one block, as that mask `[B, m, e]`: made once for all layers."""
-    return reads.mask() if isinstance(reads, Span) and len(reads.blocks()) == 1 else reads
+    """A span whose mask is small, as that mask `[B, m, e]`: made once for all layers."""
+    return reads.mask() if isinstance(reads, Span) and reads.is_small else reads
 
 
 def rotation(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:

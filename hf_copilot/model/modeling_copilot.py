@@ -8,6 +8,7 @@ memory that are not in the cache yet.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -241,6 +242,7 @@ class CopilotModel(CopilotPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         return_logits: bool = False,
         lent: Vocabulary | None = None,
+        decode: Callable[..., torch.Tensor] | None = None,
     ) -> CopilotOutput:
         """
         Args:
@@ -253,6 +255,7 @@ class CopilotModel(CopilotPreTrainedModel):
             inputs_embeds: `[B, m, d]` instead of what [`embed`] makes of the first three.
             return_logits: Also give f = W h, `[B, m, V]`.
             lent: The Pilot's E and W, for `vocab_projection="pilot"`.
+            decode: What [`decode`] was compiled to; None for itself.
 
         Raises:
             ValueError: If positions or the Pilot's matrices, which the config asks for, are missing.
@@ -260,13 +263,28 @@ class CopilotModel(CopilotPreTrainedModel):
         vocabulary, memory = self.vocabulary(lent), self.embed_memory(memory)  # [B, s, d]
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_indices, input_values, is_start, vocabulary.embedding)
-        hidden_states = inputs_embeds.to(self.norm.weight.dtype)  # [B, m, d]
+        inputs_embeds = inputs_embeds.to(self.norm.weight.dtype)  # [B, m, d]
+        reads = memory_mask, self_mask, positions, memory_positions
+        hidden_states = (decode or self.decode)(inputs_embeds, memory, *reads, cache)  # [B, m, e]
+        head = vocabulary.head  # [V, e]
+        return CopilotOutput(hidden_states, F.linear(hidden_states.to(head.dtype), head) if return_logits else None)
+
+    def decode(
+        self,
+        hidden_states: torch.Tensor,
+        memory: torch.Tensor,
+        memory_mask: torch.Tensor | Span,
+        self_mask: torch.Tensor | Span | None,
+        positions: torch.Tensor | None,
+        memory_positions: torch.Tensor | None,
+        cache: EncoderDecoderCache | None,
+    ) -> torch.Tensor:
+        """The blocks, from inputs `[B, m, d]` and memory `[B, s, d]` to `[B, m, e]`; the others as in [`forward`]."""
         rotations = self._rotations(positions, memory_positions)
         memory_mask, self_mask = as_mask(memory_mask), as_mask(self_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, memory, memory_mask, self_mask, cache, rotations)
-        hidden_states, head = self.output_proj(self.norm(hidden_states)), vocabulary.head  # [B, m, e], [V, e]
-        return CopilotOutput(hidden_states, F.linear(hidden_states.to(head.dtype), head) if return_logits else None)
+        return self.output_proj(self.norm(hidden_states))
 
     def _rotations(self, *positions: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
         if self.config.position_embedding != "rotary":

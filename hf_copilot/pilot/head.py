@@ -30,15 +30,20 @@ class PilotEmbedding:
         weight = self.pilot.get_input_embeddings().weight.detach()
         return F.embedding(input_ids.to(weight.device), weight)
 
-    def gives(self, embeddings: torch.Tensor, input_ids: torch.Tensor) -> bool:
+    def gives(self, embeddings: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor | None:
         """Whether these token ids will give exactly this X̃ from now on: nothing trains the matrix, and layer 0 is fed
         its rows as they are (no positions, scale or noise on top). Never where the Pilot is sharded: the matrix would
-        have to be gathered for every draw."""
+        have to be gathered for every draw. `[]` bool, which nothing has waited for; None where the answer is no
+        anyway."""
         module = self.pilot.get_input_embeddings()
         if not isinstance(module, nn.Embedding) or module.weight.requires_grad or is_sharded(self.pilot):
-            return False
+            return None
         own = self(input_ids)
-        return own.shape == embeddings.shape and torch.equal(own.to(embeddings.device), embeddings)
+        if own.shape != embeddings.shape:
+            return None
+        if own.device.type == "cpu":
+            return torch.tensor(torch.equal(own, embeddings.to(own.device)))
+        return (own.to(embeddings.device) == embeddings).all()
 
 
 class PilotHead:

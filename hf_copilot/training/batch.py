@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from ..model.memory import memory_of
 from ..model.modeling_copilot import rotary_positions
 from ..pilot.head import PilotEmbedding
 from .mistake_log import MistakeRecord
-from .ragged import Ragged
+from .ragged import Ragged, Shape, exact
+from .transfer import to_device
 
 ROOM = 2**13  # positions of one batch, whatever the Pilot's own have
 MIN_LENGTH_RATIO = 0.75  # of a full group's shortest document to its longest
@@ -75,14 +76,16 @@ class CopilotBatch:
         config: CopilotConfig,
         device: torch.device,
         dtype: torch.dtype,
+        shape: Callable[[int, int], Shape] = exact,
     ) -> CopilotBatch:
-        """Pad the records; queries of different runs do not see each other."""
+        """Pad the records; queries of different runs do not see each other. `shape` gives a padded size from documents
+        and the longest."""
         columns = {name: [getattr(record, name) for record in records] for name in OF_TARGETS}
         flat = {name: torch.cat(column) for name, column in columns.items()}  # [Q, ...]
-        targets = Ragged.of([len(record.labels) for record in records])
+        targets = Ragged.of([len(record.labels) for record in records], shape)
         on_device = {name: to_device(flat[name], device) for name in flat.keys() - {"positions"}}
         return cls(
-            inputs=_inputs(records, flat, targets, embedding, config, device, dtype),
+            inputs=_inputs(records, flat, targets, embedding, config, device, dtype, shape),
             queries=(to_device(targets.rows, device), to_device(targets.columns, device)),
             final_states=on_device["final_states"],
             labels=on_device["labels"],
@@ -100,15 +103,16 @@ def _inputs(
     config: CopilotConfig,
     device: torch.device,
     dtype: torch.dtype,
+    shape: Callable[[int, int], Shape],
 ) -> dict[str, Any]:
     memory = memory_of(config)
-    tokens = Ragged.of([len(record.input_ids) for record in records])
+    tokens = Ragged.of([len(record.input_ids) for record in records], shape)
     positions = to_device(targets.pad(flat["positions"], tokens.shape[1]), device)  # [B, m]; padding sees all
     is_start = to_device(targets.pad(flat["is_start"]), device)  # [B, m]
     own = torch.arange(is_start.shape[1], device=device).expand_as(is_start)  # [B, m]
     run_start = own.where(is_start, 0).cummax(1).values  # [B, m]
-    visible = to_device(tokens.pad(torch.ones_like(tokens.rows, dtype=torch.bool)), device)  # [B, n]
-    entries, encoder_visible = _entries(records, tokens, embedding, config, device, dtype)
+    visible = to_device(tokens.visible(), device)  # [B, n]
+    entries, encoder_visible = _entries(records, tokens, embedding, config, device, dtype, shape)
     return {
         "input_indices": to_device(targets.pad(flat["indices"].long()).roll(1, dims=1), device),  # [B, m, k + 1]
         "input_values": to_device(targets.pad(flat["values"]).roll(1, dims=1), device),  # of the target before
@@ -127,6 +131,7 @@ def _entries(
     config: CopilotConfig,
     device: torch.device,
     dtype: torch.dtype,
+    shape: Callable[[int, int], Shape],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The memory's entries, and which positions of an encoder are no padding, `[B, S]` bool, where there is one."""
     memory = memory_of(config)
@@ -139,18 +144,12 @@ def _entries(
         embeddings = embedding(ids).to(device, dtype)  # [B, n, d_P]
     else:
         logged = [known_embeddings(record, embedding).to(record.hidden_states) for record in records]
-        places = Ragged.of([len(part) for part in logged])
+        places = Ragged.of([len(part) for part in logged], shape)
         embeddings = to_device(places.pad(torch.cat(logged)), device).to(dtype)  # [B, n or S, d_P]
-        encoder_visible = to_device(places.pad(torch.ones_like(places.rows, dtype=torch.bool)), device)  # [B, S]
+        encoder_visible = to_device(places.visible(), device)  # [B, S]
     return memory.entries(ids, embeddings, hidden_states), encoder_visible
 
 
 def known_embeddings(record: MistakeRecord, embedding: PilotEmbedding) -> torch.Tensor:
     """X̃ of a record: as it was logged, or from the ids where these give it."""
     return record.embeddings if len(record.embeddings) else embedding(record.input_ids)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor there; the CPU does not wait for what is sent to a GPU."""
-    is_sent = device.type == "cuda" and tensor.device.type == "cpu"
-    return tensor.pin_memory().to(device, non_blocking=True) if is_sent else tensor.to(device)

@@ -36,7 +36,7 @@ from .metrics import (
 )
 from .mistake_log import MistakeLog, MistakeRecord
 from .optimizer import CopilotOptimizer, check_ranges
-from .records import random_start
+from .records import PendingRecords, random_start
 from .teacher_forced import TeacherForced
 
 NOTHING_OBSERVED = (
@@ -68,7 +68,7 @@ class CopilotLearner:
         steps_per_round: Optimizer steps of the Copilot in one round, each on documents of its own draw.
         seed: Of the draws from the log and of the Copilot's dropout.
         autocast_dtype: Runs the Copilot under autocast in this type; None for its own.
-        compile_backend: Compiles the Copilot's forward with this backend of `torch.compile`; None does not.
+        compile_backend: Compiles the Copilot's blocks with this backend of `torch.compile`; None does not.
         peft_config: Trains the Copilot with this adapter; its new modules are trained in full.
         ledger: Written of every round; see [`LedgerWriter`].
     """
@@ -100,12 +100,11 @@ class CopilotLearner:
         self.head, self.copilot = self.forced.head, copilot
         with isolated_rng(self.device, seed):
             self.peft_model = peft_config and add_adapter(copilot, peft_config, autocast_dtype)
-        self.warmup_steps = warmup_steps
+        self.warmup_steps, self.ledger = warmup_steps, ledger
         settings = {"lr_scheduler_type": lr_scheduler_type, "lr_scheduler_kwargs": lr_scheduler_kwargs or {}}
         settings |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
         self.make_optimizer = partial(CopilotOptimizer, copilot, **settings)
         self.log = log if log is not None else MistakeLog()
-        self.ledger = ledger
         self.row_ids: dict[str, Any] = {}  # of the next batch, where it does not hold them itself
         self.log_dtype, self.steps_per_round, self.seed = log_dtype, steps_per_round, seed
         self.optimizer: CopilotOptimizer | None = None  # from `start` on
@@ -123,12 +122,16 @@ class CopilotLearner:
     def device(self) -> torch.device:
         return self.forced.device
 
+    @property
+    def round(self) -> list[MistakeRecord]:
+        """The documents observed since the last step, waited for."""
+        return [record for pending in self.pending for record in pending.records]
+
     def _forget(self) -> None:
         """Begin with an empty log."""
         self.generator = torch.Generator().manual_seed(self.seed + process_index())
-        self.steps = 0
-        self.round: list[MistakeRecord] = []
-        self.has_observed = False  # whether the round has a forward, be it without a target
+        self.pending: list[PendingRecords] = []  # of the round's forwards
+        self.steps, self.has_observed = 0, False  # whether the round has a forward, be it without a target
         self.log.clear()
         self.max_positions = 1  # of the Pilot's largest micro-batch
         self.metrics = RunningMetrics(self.strengths, self.device)
@@ -169,9 +172,8 @@ class CopilotLearner:
         """
         with self.forced.watch(inputs):
             yield
-        self.has_observed = True
-        note = None if self.ledger is None else self.ledger.collect
-        self.round += self._records_to_log({**self.row_ids, **inputs}, note)
+        self.has_observed, note = True, None if self.ledger is None else self.ledger.collect
+        self.pending.append(self._begin_records({**self.row_ids, **inputs}, note))
         self.row_ids = {}
 
     @contextmanager
@@ -190,12 +192,12 @@ class CopilotLearner:
         [`eval_mode`], and the global random state is left as it was."""
         with isolated_rng(self.device), eval_mode(self.head.trained), self.forced.watch(inputs):
             forward()
-        return self._records_to_log(inputs)
+        return self._begin_records(inputs).records
 
-    def _records_to_log(self, inputs: Mapping[str, Any], note: Callable | None = None) -> list[MistakeRecord]:
+    def _begin_records(self, inputs: Mapping[str, Any], note: Callable | None = None) -> PendingRecords:
         self.max_positions = max(self.max_positions, self.forced.positions)
         with self.head.gathered():
-            return self.forced.records(inputs, self.log_dtype, "cpu", note)
+            return self.forced.begin_records(inputs, self.log_dtype, "cpu", note)
 
     # ---- learning --------------------------------------------------------------------------------------------------
 
@@ -220,13 +222,12 @@ class CopilotLearner:
             )
         if not self.has_observed:
             raise ValueError(NOTHING_OBSERVED)
-        records, self.round, self.has_observed = self.round, [], False
+        records, self.pending, self.has_observed = self.round, [], False
         has_encoder = self.copilot.config.pilot_is_encoder_decoder
         with self.head.gathered(), isolated_rng(self.device, self.seed + 1_000_003 * self.steps + process_index()):
             if records and measure:
                 self.metrics.add_round(self.forced, records, self.strengths, self.room)
-            if mistakes is None:
-                mistakes = records
+            mistakes = records if mistakes is None else mistakes
             if mistakes:
                 self.log.append(mistakes)
             for _ in range(self.steps_per_round):
@@ -283,8 +284,7 @@ class CopilotLearner:
         """The metrics since the last call, over all processes: means over targets, and in training the mean of the
         Copilot's loss."""
         metrics = self.metrics.pop(mode, self.device)
-        skipped_steps = self.skipped_steps if mode == "train" else 0
-        if skipped_steps:
+        if mode == "train" and (skipped_steps := self.skipped_steps):
             metrics["copilot_skipped_steps"] = skipped_steps
         if mode == "train" and self.log.capped:
             metrics["copilot_log_rounds"] = len(self.log.rounds)

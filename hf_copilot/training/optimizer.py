@@ -106,10 +106,12 @@ class CopilotOptimizer:
     def _backward(
         self, forced: TeacherForced, records: Sequence[MistakeRecord], total: int, max_positions: float
     ) -> torch.Tensor:
-        """This process's part of the loss, with its gradients. Where memory ran out NaN, and less room after."""
+        """This process's part of the loss, with its gradients. Where memory ran out NaN, and less room after; where
+        compiling failed the same without."""
         loss = torch.zeros((), device=forced.device)
         try:
             for batch in forced.batches(records, max_positions):
+                self._keep_gradients(forced)
                 with forced.autocast():
                     part = forced.loss(batch) / total
                 part.backward()
@@ -118,7 +120,18 @@ class CopilotOptimizer:
             loss.fill_(torch.nan)
             self.adamw.zero_grad()
             self.room //= 2
+        except Exception as error:
+            forced.give_up_compiling(error)
+            self.adamw.zero_grad()
+            return self._backward(forced, records, total, max_positions)
         return loss
+
+    def _keep_gradients(self, forced: TeacherForced) -> None:
+        """Copy those of the batches so far, which the next pass of a CUDA graph would write over."""
+        learnt = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        if learnt and forced.has_graphs:
+            for parameter in learnt:
+                parameter.grad = parameter.grad.clone()
 
     def _sum_gradients(self, loss: torch.Tensor) -> torch.Tensor:
         """Sum loss and gradients over the processes, one of which may have had no document; clip; the norm before."""

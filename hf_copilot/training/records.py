@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from ..pilot.inspect import is_encoder_decoder
 from ..pilot.tap import PilotStates
 from .mistake_log import MistakeRecord
 from .ragged import Ragged
+from .transfer import Transfer, to_device
 
 IGNORE = -100
 
@@ -143,82 +145,125 @@ class Column(NamedTuple):
     sizes: list[int]  # D
 
 
-def make_records(
+READ = ("input_ids", "labels", "shift_labels", "attention_mask", "position_ids")  # of a batch, on the CPU
+
+
+def send_inputs(inputs: Mapping[str, Any]) -> Transfer:
+    """Begin to copy to the CPU what [`begin_records`] reads of a batch there."""
+    read = {name: inputs.get(name) for name in READ}
+    return Transfer({name: tensor for name, tensor in read.items() if isinstance(tensor, torch.Tensor)})
+
+
+@dataclass
+class PendingRecords:
+    """The records of one forward, whose tensors may be on their way to where they are kept."""
+
+    transfer: Transfer  # of the fields, of `is_finite` [M] and, where X̃ is held back, `is_given` [] bool
+    sizes: dict[str, list[int]]  # of every field, how much of it is each document's
+    counts: list[int]  # D, targets
+    held_back: Column | None  # X̃, which is in the records only if the ids do not give it
+
+    @cached_property
+    def records(self) -> list[MistakeRecord]:
+        """One for every document whose forward is finite; they are waited for."""
+        if not self.counts:
+            return []
+        fields = dict(self.transfer.arrived())
+        bad = set(Ragged.of(self.counts).rows[~fields.pop("is_finite").cpu()].tolist())
+        if self.held_back is not None:
+            is_given, (tensor, sizes), device = fields.pop("is_given"), self.held_back, fields["labels"].device
+            none = tensor.new_empty(0, tensor.shape[-1], device=device)
+            fields["embeddings"] = none if is_given else tensor.to(device)
+            self.sizes["embeddings"] = [0] * len(sizes) if is_given else sizes
+        parts = [tensor.split(self.sizes[name]) for name, tensor in fields.items()]
+        rows = (row for i, row in enumerate(zip(*parts, strict=True)) if i not in bad)
+        return [MistakeRecord(**dict(zip(fields, row, strict=True))) for row in rows]
+
+
+def begin_records(
     states: PilotStates,
     inputs: Mapping[str, Any],
+    sent: Transfer,
     head: PilotHead,
     embedding: PilotEmbedding,
     top_k: int,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     note: Callable[[Targets, SparseDiscrepancy, Mapping[str, Any]], None] | None = None,
-) -> list[MistakeRecord]:
-    """One record for every document of a forward that has a target and a finite forward.
+) -> PendingRecords:
+    """Begin the records of a forward's documents that have a target: nothing waits for the Pilot's device, but for an
+    encoder's mask.
 
     Args:
         states: What the tap read; positions of virtual tokens (prompt tuning) are left out.
         inputs: The batch: `input_ids`, `labels` `[B, T]` (−100 where there is none), masks.
+        sent: From [`send_inputs`], before the forward.
         head, embedding: The Pilot's, for ℓ, and to leave X̃ out of the records where the ids give it.
         top_k: Entries of p̂ kept in ℓ.
         dtype, device: Of the hidden states and of all tensors in the records; None keeps the Pilot's.
         note: Told of the targets and their ℓ, before these are copied to `device`.
     """
-    targets = find_targets(inputs, is_encoder_decoder(head.pilot))
+    here = {**inputs, **sent.arrived()}
+    targets = find_targets(here, is_encoder_decoder(head.pilot))
     if targets is None:
-        return []
-    final = _at(targets.where, states.last_hidden_state, inputs)  # [M, d_P]
-    mistake = discrepancy(head, final, targets.labels.to(final.device), top_k)
+        return PendingRecords(Transfer({}), {}, [], None)
+    final = _at(targets.where, states.last_hidden_state, here)  # [M, d_P]
+    mistake = discrepancy(head, final, to_device(targets.labels, final.device), top_k)
     if note is not None:
         note(targets, mistake, inputs)
-    counts = targets.counts
-    of_targets = {
-        "positions": targets.positions,
-        "labels": targets.labels,
-        "final_states": final.to(dtype=dtype),
-    } | mistake._replace(indices=mistake.indices.int())._asdict()
-    columns = {name: Column(tensor, counts) for name, tensor in of_targets.items()}
-    columns |= _context(states, inputs, targets, embedding, dtype)
-    parts = [column.tensor.to(device or final.device).split(column.sizes) for column in columns.values()]
-    is_bad = ~mistake.values.isfinite().all(-1).cpu()  # [M]
-    bad = set(Ragged.of(counts).rows[is_bad].tolist())
-    rows = (row for i, row in enumerate(zip(*parts, strict=True)) if i not in bad)
-    return [MistakeRecord(**dict(zip(columns, row, strict=True))) for row in rows]
+    context, is_given = _context(states, here, inputs.get("input_ids"), targets, embedding, dtype)
+    columns = _at_targets(targets, final, mistake, dtype) | context
+    held_back = None if is_given is None else columns.pop("embeddings")
+    flags = {"is_finite": mistake.values.isfinite().all(-1)} | ({} if is_given is None else {"is_given": is_given})
+    tensors = {name: column.tensor for name, column in columns.items()} | flags
+    sizes = {name: column.sizes for name, column in columns.items()}
+    return PendingRecords(Transfer(tensors, device or final.device), sizes, targets.counts, held_back)
 
 
 def _at(positions: torch.Tensor, tensor: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
     """Some flattened positions of the batch's T, the last ones of `tensor` `[B, T or more, ...]`."""
     length = inputs["labels"].shape[1]
-    return tensor[:, -length:].flatten(0, 1)[positions.to(tensor.device)]
+    return tensor[:, -length:].flatten(0, 1)[to_device(positions, tensor.device)]
+
+
+def _at_targets(
+    targets: Targets, final: torch.Tensor, mistake: SparseDiscrepancy, dtype: torch.dtype | None
+) -> dict[str, Column]:
+    """What records hold of targets: the Pilot's last state `[M, d_P]` and ℓ."""
+    tensors = {"positions": targets.positions, "labels": targets.labels, "final_states": final.to(dtype=dtype)}
+    tensors |= mistake._replace(indices=mistake.indices.int())._asdict()
+    return {name: Column(tensor, targets.counts) for name, tensor in tensors.items()}
 
 
 def _context(
     states: PilotStates,
     inputs: Mapping[str, Any],
+    input_ids: torch.Tensor,
     targets: Targets,
     embedding: PilotEmbedding,
     dtype: torch.dtype | None,
-) -> dict[str, Column]:
-    """What records hold of all positions and not of targets alone: ids, X̃ and h."""
-    where, sizes = targets.context, targets.lengths  # [N], D
+) -> tuple[dict[str, Column], torch.Tensor | None]:
+    """What records hold of all positions and not of targets alone: ids, X̃ and h; and whether the ids, as the batch
+    has them where the Pilot is, give this X̃, see [`PilotEmbedding.gives`]."""
+    where, sizes, is_given = targets.context, targets.lengths, None  # [N], D
     none = Column(states.last_hidden_state.new_empty(0, states.last_hidden_state.shape[-1]), [0] * len(sizes))
 
     def column(tensor: torch.Tensor | None) -> Column:
         return none if tensor is None else Column(_at(where, tensor, inputs), sizes)  # [N, d_P]
 
     if states.encoder_length is not None:
-        input_ids = _at(where, _decoder_ids(states), inputs)  # [N]
-        embeddings = encoder_outputs(states, targets.rows)
+        read, embeddings = _at(where, _decoder_ids(states), inputs), encoder_outputs(states, targets.rows)
     else:
-        input_ids = inputs["input_ids"].cpu().flatten()[where]  # [N]
-        embeddings = column(states.embeddings)
-        if len(embeddings.tensor) and embedding.gives(embeddings.tensor, input_ids):
-            embeddings = none
+        read, embeddings = inputs["input_ids"].flatten()[where], column(states.embeddings)  # [N], [N, d_P]
+        if states.embeddings is not None:
+            is_given = embedding.gives(embeddings.tensor, _at(where, input_ids, inputs))
     hidden_states = column(states.hidden_states)
-    return {
-        "input_ids": Column(input_ids, sizes),
+    columns = {
+        "input_ids": Column(read, sizes),
         "embeddings": Column(embeddings.tensor.to(dtype=dtype), embeddings.sizes),
         "hidden_states": Column(hidden_states.tensor.to(dtype=dtype), hidden_states.sizes),
     }
+    return columns, is_given
 
 
 def _decoder_ids(states: PilotStates) -> torch.Tensor:

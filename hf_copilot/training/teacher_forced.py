@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..model.compiled import CompiledDecode
 from ..model.configuration_copilot import check_strength
 from ..model.discrepancy import cross_entropy_loss, fuse, rmse_loss, row_chunks
 from ..model.modeling_copilot import CopilotModel, CopilotOutput, Vocabulary
@@ -25,8 +26,8 @@ from ..pilot.tap import PilotStates, PilotTap
 from ..pilot.vocabulary import lent_vocabulary
 from .batch import CopilotBatch, full_positions, group_by_length
 from .mistake_log import MistakeRecord
-from .ragged import Ragged
-from .records import IGNORE, make_records
+from .ragged import Ragged, exact, powers_of_two
+from .records import IGNORE, PendingRecords, begin_records, send_inputs
 
 
 class TeacherForced:
@@ -43,7 +44,7 @@ class TeacherForced:
         copilot: Moved to the device of the Pilot's head.
         pilot: Wrapped or not; it is only read.
         autocast_dtype: Runs the Copilot under autocast in this type; None for its own.
-        compile_backend: Compiles the Copilot's forward with this backend of `torch.compile`; None does not.
+        compile_backend: Compiles the Copilot's blocks with this backend of `torch.compile`; None does not.
 
     Raises:
         ValueError, NotImplementedError: If the two do not fit; see [`check_teacher_forced`].
@@ -60,7 +61,7 @@ class TeacherForced:
         self.head, self.embedding = PilotHead(pilot), PilotEmbedding(pilot)
         self.device = self.head.device
         self.copilot, self.autocast_dtype = copilot.to(self.device), autocast_dtype
-        self.compiled = torch.compile(copilot, backend=compile_backend, dynamic=True) if compile_backend else copilot
+        self.compiled = CompiledDecode(copilot, compile_backend) if compile_backend else None
         self._listening, self._caught = False, None
         self.tap = PilotTap(pilot, copilot.config, self._catch, self._listens)
 
@@ -92,6 +93,7 @@ class TeacherForced:
         if inputs.get("labels") is None:
             raise ValueError("The Mistake Log needs the `labels` of the batch that the Pilot is given.")
         self.tap.open()
+        self._sent = send_inputs(inputs)  # while the device still does what came before
         self._caught, self._listening = None, True
         try:
             yield
@@ -112,12 +114,17 @@ class TeacherForced:
         """Those of the forward that [`watch`] has read, padding included."""
         return self._caught.positions
 
-    def records(self, inputs: Mapping[str, Any], *options: Any) -> list[MistakeRecord]:
-        """The records of the forward that [`watch`] has read; `options` are the last ones of [`make_records`]. Of a
-        sharded Pilot inside `head.gathered()`."""
+    def begin_records(self, inputs: Mapping[str, Any], *options: Any) -> PendingRecords:
+        """[`begin_records`] of the forward that [`watch`] has read, with its last arguments. Of a sharded Pilot inside
+        `head.gathered()`."""
         states, self._caught = self._caught, None
+        of_pilot = self.head, self.embedding, self.copilot.config.top_k
         with self.autocast():
-            return make_records(states, inputs, self.head, self.embedding, self.copilot.config.top_k, *options)
+            return begin_records(states, inputs, self._sent, *of_pilot, *options)
+
+    def records(self, inputs: Mapping[str, Any]) -> list[MistakeRecord]:
+        """Likewise, on the Pilot's device and done."""
+        return self.begin_records(inputs).records
 
     def read(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
         """The records of one forward."""
@@ -137,7 +144,8 @@ class TeacherForced:
     def collate(self, records: Sequence[MistakeRecord]) -> CopilotBatch:
         """All records in one batch, in their order."""
         dtype = self.copilot.norm.weight.dtype
-        return CopilotBatch.collate(records, self.embedding, self.copilot.config, self.device, dtype)
+        shape = powers_of_two if self.has_graphs else exact
+        return CopilotBatch.collate(records, self.embedding, self.copilot.config, self.device, dtype, shape)
 
     @property
     def lent(self) -> Vocabulary | None:
@@ -158,7 +166,18 @@ class TeacherForced:
 
     def run(self, **inputs: Any) -> CopilotOutput:
         """[`CopilotModel.forward`], compiled or not."""
-        return self.compiled(**inputs)
+        return self.copilot(**inputs, decode=self.compiled)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether CUDA graphs are recorded; see [`CompiledDecode`]."""
+        return self.compiled is not None and self.compiled.has_graphs
+
+    def give_up_compiling(self, error: Exception) -> None:
+        """After an error in the backward pass; raises it where nothing was compiled."""
+        if self.compiled is None:
+            raise error
+        self.compiled.give_up(error)
 
     def loss(self, batch: CopilotBatch) -> torch.Tensor:
         """The objective, summed: over positions (cross-entropy) or over sequences (RMSE, Eq. 7)."""

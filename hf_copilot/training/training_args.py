@@ -41,7 +41,9 @@ class CopilotArguments:
         copilot_log_max_bytes (`int`, defaults to 1 GiB): Bound on the log in CPU memory.
         copilot_log_dtype (`str`, defaults to `"bfloat16"`): Type of the hidden states in the log.
         copilot_gradient_checkpointing (`bool`, defaults to `False`): Recompute its activations in the backward pass.
-        copilot_torch_compile (`bool`, defaults to `False`): Compile it, with the Pilot's `torch_compile_backend`.
+        copilot_torch_compile (`bool`, defaults to `False`): Compile its blocks, with the Pilot's
+            `torch_compile_backend` (inductor, which makes CUDA graphs of them). The first steps take far longer. Where
+            it fails, training goes on without and says so.
         copilot_save_mistake_log (`bool`, defaults to `True`): Save the log in checkpoints. Without it the Pilot still
             resumes exactly, the Copilot with an empty log. It may be large, and holds token ids of the training data.
         copilot_mistake_ledger (`bool`, defaults to `True`): Write a ledger of the run into `output_dir`, 12 bytes for
@@ -96,7 +98,7 @@ class CopilotArguments:
         default=False, metadata={"help": "Recompute the Copilot's activations in the backward pass."}
     )
     copilot_torch_compile: bool = field(
-        default=False, metadata={"help": "Compile the Copilot, with the Pilot's torch_compile_backend."}
+        default=False, metadata={"help": "Compile the Copilot's blocks, with the Pilot's torch_compile_backend."}
     )
     copilot_save_mistake_log: bool = field(
         default=True,
