@@ -22,15 +22,15 @@ from .paged_cache import PagedCache
 from .requests import Mistake, Request, Turn
 
 LOST = (
-    "A request came back to the batch, and the discrepancies of its tokens, which this Copilot reads, are gone. Train a "
-    "Copilot with CopilotConfig(copilot_input='token'), which reads none."
+    "A request came back to the batch, and the discrepancies of its tokens, which this Copilot reads, are gone. Train "
+    "one with CopilotConfig(copilot_input='token'), which reads none."
 )
 
 Read = Callable[[Sequence[Request], Sequence[int], int], torch.Tensor]
 
 
 class Caches(NamedTuple):
-    """What a `CopilotModel` takes for an `EncoderDecoderCache`: the requests' own keys and values, and the memory's."""
+    """What a `CopilotModel` takes for an `EncoderDecoderCache`: its own keys and values, and those of the memory."""
 
     self_attention_cache: PagedCache
     cross_attention_cache: PagedCache
@@ -122,7 +122,7 @@ class BatchRectifier:
         return {"input_indices": indices, "input_values": values, "is_start": is_start}
 
     def _learn_mistakes(self, turns: Sequence[Turn], ids: torch.Tensor) -> None:
-        """ℓ of the newest tokens `[R]`, where it is not known: the Pilot's logits for them are those of the last turn."""
+        """ℓ of the newest tokens `[R]`, where it is not known, by the Pilot's logits of the last turn."""
         missing = []
         for i, turn in enumerate(turns):
             request, generated = turn.request, turn.length - turn.request.prompt_length

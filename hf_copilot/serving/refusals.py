@@ -109,10 +109,11 @@ def _check_discrepancies_stay(config: CopilotConfig, vllm_config: VllmConfig, se
             "vLLM's second model runner shows a processor logits after penalties, and not which request came back "
             f"after preemption, {way_out}, or start the engine with VLLM_USE_V2_MODEL_RUNNER=0."
         )
-    if vllm_config.scheduler_config.policy != "fcfs":
+    policy = vllm_config.scheduler_config.policy
+    if policy != "fcfs":
         raise NotImplementedError(
-            f"With scheduling_policy={vllm_config.scheduler_config.policy!r} a request that is pushed out may come back "
-            f"after any number of others, {way_out}, or leave the policy at 'fcfs'."
+            f"With scheduling_policy={policy!r} a request that is pushed out may come back after any number of others, "
+            f"{way_out}, or leave the policy at 'fcfs'."
         )
     if vllm_config.lora_config is not None or vllm_config.kv_transfer_config is not None:
         raise NotImplementedError(
