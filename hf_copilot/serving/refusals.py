@@ -112,8 +112,8 @@ def _check_discrepancies_stay(config: CopilotConfig, vllm_config: VllmConfig, se
     policy = vllm_config.scheduler_config.policy
     if policy != "fcfs":
         raise NotImplementedError(
-            f"With scheduling_policy={policy!r} a request that is pushed out may come back after any number of others, "
-            f"{way_out}, or leave the policy at 'fcfs'."
+            f"With scheduling_policy={policy!r} a request that is pushed out may come back after any number of "
+            f"others, {way_out}, or leave the policy at 'fcfs'."
         )
     if vllm_config.lora_config is not None or vllm_config.kv_transfer_config is not None:
         raise NotImplementedError(

@@ -33,9 +33,9 @@ class CopilotProcessor(LogitsProcessor, SlotLogitsProcessor):
     """Rectifies the Pilot's logits for every request (Eq. 8, or its form in logit space).
 
     The Copilot is the one in `copilot/` beside the Pilot's weights, where the trainers save it, or the folder or Hub
-    id in `additional_config={"copilot": ...}`. λ is the one in its config, or that in
-    `additional_config={"copilot_strength": 0.5}`; of a request, `SamplingParams(extra_args={"copilot_strength": 0.5})`.
-    0 leaves its logits untouched.
+    id in `additional_config={"copilot": ...}`. λ is the one in its config, or `"copilot_strength"` in
+    `additional_config`; of a request, the one in `SamplingParams(extra_args={"copilot_strength": 0.5})`. 0 leaves its
+    logits untouched.
 
     Raises:
         NotImplementedError: When the engine starts, for what can't be served rightly (serving/refusals.py).
