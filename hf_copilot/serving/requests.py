@@ -100,11 +100,12 @@ class Slots:
         if not self.kept:
             return
         known = request.prompt_length + len(request.mistakes)
-        if len(request.source) > known:  # a token was drawn from these logits
+        if len(request.source) == known:
+            request.logits = None  # no token was drawn from them: of a prompt that was not read to its end
+        if request.logits is not None:
             request.logits = request.logits.clone()  # a row of a batch, which can go
-        else:
-            request.logits = None  # they were of a prompt that was not read to its end
-        self.left = [*self.left, (request.source.read(0, known), request)][-self.kept :]
+        if request.mistakes or request.logits is not None:
+            self.left = [*self.left, (request.source.read(0, known), request)][-self.kept :]
 
     def _come_back(self, request: Request) -> None:
         """Give a request what is kept of it, if it was here before."""
