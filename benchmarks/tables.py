@@ -17,14 +17,7 @@ from typing import Any
 from benchmarks.common import RESULTS, table_of_cells
 
 ROOT = RESULTS.parent.parent
-PAGES = (
-    "README.md",
-    "docs/results.md",
-    "docs/experiments.md",
-    "docs/method.md",
-    "docs/mistakes.md",
-    "docs/scaling.md",
-)
+PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md")))
 BETWEEN = re.compile(r"(?<=<!-- table: )(\S+)( -->\n)(.*?)(?=<!-- end -->)", re.S)
 
 TASKS = {  # name: the metric that it is judged by, and how the pages call the two
@@ -304,6 +297,14 @@ def mistakes() -> str:
     return table(("the Copilot learns from", "NLL, λ = 1", "λ chosen", "right tokens, λ = 1 (its Pilot alone)"), rows)
 
 
+def fed() -> str:
+    """What a Copilot is fed, as far as it was measured: state Copilots without positions."""
+    names = {"ours": "`both`, the default", "input token": "`token`", "input ℓ": "`discrepancy`, the paper's"}
+    sums, text = (Experiment("learning", task) for task in ("arithmetic", "text"))
+    rows = [[title, sums.change(name), sums.right(name), text.change(name)] for name, title in names.items()]
+    return table(("`copilot_input`", "`arithmetic`, NLL", "answers right", "`text`, NLL"), rows)
+
+
 def defaults() -> str:
     """Where the defaults leave the paper: NLL against the Pilot's in arithmetic and in text, with each of the two."""
     places = [Experiment("positions", task) for task in ("arithmetic", "text")]
@@ -458,6 +459,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pilots": pilots,
     "mistakes": mistakes,
     "defaults": defaults,
+    "fed": fed,
     "theorem": as_printed("theorem"),
     "ledger-rankings": rankings,
     "ledger-cleaned": cleaned,

@@ -1,8 +1,8 @@
 """Transformer Copilot (arXiv 2505.16270) for the Hugging Face stack.
 
-Wings of which each imports only from those before it: `model`, `pilot`, `generation`, `training`, `ledger`,
+Wings of which each imports only from those before it: `model`, `pilot`, `generation`, `serving`, `training`, `ledger`,
 `evaluation`, `cli`. From the fourth on they are loaded on first use: who only generates with a Copilot imports neither
-trl nor datasets.
+vllm, trl nor datasets.
 """
 
 from importlib import import_module

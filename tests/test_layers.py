@@ -19,6 +19,7 @@ WINGS = (
     "model",
     "pilot",
     "generation",
+    "serving",
     "training",
     "ledger",
     "lm_eval",

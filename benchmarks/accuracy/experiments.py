@@ -4,11 +4,11 @@
     python -m benchmarks.accuracy.experiments learning arithmetic text --data DIR --seeds 1
     python -m benchmarks.accuracy.experiments paper arithmetic mawps --data DIR --seeds 3
 
-Groups, defined in groups.py: `positions` (with rotary positions and without, and the memory that is read), `learning`
-(one change at a time to a state Copilot without positions), `mistakes` (whose errors it learns from), `paper` (the
-paper's Tables 16 to 20), `pilots` (beside a Pilot that is trained longer and beside a wider one, and a token Copilot
-moved to them), `width` (a Copilot of a quarter of its Pilot's width), `feedback` (RMSE that is fed its own
-predictions).
+Groups, defined in groups.py: `positions` (with rotary positions and without, and the memory that is read), `input`
+(what a token Copilot is fed: the token with its discrepancy, or the token alone), `learning` (one change at a time to
+a state Copilot without positions), `mistakes` (whose errors it learns from), `paper` (the paper's Tables 16 to 20),
+`pilots` (beside a Pilot that is trained longer and beside a wider one, and a token Copilot moved to them), `width` (a
+Copilot of a quarter of its Pilot's width), `feedback` (RMSE that is fed its own predictions).
 
 Everything is measured teacher-forced on the validation rows; λ is chosen on their first half and measured on the
 second. Writes benchmarks/results/accuracy/experiments_<group>_<task>.{json,md}.

@@ -100,6 +100,7 @@ POSITIONS = Group(
         "tokens alone, rotary positions": state_copilot(TOKENS | ROTARY),
     }
 )
+FED = Group({"both": Variant(), "token": Variant({"copilot_input": "token"})})  # token Copilots, as they are served
 NARROW = ROTARY | {"init": "random", "hidden_size": 32, "num_attention_heads": 2}
 WIDTH = Group(
     {
@@ -232,6 +233,7 @@ ABLATIONS = Group(  # Tables 18 to 20; 16 is `latest_checkpoint`, and 17 is what
 GROUPS = {
     "learning": LEARNING,
     "positions": POSITIONS,
+    "input": FED,
     "mistakes": MISTAKES,
     "paper": ABLATIONS,
     "pilots": PILOTS,

@@ -111,21 +111,27 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
     """
     base = unwrap(pilot)
     check_kind(base)
-    _check_vocabulary(copilot.config, base, tokenizer)
+    check_vocabulary(copilot.config, PilotHead(base).vocab_size, tokenizer)
+    if copilot.config.vocab_projection == "pilot":
+        lent_vocabulary(base, torch.device("meta"))  # raises where it can't
     _check_states(copilot.config, base)
-    model_type = base.config.get_text_config().model_type
-    if copilot.config.pilot_model_type not in (None, model_type):
+    check_architecture(copilot.config, base.config.get_text_config().model_type)
+
+
+def check_architecture(config: CopilotConfig, model_type: str) -> None:
+    """Warn if a Pilot is of another architecture than the one that the Copilot was trained beside."""
+    if config.pilot_model_type not in (None, model_type):
         warnings.warn(
-            f"The Copilot was trained beside a {copilot.config.pilot_model_type!r} and the Pilot is a "
+            f"The Copilot was trained beside a {config.pilot_model_type!r} and the Pilot is a "
             f"{model_type!r}: measure whether it still helps before you rely on it.",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
-def _check_vocabulary(
-    config: CopilotConfig, base: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
-) -> None:
-    rows, known = PilotHead(base).vocab_size, config.tokenizer_fingerprint
+def check_vocabulary(config: CopilotConfig, rows: int, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raise a `ValueError` if a Pilot with this many rows of logits, and this tokenizer, gives other ids to tokens
+    than the Copilot's, or if nobody can tell; warn if the tokenizer can't be compared."""
+    known = config.tokenizer_fingerprint
     same_tokens = tokenizer is not None and known is not None and same_vocabulary(tokenizer, known)
     if tokenizer is not None and known is not None and not same_tokens:
         raise ValueError(
@@ -142,8 +148,6 @@ def _check_vocabulary(
         )
     if tokenizer is not None and known is None:
         warnings.warn(f"Whether this is the Copilot's tokenizer can't be told: {NO_FINGERPRINT}.", stacklevel=3)
-    if config.vocab_projection == "pilot":
-        lent_vocabulary(base, torch.device("meta"))  # raises where it can't
 
 
 def _check_states(config: CopilotConfig, base: nn.Module) -> None:
