@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from jinja2 import TemplateError
 from transformers.utils import logging
 
 from ..version import __version__
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _, module, function = COMMANDS[argv[0]]
     try:
         getattr(import_module(f"hf_copilot.cli.{module}"), function)(argv[1:])
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError, TemplateError) as error:  # the last of a chat template
         logger.debug("What led to it:", exc_info=True)  # TRANSFORMERS_VERBOSITY=debug
         sys.stderr.write(f"hf-copilot {argv[0]}: {' '.join(str(error).split())}{WHERE}\n")
         return 1

@@ -15,7 +15,8 @@ from ..evaluation.tasks import compare_on_tasks
 from ..model.configuration_copilot import check_strength
 from ..training.report import show
 from ..version import __version__
-from .data import read_file, to_prompt_completion
+from .chats import check_template, to_answers
+from .data import read_file, to_rows
 from .pair import PairArguments, load_pair
 from .parser import Parser
 from .recipe import AnswerArguments
@@ -67,6 +68,7 @@ def evaluate(argv: Sequence[str]) -> None:
     strength = check_strength(copilot.config.strength if arguments.strength is None else arguments.strength)
     found = {}
     if rows is not None:
+        check_template(rows, tokenizer, copilot.config.pilot_is_encoder_decoder)
         both = (pilot, copilot, tokenizer, rows, strength)
         answered = rows[: arguments.generate_rows]
         found[f"{len(rows)} rows of {Path(arguments.data).name}, λ = {strength:g}"] = [
@@ -85,12 +87,11 @@ def evaluate(argv: Sequence[str]) -> None:
         write(arguments, strength, found)
 
 
-def named_rows(arguments: EvalArguments) -> list[dict[str, str]]:
-    rows = to_prompt_completion(read_file(arguments.data), arguments.prompt, arguments.completion)
-    return list(rows)[: arguments.limit]
+def named_rows(arguments: EvalArguments) -> list[dict[str, Any]]:
+    return to_answers(to_rows(read_file(arguments.data), arguments.prompt, arguments.completion))[: arguments.limit]
 
 
-def answers_to(answered: list[dict[str, str]], both: tuple, arguments: EvalArguments) -> Comparison:
+def answers_to(answered: list[dict[str, Any]], both: tuple, arguments: EvalArguments) -> Comparison:
     pilot, copilot, tokenizer, _, strength = both
     with torch.no_grad():
         found = compare_answers(

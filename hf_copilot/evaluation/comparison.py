@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..generation.logits_processor import CopilotLogitsProcessor
 from ..model.modeling_copilot import CopilotModel
 from ..training.teacher_forced import score
-from .rows import generate_answers, label_row
+from .rows import generate_answers, label_row, prompt_of, text_of
 
 OF_95_PERCENT = 1.96  # standard errors
 
@@ -85,7 +85,7 @@ def compare_likelihoods(
     pilot: PreTrainedModel,
     copilot: CopilotModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, str]],
+    rows: Sequence[dict[str, Any]],
     strength: float,
     batch_size: int = 16,
 ) -> list[Comparison]:
@@ -105,13 +105,13 @@ def compare_answers(
     pilot: PreTrainedModel,
     copilot: CopilotModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, str]],
+    rows: Sequence[dict[str, Any]],
     strength: float,
     pattern: str,
     **generation: Any,
 ) -> Comparison:
     """Right answers, generated greedily or by beams: those whose last match of the pattern is the completion's."""
-    prompts, expected = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    prompts, expected = [prompt_of(tokenizer, row) for row in rows], [text_of(row["completion"]) for row in rows]
     answers = generate_answers(pilot, tokenizer, prompts, None, "Pilot", do_sample=False, **generation)
     with CopilotLogitsProcessor(copilot, pilot, strength, tokenizer) as processor:
         rectified = generate_answers(
