@@ -19,6 +19,7 @@ from .chats import check_template, to_answers
 from .data import read_file, to_rows
 from .pair import PairArguments, load_pair
 from .parser import Parser
+from .processes import is_launched, start_processes
 from .recipe import AnswerArguments
 
 
@@ -64,6 +65,7 @@ def evaluate(argv: Sequence[str]) -> None:
     if arguments.data is None and arguments.tasks is None:
         raise ValueError("There is nothing to measure on: --data names a JSON Lines file, --tasks names tasks.")
     rows = None if arguments.data is None else named_rows(arguments)
+    accelerator = start_processes(arguments.device) if is_launched() else None
     pilot, copilot, tokenizer = load_pair(arguments)
     strength = check_strength(copilot.config.strength if arguments.strength is None else arguments.strength)
     found = {}
@@ -76,11 +78,13 @@ def evaluate(argv: Sequence[str]) -> None:
             *([answers_to(answered, both, arguments)] if answered else []),
         ]
     if arguments.tasks is not None:
-        settings = {"num_fewshot": arguments.num_fewshot, "limit": arguments.limit, "batch_size": arguments.batch_size}
-        for task, comparisons in compare_on_tasks(
-            pilot, copilot, tokenizer, arguments.tasks.split(","), strength, arguments.include_path, **settings
-        ).items():
+        tasks, limits = arguments.tasks.split(","), {"num_fewshot": arguments.num_fewshot, "limit": arguments.limit}
+        settings = limits | {"batch_size": arguments.batch_size, "accelerator": accelerator}
+        compared = compare_on_tasks(pilot, copilot, tokenizer, tasks, strength, arguments.include_path, **settings)
+        for task, comparisons in compared.items():
             found[f"{task}, λ = {strength:g}"] = comparisons
+    if accelerator is not None and not accelerator.is_main_process:
+        return
     for title, comparisons in found.items():
         show(table_of(title, comparisons))
     if arguments.output_file is not None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from rich.console import Group
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -149,7 +150,8 @@ def seq2seq(argv: Sequence[str]) -> None:
 
 
 def train_and_compare(trainer: CopilotMixin, task: Task) -> None:
-    """Train, with some answers at every evaluation; save; compare Pilot and Pilot + Copilot on the test rows."""
+    """Train, with some answers at every evaluation; save; compare Pilot and Pilot + Copilot on the test rows, which
+    several processes share. The main one says what is found."""
     recipe, test = task.recipe, task.rows.test
     watched = task.rows.validation.take(min(recipe.watch_rows, len(task.rows.validation)))
     if len(watched) and trainer.args.eval_strategy != "no" and not trainer.is_fsdp_enabled:
@@ -157,16 +159,15 @@ def train_and_compare(trainer: CopilotMixin, task: Task) -> None:
     start, resume = time.perf_counter(), trainer.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     trainer.save_model()
-    if not trainer.is_world_process_zero():
-        return
-    write_reference(trainer, task.script_args, recipe)
-    pilot = trainer.accelerator.unwrap_model(trainer.model)
+    is_main, pilot, found = trainer.is_world_process_zero(), trainer.accelerator.unwrap_model(trainer.model), None
+    if is_main:
+        write_reference(trainer, task.script_args, recipe)
     if is_sharded(pilot):
-        show("The Pilot is sharded, so nothing is answered here: hf-copilot eval does that with what is saved.")
+        found = "The Pilot is sharded, so nothing is answered here: hf-copilot eval does that with what is saved."
     elif test:
         both = (pilot, trainer.copilot, trainer.processing_class, test, trainer.copilot.config.strength)
         with eval_mode(pilot), torch.no_grad():
             answers = compare_answers(*both, recipe.answer_pattern, **recipe.generation)
-            found = [answers, *compare_likelihoods(*both)]
-        show(table_of(f"{len(test)} test rows", found))
-    show(cost_since(start))
+            found = table_of(f"{len(test)} test rows", [answers, *compare_likelihoods(*both)])
+    if is_main:
+        show(cost_since(start) if found is None else Group(found, cost_since(start)))
