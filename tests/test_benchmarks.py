@@ -143,9 +143,9 @@ of memory
 user\t1m48.974s
 sys\t0m18.415s
 """  # noqa: E501
-PRINTED_BY_A_LOOP = (
-    "0 {'pilot_nll': 5.9, 'rectified_nll': 5.9, 'copilot_loss': 5.8}\n20 {'pilot_nll': 3.7, 'rectified_nll': 1.8}"
-)
+BY_A_LOOP = """0 {'pilot_nll': 5.9, 'rectified_nll': 5.9, 'copilot_loss': 5.8}
+20 {'pilot_nll': 3.7, 'rectified_nll': 1.8}
+"""
 
 
 def test_curves_are_read_from_what_a_run_printed(tmp_path):

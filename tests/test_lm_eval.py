@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
-from test_distributed import free_port
+from test_distributed import in_two_processes
 from tiny import addition, teacher_forced, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor
@@ -205,24 +202,18 @@ def test_what_does_not_fit_raises(pilot, copilot):
 
 # ---- several processes ----------------------------------------------------------------------------------------------
 
-LAUNCH = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
 THEIRS = """
 import json, sys
 import hf_copilot.lm_eval
+from accelerate import PartialState
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 folder, tasks = sys.argv[1], sys.argv[2].split(",")
 found = simple_evaluate("hf-copilot", f"pretrained={folder}/pilot,copilot={folder}/copilot", tasks, device="cpu",
     task_manager=TaskManager(include_path=folder, include_defaults=False), bootstrap_iters=0)
-if found is not None:
-    open(f"{folder}/theirs.json", "x").write(json.dumps({task: found["results"][task] for task in tasks}))
+rank = PartialState().process_index
+open(f"{folder}/{rank}.json", "x").write(json.dumps(found and {task: found["results"][task] for task in tasks}))
 """
-
-
-def launch(*argv: object) -> subprocess.CompletedProcess:
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *LAUNCH, "--main_process_port", str(free_port()), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=one_thread)
 
 
 def figures(file) -> dict[str, list]:
@@ -240,9 +231,10 @@ def test_two_processes_measure_what_one_measures(folder):
     given = ["eval", folder / "pilot", folder / "copilot", "--tasks", ",".join(TASKS), "--include_path", folder]
     given += ["--data", rows, "--max_new_tokens", 4, "--device", "cpu", "--output_file"]
     assert main([str(argument) for argument in (*given, folder / "one.json")]) == 0
-    done = launch("-m", "hf_copilot.cli", *given, folder / "two.json")
+    done = in_two_processes("accelerate", "-m", "hf_copilot.cli", *given, folder / "two.json")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("sums_choice, λ = 1") == 1  # the main process alone says what is found
+    assert done.stderr.count("Passed an already-initialized model") == 2  # by lm-eval, in each process
+    assert done.stdout.count("sums_choice, λ = 1") == 1  # the main one alone says what is found
     one, two = figures(folder / "one.json"), figures(folder / "two.json")
     assert one.keys() == two.keys() and len(one) == 4
     for title, entries in one.items():
@@ -253,9 +245,10 @@ def test_two_processes_measure_what_one_measures(folder):
 def test_two_processes_of_their_own(folder):
     """`accelerate launch` of lm-eval with the model's name."""
     (folder / "theirs.py").write_text(THEIRS)
-    done = launch(folder / "theirs.py", folder, ",".join(TASKS))
+    done = in_two_processes("accelerate", folder / "theirs.py", folder, ",".join(TASKS))
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((folder / "theirs.json").read_text())
+    found, others = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
+    assert others is None
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     lm = CopilotLM(f"{folder}/pilot", f"{folder}/copilot", device="cpu")
     alone = lm_eval.simple_evaluate(lm, tasks=TASKS, task_manager=manager, bootstrap_iters=0)["results"]
