@@ -19,6 +19,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from hf_copilot.evaluation.tasks import check_shares  # noqa: E402
 from hf_copilot.lm_eval import CopilotLM  # noqa: E402
 
 PER_TOKEN = 1e-5
@@ -242,6 +243,15 @@ def test_two_processes_measure_what_one_measures(folder):
             assert found[0] == expected[0] and found[1:] == pytest.approx(expected[1:], rel=1e-4, abs=1e-6), title
 
 
+def test_a_task_too_small_for_the_processes_is_named(folder):
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    check_shares(manager, TASKS, None, 6)
+    for limit, processes in ((None, 7), (1, 2)):
+        with pytest.raises(ValueError, match="sums_choice has . documents for . processes"):
+            check_shares(manager, TASKS, limit, processes)
+
+
+@pytest.mark.slow
 def test_two_processes_of_their_own(folder):
     """`accelerate launch` of lm-eval with the model's name."""
     (folder / "theirs.py").write_text(THEIRS)

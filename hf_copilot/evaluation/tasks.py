@@ -30,7 +30,7 @@ def compare_on_tasks(
     metrics, the others none.
 
     Raises:
-        ValueError: Without lm-eval, or for a task that it does not know.
+        ValueError: Without lm-eval, for a task that it does not know, or for one of fewer documents than processes.
     """
     try:
         from lm_eval import simple_evaluate
@@ -45,6 +45,7 @@ def compare_on_tasks(
         raise ValueError(f"lm-eval has no task {', '.join(unknown)}: --include_path names a folder with task files.")
     model = CopilotLM(pilot, copilot, 0.0, tokenizer=tokenizer, batch_size=batch_size)
     if accelerator is not None:
+        check_shares(manager, tasks, settings.get("limit"), accelerator.num_processes)
         model.accelerator = accelerator  # as `hf` has it where it loads the Pilot itself
     found = []
     for model.strength in (0.0, strength):
@@ -52,6 +53,14 @@ def compare_on_tasks(
     if None in found:  # of a process that is not the main one
         return {}
     return {task: compare_task(*found, task) for task in found[0]["samples"]}
+
+
+def check_shares(manager: Any, tasks: Sequence[str], limit: int | None, processes: int) -> None:
+    """Raise a `ValueError` for a task that has fewer documents than there are processes, where lm-eval would end."""
+    for name, task in manager.load(list(tasks))["tasks"].items():
+        count = len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs))
+        if count < processes:
+            raise ValueError(f"The task {name} has {count} documents for {processes} processes: start fewer.")
 
 
 def compare_task(pilot: dict[str, Any], rectified: dict[str, Any], task: str) -> list[Comparison]:
