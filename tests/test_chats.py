@@ -126,7 +126,8 @@ def test_the_page_reads_the_template_that_training_read(tmp_path, monkeypatch):
 CHAT = {"messages": [user("1+1="), assistant("2")]}
 REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHAT_TEMPLATE
 WRONG = {
-    "another form": ([CHAT, {"prompt": "1", "completion": "2"}], "Row 2 of the data has no field 'messages'"),
+    "another form": ([CHAT, {"prompt": "1"}], "Row 2 of the data has no field 'messages'"),
+    "both forms": ([CHAT, {"prompt": "1", "completion": "2"}], "Row 1 of the data has no field 'prompt'"),
     "texts and chats": (
         [{"prompt": [user("1")], "completion": [assistant("2")]}, {"prompt": "1", "completion": "2"}],
         "Row 2 of the data has in 'prompt' no list of messages",
@@ -179,3 +180,10 @@ def test_format_strings_go_before_messages(tmp_path):
     script = ScriptArguments(dataset_name=str(write(tmp_path / "rows.jsonl", rows)))
     train = prepare_rows(script, RecipeArguments(prompt="{question}", completion="{answer}"), 0).train
     assert isinstance(train, Dataset) and train[0] == {"prompt": "1", "completion": "2"}
+
+
+def test_a_prompt_and_a_completion_go_before_messages(tmp_path):
+    """As in TRL."""
+    rows = [{"prompt": "1", "completion": "2"} | CHAT] * 4
+    script = ScriptArguments(dataset_name=str(write(tmp_path / "rows.jsonl", rows)))
+    assert prepare_rows(script, RecipeArguments(), 0).train[0] == {"prompt": "1", "completion": "2"}

@@ -11,13 +11,20 @@ from transformers import PreTrainedTokenizerBase
 from ..evaluation.rows import to_answer
 from ..training.chats import is_chat
 
+PAIR = ("prompt", "completion")
 READ_BY_TEMPLATES = ("tools", "chat_template_kwargs")  # columns beside the messages
 AS_TEXT = "say by --prompt and --completion how a row becomes text"
 
 
+def form_of(rows: Dataset) -> tuple[str, ...]:
+    """The columns that TRL reads: a prompt and a completion, where there are both, go before messages."""
+    return PAIR if {*PAIR} <= {*rows.column_names} or "messages" not in rows.column_names else ("messages",)
+
+
 def are_chats(rows: Dataset) -> bool:
-    """Whether a column holds messages, of one row at least."""
-    return "messages" in rows.column_names or not isinstance(rows.features.get("prompt", Value("string")), Value)
+    """Whether what TRL reads is messages, of one row at least."""
+    form = form_of(rows)
+    return form != PAIR or not isinstance(rows.features.get("prompt", Value("string")), Value)
 
 
 def check_chats(rows: Dataset) -> Dataset:
@@ -26,7 +33,7 @@ def check_chats(rows: Dataset) -> Dataset:
     Raises:
         ValueError: That names the row at fault, if one is of another form, or has no assistant message.
     """
-    form = ("messages",) if "messages" in rows.column_names else ("prompt", "completion")
+    form = form_of(rows)
     for number, row in enumerate(rows, 1):
         fault = find_fault(row, form)
         if fault is not None:
@@ -52,7 +59,7 @@ def is_message(value: Any) -> bool:
     return is_mapping and bool(value.get("content") is not None or value.get("tool_calls"))
 
 
-def to_answers(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def to_answers(rows: Iterable[Mapping[str, Any]], what: str = "the data") -> list[dict[str, Any]]:
     """Rows with a prompt and a completion, which is the last assistant message of a chat; raises a `ValueError` that
     names the row at fault."""
     answers = []
@@ -60,7 +67,7 @@ def to_answers(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         try:
             answers.append(to_answer(row))
         except ValueError as error:
-            raise ValueError(f"Row {number} of the data can't be measured. {error}") from error
+            raise ValueError(f"Row {number} of {what} can't be measured. {error}") from error
     return answers
 
 

@@ -13,7 +13,7 @@ PATIENCE = timedelta(weeks=52)  # of a process that waits for the others, as in 
 
 def is_launched() -> bool:
     """Whether this is one of several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def start_processes(device: str | None) -> Accelerator:

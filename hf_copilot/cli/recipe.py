@@ -110,7 +110,8 @@ def prepare_rows(script_args: ScriptArguments, recipe: RecipeArguments, seed: in
     if not 0 <= count < len(train):
         raise ValueError(f"{len(train)} training rows leave none beside validation_rows={count}.")
     validation, train = train.select(range(count)), train.select(range(count, len(train)))
-    return TaskRows(train, validation, to_answers(test.select(range(min(recipe.generate_rows, len(test))))))
+    test = to_answers(test.take(min(recipe.generate_rows, len(test))), "the test rows")
+    return TaskRows(train, validation, test)
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import logging
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..evaluation.comparison import compare_answers, compare_likelihoods, table_of
@@ -33,11 +34,17 @@ from .parser import Parser
 from .recipe import RecipeArguments, TaskRows, prepare_rows, tokenize
 from .scratch import build_from_scratch
 
+logger = logging.get_logger(__name__)
+
 MODEL = ("model_name_or_path", "model_revision", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout")
 TRAINING = ("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate")
 TRAINING += ("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "bf16", "use_cpu", "seed")
 TRAINING += ("logging_steps", "eval_strategy", "eval_steps", "save_strategy", "report_to", "resume_from_checkpoint")
 TRAINING += ("push_to_hub", "hub_model_id")
+WHOLE_CHATS = (
+    "All of a row's `messages` is learnt, questions too, and λ is chosen on all of it. For the answers alone set "
+    "--assistant_only_loss true, or give rows with a `prompt` and a `completion` of messages."
+)
 
 
 def parser(name: str) -> Parser:
@@ -98,6 +105,8 @@ def sft(argv: Sequence[str]) -> None:
     args, model_args = task.args, task.model_args
     if args.chat_template_path is None:
         check_template(task.rows.train.take(1), task.tokenizer, has_encoder=False)
+    if "messages" in task.rows.train.column_names and not args.assistant_only_loss:
+        logger.warning(WHOLE_CHATS)
     if isinstance(task.pilot, str):
         args.model_init_kwargs = {
             "revision": model_args.model_revision,
