@@ -25,7 +25,9 @@ FILE = RESULTS / "expected.json"
 ENTRY = re.compile(r"(?:^(\d+) )?(\{'[^{}]+\})", re.M)  # the loop of one's own prints the step before it
 CURVES = ("pilot_nll", "rectified_nll", "pilot_token_accuracy", "rectified_token_accuracy", "copilot_loss")
 COST = re.compile(r"(\d+) min (\d+) s, at most ([\d.]+) GB of memory")
-PROCESSOR = re.compile(r"^(?:user|sys)\s+(\d+)m([\d.]+)s$", re.M)  # of bash's `time`
+PROCESSOR = re.compile(  # of `time`, bash's or GNU's
+    r"^(?:user\s+|sys\s+|\s*(?:User|System) time \(seconds\): )(?:(\d+)m)?([\d.]+)", re.M
+)
 SHARE = re.compile(r"the Copilot takes (\d+)% of the Pilot's time")
 STRENGTH = re.compile(r"λ = ([\d.]+), chosen")
 RIGHT = re.compile(r"right answers\s*│\s*([\d.]+)%\s*│\s*([\d.]+)%")
@@ -50,9 +52,9 @@ def read_run(text: str) -> dict[str, Any]:
     flat = " ".join(text.split())
     for name, pattern in (("share", SHARE), ("strength", STRENGTH)):
         found[name] = float(match[1]) if (match := pattern.search(flat)) else None
-    cost, seconds = COST.search(flat), PROCESSOR.findall(text)
+    cost, times = COST.search(flat), PROCESSOR.findall(text)
     found["seconds"] = 60 * int(cost[1]) + int(cost[2]) if cost else None
-    found["processor_seconds"] = sum(60 * int(m) + float(s) for m, s in seconds) if seconds else None
+    found["processor_seconds"] = sum(60 * int(minutes or 0) + float(s) for minutes, s in times) if times else None
     found["gigabytes"] = float(cost[3]) if cost else None
     right = RIGHT.search(flat)
     found["right"] = [float(part) / 100 for part in right.groups()] if right else None
