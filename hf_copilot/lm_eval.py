@@ -5,7 +5,8 @@
 
 Generated text is rectified by a [`CopilotLogitsProcessor`], likelihoods by [`score`]: the Copilot's run begins at the
 continuation, and what comes before it is memory alone. A rolling window is one run. Several processes
-(`accelerate launch`) share the documents, on any device.
+(`accelerate launch`) share the documents, on any device; with a Pilot that is passed as an object, after
+`lm.accelerator = Accelerator()`.
 """
 
 from __future__ import annotations
