@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def plot(axes: Axes, name: str, run: dict[str, Any]) -> None:
 
 
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    columns = min(3, len(runs))
+    columns = math.ceil(len(runs) ** 0.5)
     lines = -(-len(runs) // columns)
     figure, all_axes = plt.subplots(
         lines, columns, figsize=(4 * columns, 3 * lines), layout="constrained", squeeze=False
