@@ -212,7 +212,7 @@ def _results(results: dict | None) -> str:
         ("Token accuracy", results["pilot_token_accuracy"], results["rectified_token_accuracy"]),
     ]
     lines = [f"| {name} | {pilot:.4f} | {rectified:.4f} |" for name, pilot, rectified in rows]
-    head = ["", "## Results", "", "Teacher-forced, on the evaluation set of the run that trained it:", ""]
+    head = ["", "## Results", "", "Teacher-forced, on rows for evaluation:", ""]
     return "\n".join([*head, "| | Pilot | Pilot + Copilot |", "|---|---|---|", *lines, ""])
 
 
