@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import VOCAB_SIZE, tiny_pilot, tiny_tokenizer, trained_like
 
-from benchmarks.accuracy import experiments, picture, run
+from benchmarks.accuracy import experiments, folding, picture, run
 from benchmarks.accuracy.groups import FEEDBACK
 from benchmarks.accuracy.inputs import ReadingPrompts, ScheduledFeeding
 from benchmarks.accuracy.mistakes import ReservoirLog, WeightedLog
@@ -339,3 +339,19 @@ def test_a_reservoir_keeps_a_sample_of_all_rounds():
         kept_rounds += [int(round_[0].labels) for round_ in log.rounds]
         assert len(log.rounds) == 10 and log.nbytes == sum(r.nbytes for rs in log.rounds for r in rs)
     assert 40 < np.mean(kept_rounds) < 60
+
+
+def test_folding_runs_and_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(folding, "TIMED_STEPS", 2)
+    monkeypatch.setattr(folding, "TASKS", {"arithmetic": replace(ARITHMETIC, **SMALL)})
+    splits = ARITHMETIC.splits(None, 0)
+    monkeypatch.setattr(type(ARITHMETIC), "splits", lambda *_, **__: type(splits)(*(rows[:24] for rows in splits)))
+    command = f"folding arithmetic --seeds 2 --work {tmp_path} --results {tmp_path / 'results'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    folding.main()
+    found = json.loads((tmp_path / "results" / "folding_arithmetic.json").read_text())
+    assert set(found["arms"]) == set(folding.TITLES) and found["steps"]["folded"] == 2
+    gains = {arm: found["arms"][arm]["nll"]["difference"] for arm in ("copilot", "folded")}
+    assert found["shares"]["nll"]["folded"] == pytest.approx(gains["folded"] / gains["copilot"])
+    monkeypatch.setattr(folding.Folding, "run", None)  # all is kept
+    folding.main()

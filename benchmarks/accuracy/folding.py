@@ -4,14 +4,14 @@
 
 A Pilot is trained with a token Copilot, λ is chosen on validation rows, and the Pilot goes on from there: taught by
 Pilot + Copilot on its training rows (`fold_copilot`), or on their labels for as many seconds. Each takes the best of
-`RATES` on validation rows. Then a fresh Copilot is trained beside the folded Pilot, which stays as it is. Runs are kept
-under --work. Writes benchmarks/results/accuracy/folding_<task>.{json,md}.
+`RATES` on validation rows. Then a fresh Copilot is trained beside the folded Pilot, which stays as it is.
+
+Runs are kept under --work. Writes benchmarks/results/accuracy/folding_<task>.{json,md}.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import time
@@ -26,7 +26,7 @@ from benchmarks.accuracy.arms import Arm, measure
 from benchmarks.accuracy.report import rows_of, summarise
 from benchmarks.accuracy.run import RESULTS, TASKS, metrics_of, settings_of, variant_settings
 from benchmarks.accuracy.scoring import Rectified, beside
-from benchmarks.accuracy.training import Setting, Variant
+from benchmarks.accuracy.training import Setting, Trained, Variant
 from benchmarks.common import kept, table
 from hf_copilot import fold_copilot
 from hf_copilot.training.folding import TOP_K
@@ -57,7 +57,7 @@ class Folding:
 
     def run(self) -> dict[str, Arm]:
         setting = self.setting
-        trained = setting.train(setting.base(self.tokenizer), self.tokenizer, self.splits.train, self.seed, VARIANTS)
+        trained = self.train(setting.base(self.tokenizer), VARIANTS)
         alone = Rectified(trained.pilot, self.tokenizer)
         rectified = self.at_chosen(alone, trained.learners["copilot"])
         begin = time.perf_counter()
@@ -65,26 +65,19 @@ class Folding:
         seconds = (time.perf_counter() - begin) / len(RATES)  # the teacher runs again for each
         steps = round(seconds / self.seconds_of_step(trained.pilot))
         labels, rate_of_labels = self.best(partial(self.go_on, trained.pilot, steps))
-        again = setting.train(
-            copy.deepcopy(folded.pilot),
-            self.tokenizer,
-            self.splits.train,
-            self.seed + 100,
-            VARIANTS,
-            learning_rate=0.0,
-        )
+        again = self.train(folded.pilot, VARIANTS, learning_rate=0.0)
         return {
             "pilot": self.arm(alone),
             "copilot": self.arm(rectified),
             "folded": self.arm(folded) | {"rate": rate, "steps": self.steps, "seconds": seconds},
             "labels": self.arm(labels) | {"rate": rate_of_labels, "steps": steps},
-            "again": self.arm(self.at_chosen(folded, again.learners["copilot"])),
+            "again": self.arm(self.at_chosen(Rectified(again.pilot, self.tokenizer), again.learners["copilot"])),
         }
 
     def at_chosen(self, alone: Rectified, learner) -> Rectified:
         """With λ chosen on the validation rows."""
-        model = beside(alone, learner)
-        return beside(alone, learner) if model.calibrate(self.valid) else model
+        beside(alone, learner).calibrate(self.valid)
+        return beside(alone, learner)
 
     def best(self, train: Callable[[float], PreTrainedModel]) -> tuple[Rectified, float]:
         """The Pilot of the rate with the least NLL on the validation rows, and that rate."""
@@ -96,7 +89,7 @@ class Folding:
         return found[max(found)]
 
     def fold(self, rectified: Rectified, rate: float) -> PreTrainedModel:
-        pilot = copy.deepcopy(rectified.pilot)
+        pilot = copy_of(rectified.pilot)
         arguments = self.arguments(rate)
         fold_copilot(pilot, rectified.learner.copilot, self.rows, arguments, rectified.strength)
         return pilot
@@ -109,7 +102,7 @@ class Folding:
             learning_rate=rate,
             per_device_train_batch_size=own["per_device_train_batch_size"],
             per_device_eval_batch_size=32,
-            warmup_steps=own["warmup_steps"],
+            warmup_steps=own.get("warmup_steps", 0),
             train_sampling_strategy=own.get("train_sampling_strategy", "random"),
             lr_scheduler_type="cosine",
             seed=self.seed,
@@ -122,16 +115,14 @@ class Folding:
 
     def go_on(self, pilot: PreTrainedModel, steps: int, rate: float) -> PreTrainedModel:
         """Trained further on the labels."""
-        trained = self.setting.train(
-            copy.deepcopy(pilot), self.tokenizer, self.splits.train, self.seed, max_steps=steps, learning_rate=rate
-        )
-        return trained.pilot
+        return self.train(pilot, max_steps=steps, learning_rate=rate).pilot
 
     def seconds_of_step(self, pilot: PreTrainedModel) -> float:
-        trained = self.setting.train(
-            copy.deepcopy(pilot), self.tokenizer, self.splits.train, self.seed, max_steps=TIMED_STEPS + 1
-        )
-        return trained.seconds / TIMED_STEPS
+        return self.train(pilot, max_steps=TIMED_STEPS + 1).seconds / TIMED_STEPS
+
+    def train(self, pilot: PreTrainedModel, variants: dict[str, Variant] | None = None, **changes: Any) -> Trained:
+        """A copy of the Pilot, as the task trains it."""
+        return self.setting.train(copy_of(pilot), self.tokenizer, self.splits.train, self.seed, variants, **changes)
 
     def arm(self, model: Rectified) -> Arm:
         size = count_parameters(model.pilot)[0]
@@ -144,8 +135,15 @@ class Folding:
         }
 
 
-def share_kept(runs: list[dict[str, Arm]], summary: dict[str, Any], metric: str) -> dict[str, float]:
-    """Of the Copilot's gain over its Pilot, by arm: mean over seeds of the gains, then their quotient."""
+def copy_of(pilot: PreTrainedModel) -> PreTrainedModel:
+    """One whose forward is its own: a trainer leaves the original's in a deep copy."""
+    copy = type(pilot)(pilot.config).to(pilot.device)
+    copy.load_state_dict(pilot.state_dict())
+    return copy
+
+
+def share_kept(summary: dict[str, Any], metric: str) -> dict[str, float]:
+    """Of the Copilot's gain over its Pilot, by arm: the quotient of mean gains over seeds."""
     gain = summary["copilot"][metric]["difference"]
     return {arm: summary[arm][metric]["difference"] / gain for arm in ("folded", "labels")}
 
@@ -153,7 +151,7 @@ def share_kept(runs: list[dict[str, Arm]], summary: dict[str, Any], metric: str)
 def report(setting: Setting, runs: list[dict[str, Arm]], settings: dict[str, Any], results: Path) -> None:
     metrics = metrics_of(setting.task, runs[0]["pilot"]["figures"])
     summary = summarise(runs, metrics)
-    shares = {metric: share_kept(runs, summary, metric) for metric in metrics}
+    shares = {metric: share_kept(summary, metric) for metric in metrics}
     steps = {arm: statistics.mean(run[arm]["steps"] for run in runs) for arm in ("folded", "labels")}
     text = table(rows_of(summary, TITLES, metrics, {}))
     for metric, share in shares.items():
@@ -183,7 +181,7 @@ def main() -> None:
         runs = []
         for seed in range(args.seeds):
             file = args.work / name / f"folding-{seed}.json"
-            runs.append(kept(file, settings, lambda seed=seed: Folding(setting, seed).run()))
+            runs.append(kept(file, settings, Folding(setting, seed).run))
             report(setting, runs, settings, args.results)
 
 
