@@ -4,7 +4,8 @@
     lm_eval.simple_evaluate("hf-copilot", model_args="pretrained=out,copilot=out/copilot", tasks=["gsm8k"])
 
 Generated text is rectified by a [`CopilotLogitsProcessor`], likelihoods by [`score`]: the Copilot's run begins at the
-continuation, and what comes before it is memory alone. A rolling window is one run.
+continuation, and what comes before it is memory alone. A rolling window is one run. Several processes
+(`accelerate launch`) share the documents, on any device.
 """
 
 from __future__ import annotations
@@ -63,6 +64,15 @@ class CopilotLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         return super().get_model_info() | {"copilot_strength": self.strength, "copilot": self.copilot.name_or_path}
+
+    @property
+    def rank(self) -> int:
+        """Of this process among all. (`hf` has one on several GPUs alone, that on its machine.)"""
+        return self.accelerator.process_index if hasattr(self, "accelerator") else 0
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes if hasattr(self, "accelerator") else 1
 
     # ---- text ------------------------------------------------------------------------------------------------------
 

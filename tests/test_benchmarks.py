@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import SHAPE
 
-from benchmarks import check_device, checkpoint, cost, parameters, theorem
+from benchmarks import check_device, checkpoint, cost, expected, parameters, theorem
 from benchmarks.common import RESULTS, Stopwatch, table
 from benchmarks.equations import solves
 from hf_copilot import CopilotConfig
@@ -129,3 +129,35 @@ def test_theorem_runs(monkeypatch, tmp_path):
     )
     theorem.main()
     assert (tmp_path / "theorem.png").is_file() and (tmp_path / "theorem.md").read_text().count("\n") == 3
+
+
+PRINTED = """ 4%|4| 11/264 [00:15<05:21]Measured in 10 rounds: the Copilot takes 31% of the Pilot's
+time on top.   [A{'eval_loss': '1.7', 'eval_pilot_nll': '1.677', 'eval_rectified_nll': '1.216', 'epoch': '1'}
+ 17%|1| 50/264 [00:51]   {'loss': '3.4', 'pilot_nll': '1.614', 'rectified_nll': '1.132', 'copilot_loss': '2.6', 'epoch': '1.136'}
+{'eval_pilot_right_answers': '0', 'epoch': '2'}
+{'train_runtime': '159.3', 'epoch': '2'}
+│ NLL per token (λ = 0.5, chosen on 9 tokens of │ 0.9 │ 0.6 │
+│ right answers    │   0.6% │           13.2% │     +12.6% │
+2 min 42 s, at most 0.9 GB
+of memory
+user\t1m48.974s
+sys\t0m18.415s
+"""  # noqa: E501
+BY_A_LOOP = """0 {'pilot_nll': 5.9, 'rectified_nll': 5.9, 'copilot_loss': 5.8}
+20 {'pilot_nll': 3.7, 'rectified_nll': 1.8}
+"""
+
+
+def test_curves_are_read_from_what_a_run_printed(tmp_path):
+    found = expected.read_run(PRINTED)
+    assert found["evaluation"] == [{"epoch": 1.0, "pilot_nll": 1.677, "rectified_nll": 1.216}]
+    assert found["training"] == [{"epoch": 1.136, "pilot_nll": 1.614, "rectified_nll": 1.132, "copilot_loss": 2.6}]
+    assert (found["share"], found["strength"], found["right"]) == (31, 0.5, [0.006, 0.132])
+    assert (found["seconds"], found["gigabytes"]) == (162, 0.9)
+    assert found["processor_seconds"] == pytest.approx(127.389)
+    loop = expected.read_run(BY_A_LOOP)
+    assert [entry["step"] for entry in loop["training"]] == [0, 20] and not loop["evaluation"]
+    with pytest.raises(ValueError, match="no output of a run"):
+        expected.read_run("{'loss': '1.0'}")
+    expected.draw({"sft": found, "loop": loop}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000

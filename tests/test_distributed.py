@@ -35,11 +35,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(launcher: str, script: str, folder: Path, *more: str) -> list[dict]:
+def in_two_processes(launcher: str, *argv: object) -> subprocess.CompletedProcess:
+    """What a launcher makes of a script, or of `-m` and a module, with its arguments."""
     command = [part.format(port=free_port()) for part in LAUNCHERS[launcher]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "ACCELERATE_USE_CPU": "true"}
-    run = [sys.executable, "-m", *command, str(TESTS / script), str(folder), *more]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=400, env=environment)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = [sys.executable, "-m", *command, *map(str, argv)]
+    return subprocess.run(run, capture_output=True, text=True, timeout=400, env=environment)
+
+
+def launch(launcher: str, script: str, folder: Path, *more: str) -> list[dict]:
+    done = in_two_processes(launcher, TESTS / script, folder, *more)
     assert done.returncode == 0, done.stderr[-5000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 

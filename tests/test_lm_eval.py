@@ -8,15 +8,18 @@ import random
 import pytest
 import torch
 import yaml
+from test_distributed import in_two_processes
 from tiny import addition, teacher_forced, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor
+from hf_copilot.cli.__main__ import main
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from hf_copilot.evaluation.tasks import check_shares  # noqa: E402
 from hf_copilot.lm_eval import CopilotLM  # noqa: E402
 
 PER_TOKEN = 1e-5
@@ -196,3 +199,69 @@ def test_what_does_not_fit_raises(pilot, copilot):
         model(pilot, copilot, -1.0)
     with pytest.raises(NotImplementedError, match="parallelize=True"):
         model(pilot, copilot, tp_plan="auto")
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+THEIRS = """
+import json, sys
+import hf_copilot.lm_eval
+from accelerate import PartialState
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+folder, tasks = sys.argv[1], sys.argv[2].split(",")
+found = simple_evaluate("hf-copilot", f"pretrained={folder}/pilot,copilot={folder}/copilot", tasks, device="cpu",
+    task_manager=TaskManager(include_path=folder, include_defaults=False), bootstrap_iters=0)
+rank = PartialState().process_index
+open(f"{folder}/{rank}.json", "x").write(json.dumps(found and {task: found["results"][task] for task in tasks}))
+"""
+
+
+def figures(file) -> dict[str, list]:
+    return {
+        title: [(entry["metric"], entry["pilot"], entry["rectified"], *(entry["interval"] or ())) for entry in group]
+        for title, group in json.loads(file.read_text())["results"].items()
+    }
+
+
+def test_two_processes_measure_what_one_measures(folder):
+    """Seven documents and rows, which two can't share alike."""
+    write_tasks(folder, rows=7)
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in addition(7)))
+    given = ["eval", folder / "pilot", folder / "copilot", "--tasks", ",".join(TASKS), "--include_path", folder]
+    given += ["--data", rows, "--max_new_tokens", 4, "--device", "cpu", "--output_file"]
+    assert main([str(argument) for argument in (*given, folder / "one.json")]) == 0
+    done = in_two_processes("accelerate", "-m", "hf_copilot.cli", *given, folder / "two.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("Passed an already-initialized model") == 2  # by lm-eval, in each process
+    assert done.stdout.count("sums_choice, λ = 1") == 1  # the main one alone says what is found
+    one, two = figures(folder / "one.json"), figures(folder / "two.json")
+    assert one.keys() == two.keys() and len(one) == 4
+    for title, entries in one.items():
+        for expected, found in zip(entries, two[title], strict=True):
+            assert found[0] == expected[0] and found[1:] == pytest.approx(expected[1:], rel=1e-4, abs=1e-6), title
+
+
+def test_a_task_too_small_for_the_processes_is_named(folder):
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    check_shares(manager, TASKS, None, 6)
+    for limit, processes in ((None, 7), (1, 2)):
+        with pytest.raises(ValueError, match="sums_choice has . documents for . processes"):
+            check_shares(manager, TASKS, limit, processes)
+
+
+@pytest.mark.slow
+def test_two_processes_of_their_own(folder):
+    """`accelerate launch` of lm-eval with the model's name."""
+    (folder / "theirs.py").write_text(THEIRS)
+    done = in_two_processes("accelerate", folder / "theirs.py", folder, ",".join(TASKS))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, others = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
+    assert others is None
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    lm = CopilotLM(f"{folder}/pilot", f"{folder}/copilot", device="cpu")
+    alone = lm_eval.simple_evaluate(lm, tasks=TASKS, task_manager=manager, bootstrap_iters=0)["results"]
+    for task in TASKS:
+        numbers = {name: value for name, value in alone[task].items() if isinstance(value, float)}
+        assert numbers and {name: found[task][name] for name in numbers} == pytest.approx(numbers, rel=1e-4)

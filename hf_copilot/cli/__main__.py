@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from jinja2 import TemplateError
 from transformers.utils import logging
 
 from ..version import __version__
+from .processes import is_launched
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +28,7 @@ COMMANDS = {
     "mistakes": ("write one page of what a run got wrong, and what the Copilot mends", "mistakes", "mistakes_page"),
     "card": ("write a Copilot's card anew, with measured results, and push it", "card", "card"),
 }
+IN_SEVERAL_PROCESSES = ("sft", "seq2seq", "eval")
 
 
 def usage() -> str:
@@ -53,8 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _, module, function = COMMANDS[argv[0]]
     try:
+        if is_launched() and argv[0] not in IN_SEVERAL_PROCESSES:
+            raise ValueError("This command runs in one process: call it without a launcher.")
         getattr(import_module(f"hf_copilot.cli.{module}"), function)(argv[1:])
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError, TemplateError) as error:  # the last of a chat template
         logger.debug("What led to it:", exc_info=True)  # TRANSFORMERS_VERBOSITY=debug
         sys.stderr.write(f"hf-copilot {argv[0]}: {' '.join(str(error).split())}{WHERE}\n")
         return 1

@@ -5,20 +5,28 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, logging
 
+from .chats import are_chats, check_chats
 from .parser import in_a_line
 
 TEST_SHARE = 0.1  # of a single file
+PROMPT, COMPLETION = "{prompt}", "{completion}"  # format strings, where nothing else is asked for
 
 
-def load_rows(name: str | None, train: str = "train", test: str = "test", config: str | None = None) -> DatasetDict:
+def load_rows(
+    name: str | None,
+    convert: Callable[[Dataset], Dataset],
+    train: str = "train",
+    test: str = "test",
+    config: str | None = None,
+) -> DatasetDict:
     """The training and the test split, of a folder, of a JSON Lines file (its last tenth is the test split) or of the
-    Hub.
+    Hub; rows as `convert` makes them.
 
     Raises:
         ValueError: In a sentence, for what holds no rows.
@@ -31,9 +39,9 @@ def load_rows(name: str | None, train: str = "train", test: str = "test", config
         missing = [split for split in files if not files[split]]
         if missing:
             raise ValueError(f"{path} has no file {' or '.join(f'{split}.jsonl[.gz]' for split in missing)}.")
-        return DatasetDict({split: read_file(files[split][0]) for split in files})
+        return DatasetDict({split: convert(read_file(files[split][0])) for split in files})
     if path.is_file():
-        rows = read_file(path)
+        rows = convert(read_file(path))
         if len(rows) < 2:
             raise ValueError(f"{path} has one row; with a test row it needs two at least.")
         return rows.train_test_split(max(1, round(TEST_SHARE * len(rows))), shuffle=False)
@@ -41,7 +49,7 @@ def load_rows(name: str | None, train: str = "train", test: str = "test", config
     missing = [split for split in (train, test) if split not in rows]
     if missing:
         raise ValueError(f"{name} has no split {' or '.join(missing)}, only {', '.join(rows)}.")
-    return DatasetDict({split: rows[split] for split in (train, test)})
+    return DatasetDict({split: convert(rows[split]) for split in (train, test)})
 
 
 def load_from_hub(name: str, config: str | None) -> DatasetDict:
@@ -95,6 +103,18 @@ def find_fault(path: Path) -> str | None:
         except (UnicodeDecodeError, OSError, EOFError) as error:
             return f"{path} can't be read: {in_a_line(error)}."
     return None
+
+
+def to_rows(rows: Dataset, prompt: str, completion: str) -> Dataset:
+    """Rows in a form of TRL's: chats as they are, unless the format strings are asked for, else prompts and
+    completions by these.
+
+    Raises:
+        ValueError: That names the row at fault.
+    """
+    if (prompt, completion) == (PROMPT, COMPLETION) and are_chats(rows):
+        return check_chats(rows)
+    return to_prompt_completion(rows, prompt, completion)
 
 
 def to_prompt_completion(rows: Dataset, prompt: str, completion: str) -> Dataset:

@@ -15,9 +15,11 @@ from ..evaluation.tasks import compare_on_tasks
 from ..model.configuration_copilot import check_strength
 from ..training.report import show
 from ..version import __version__
-from .data import read_file, to_prompt_completion
+from .chats import check_template, to_answers
+from .data import read_file, to_rows
 from .pair import PairArguments, load_pair
 from .parser import Parser
+from .processes import is_launched, start_processes
 from .recipe import AnswerArguments
 
 
@@ -63,10 +65,12 @@ def evaluate(argv: Sequence[str]) -> None:
     if arguments.data is None and arguments.tasks is None:
         raise ValueError("There is nothing to measure on: --data names a JSON Lines file, --tasks names tasks.")
     rows = None if arguments.data is None else named_rows(arguments)
+    accelerator = start_processes(arguments.device) if is_launched() else None
     pilot, copilot, tokenizer = load_pair(arguments)
     strength = check_strength(copilot.config.strength if arguments.strength is None else arguments.strength)
     found = {}
     if rows is not None:
+        check_template(rows, tokenizer, copilot.config.pilot_is_encoder_decoder)
         both = (pilot, copilot, tokenizer, rows, strength)
         answered = rows[: arguments.generate_rows]
         found[f"{len(rows)} rows of {Path(arguments.data).name}, λ = {strength:g}"] = [
@@ -74,23 +78,24 @@ def evaluate(argv: Sequence[str]) -> None:
             *([answers_to(answered, both, arguments)] if answered else []),
         ]
     if arguments.tasks is not None:
-        settings = {"num_fewshot": arguments.num_fewshot, "limit": arguments.limit, "batch_size": arguments.batch_size}
-        for task, comparisons in compare_on_tasks(
-            pilot, copilot, tokenizer, arguments.tasks.split(","), strength, arguments.include_path, **settings
-        ).items():
+        tasks, limits = arguments.tasks.split(","), {"num_fewshot": arguments.num_fewshot, "limit": arguments.limit}
+        settings = limits | {"batch_size": arguments.batch_size, "accelerator": accelerator}
+        compared = compare_on_tasks(pilot, copilot, tokenizer, tasks, strength, arguments.include_path, **settings)
+        for task, comparisons in compared.items():
             found[f"{task}, λ = {strength:g}"] = comparisons
+    if accelerator is not None and not accelerator.is_main_process:
+        return
     for title, comparisons in found.items():
         show(table_of(title, comparisons))
     if arguments.output_file is not None:
         write(arguments, strength, found)
 
 
-def named_rows(arguments: EvalArguments) -> list[dict[str, str]]:
-    rows = to_prompt_completion(read_file(arguments.data), arguments.prompt, arguments.completion)
-    return list(rows)[: arguments.limit]
+def named_rows(arguments: EvalArguments) -> list[dict[str, Any]]:
+    return to_answers(to_rows(read_file(arguments.data), arguments.prompt, arguments.completion))[: arguments.limit]
 
 
-def answers_to(answered: list[dict[str, str]], both: tuple, arguments: EvalArguments) -> Comparison:
+def answers_to(answered: list[dict[str, Any]], both: tuple, arguments: EvalArguments) -> Comparison:
     pilot, copilot, tokenizer, _, strength = both
     with torch.no_grad():
         found = compare_answers(

@@ -13,8 +13,10 @@ from trl import ScriptArguments
 
 from ..ledger.mistake_ledger import MistakeLedger
 from ..ledger.page import Rows, load_from, mistakes
+from ..training.chats import chat_ids, messages_of
 from ..training.ledger import LEDGER_FOLDER
 from ..training.report import show
+from ..training.trainer import CopilotMixin
 from .data import read_file
 from .parser import Parser
 from .recipe import RecipeArguments, prepare_rows, tokenize
@@ -58,14 +60,15 @@ def mistakes_page(argv: Sequence[str]) -> None:
     show(f"{output} is written.")
 
 
-def write_reference(output_dir: str, script_args: ScriptArguments, recipe: RecipeArguments, seed: int) -> None:
+def write_reference(trainer: CopilotMixin, script_args: ScriptArguments, recipe: RecipeArguments) -> None:
     """Leave in a run's ledger, if it has one, how its rows were made. No row is in it."""
-    folder, name = Path(output_dir) / LEDGER_FOLDER, script_args.dataset_name
+    folder, name = Path(trainer.args.output_dir) / LEDGER_FOLDER, script_args.dataset_name
     if not folder.is_dir():
         return
     place = str(Path(name).absolute()) if name and Path(name).exists() else name
     reference: dict[str, Any] = {"script": asdict(script_args) | {"dataset_name": place}}
-    reference |= {"recipe": asdict(recipe), "seed": seed}
+    reference |= {"recipe": asdict(recipe), "seed": trainer.args.seed}
+    reference |= {"chat_template": getattr(trainer, "chat_template", None)}  # of SFTTrainer, for its masks
     (folder / REFERENCE).write_text(json.dumps(reference), encoding="utf-8")
 
 
@@ -76,6 +79,14 @@ def rows_of_run(run: str) -> Rows | None:
         return None
     reference = json.loads(file.read_text(encoding="utf-8"))
     recipe = RecipeArguments(**reference["recipe"])
-    train, _, _ = prepare_rows(ScriptArguments(**reference["script"]), recipe, reference["seed"])
-    has_encoder = MistakeLedger.load(run).has_encoder
-    return tokenize(train, load_from(run, AutoTokenizer)) if has_encoder else train
+    train = prepare_rows(ScriptArguments(**reference["script"]), recipe, reference["seed"]).train
+    if MistakeLedger.load(run).has_encoder:
+        return tokenize(train, load_from(run, AutoTokenizer))
+    template = reference.get("chat_template")
+    if template is None:
+        return train
+    tokenizer = load_from(run, AutoTokenizer)
+    return train.map(
+        lambda row: {"input_ids": chat_ids(tokenizer, messages_of(row), row, chat_template=template)},
+        remove_columns=train.column_names,
+    )

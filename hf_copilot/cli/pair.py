@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import PeftConfig
 from transformers import (
     AutoConfig,
@@ -23,6 +24,7 @@ from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
 from ..pilot.compatibility import check_pilot, is_hub_id
 from ..training.checkpoint import WEIGHTS_FOLDER
+from ..training.distributed import num_processes
 from .parser import in_a_line
 
 
@@ -49,6 +51,8 @@ def load_pair(arguments: PairArguments) -> tuple[PreTrainedModel, CopilotModel, 
     """Both, in eval mode on the device, and the Pilot's tokenizer; raises a `ValueError` if they do not fit."""
     copilot = load_copilot(arguments)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if num_processes() > 1:
+        device = PartialState().device
     pilot = load_pilot(arguments).to(device).eval()
     tokenizer = load_tokenizer(arguments)
     check_pilot(copilot, pilot, tokenizer)

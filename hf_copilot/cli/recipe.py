@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +14,8 @@ from trl import ScriptArguments
 from ..evaluation.comparison import matches
 from ..evaluation.rows import label_row
 from ..model.configuration_copilot import CopilotConfig
-from .data import load_rows, to_prompt_completion
+from .chats import to_answers
+from .data import COMPLETION, PROMPT, load_rows, to_rows
 
 MOST_VALIDATION_ROWS = 200
 
@@ -23,9 +25,13 @@ class RowArguments:
     """How a row becomes a prompt and a completion."""
 
     prompt: str = field(
-        default="{prompt}", metadata={"help": "Prompt, a format string over a row's fields; \\n is a line break."}
+        default=PROMPT,
+        metadata={
+            "help": "Prompt, a format string over a row's fields; \\n is a line break. Rows of `messages`, or whose "
+            "`prompt` and `completion` are messages, need none."
+        },
     )
-    completion: str = field(default="{completion}", metadata={"help": "Completion, likewise."})
+    completion: str = field(default=COMPLETION, metadata={"help": "Completion, likewise."})
 
 
 @dataclass
@@ -86,18 +92,25 @@ class RecipeArguments(AnswerArguments):
         return make_config(**(self.copilot_config or {}))
 
 
-def prepare_rows(script_args: ScriptArguments, recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset, Dataset]:
-    """Rows to train on, to validate on (both of the training split) and to generate for."""
+class TaskRows(NamedTuple):
+    """Rows to train on, to validate on (both of the training split) and to answer."""
+
+    train: Dataset
+    validation: Dataset
+    test: list[dict[str, Any]]
+
+
+def prepare_rows(script_args: ScriptArguments, recipe: RecipeArguments, seed: int) -> TaskRows:
     names = (script_args.dataset_train_split, script_args.dataset_test_split)
-    rows = load_rows(script_args.dataset_name, *names, script_args.dataset_config)
-    train, test = (to_prompt_completion(part, recipe.prompt, recipe.completion) for part in rows.values())
+    convert = partial(to_rows, prompt=recipe.prompt, completion=recipe.completion)
+    train, test = load_rows(script_args.dataset_name, convert, *names, script_args.dataset_config).values()
     train, count = train.shuffle(seed=seed), recipe.validation_rows
     if count is None:
         count = min(MOST_VALIDATION_ROWS, len(train) // 10)
     if not 0 <= count < len(train):
         raise ValueError(f"{len(train)} training rows leave none beside validation_rows={count}.")
     validation, train = train.select(range(count)), train.select(range(count, len(train)))
-    return train, validation, test.select(range(min(recipe.generate_rows, len(test))))
+    return TaskRows(train, validation, to_answers(test.select(range(min(recipe.generate_rows, len(test))))))
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:

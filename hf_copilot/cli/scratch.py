@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .chats import AS_TEXT, are_chats
+
 
 def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE with a padding and an end token."""
@@ -33,6 +35,8 @@ def build_from_scratch(
     """A Pilot of a transformers config (with its `model_type`), and a tokenizer trained on prompts and completions."""
     if "model_type" not in config:
         raise ValueError(f"from_config has no model_type ('llama', 't5', ...), only {sorted(config)}.")
+    if are_chats(train):
+        raise ValueError(f"The rows are chats, and a Pilot from scratch has no chat template: {AS_TEXT}.")
     texts = [prompt + completion for prompt, completion in zip(train["prompt"], train["completion"], strict=True)]
     tokenizer = train_tokenizer(texts, tokenizer_size)
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}

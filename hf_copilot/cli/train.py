@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from rich.console import Group
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
@@ -24,9 +27,10 @@ from ..pilot.inspect import eval_mode, is_sharded
 from ..training.report import cost_since, show
 from ..training.trainer import CopilotMixin, CopilotSeq2SeqTrainer, CopilotTrainer
 from ..training.training_args import CopilotArguments, CopilotSeq2SeqConfig, CopilotSFTConfig
+from .chats import check_template
 from .mistakes import write_reference
 from .parser import Parser
-from .recipe import RecipeArguments, prepare_rows, tokenize
+from .recipe import RecipeArguments, TaskRows, prepare_rows, tokenize
 from .scratch import build_from_scratch
 
 MODEL = ("model_name_or_path", "model_revision", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout")
@@ -39,7 +43,7 @@ TRAINING += ("push_to_hub", "hub_model_id")
 def parser(name: str) -> Parser:
     """That of `sft` or `seq2seq`."""
     kind, config, own = {
-        "sft": ("decoder", CopilotSFTConfig, ("max_length",)),
+        "sft": ("decoder", CopilotSFTConfig, ("max_length", "assistant_only_loss", "chat_template_path")),
         "seq2seq": ("encoder-decoder", CopilotSeq2SeqConfig, ()),
     }[name]
     return Parser(
@@ -59,47 +63,70 @@ def parser(name: str) -> Parser:
     )
 
 
-def sft(argv: Sequence[str]) -> None:
-    script_args, args, model_args, recipe = parser("sft").parse(argv)
+class Task(NamedTuple):
+    """What both commands are given: their arguments, the rows, a Pilot (or its name) and its tokenizer."""
+
+    script_args: ScriptArguments
+    args: Any  # CopilotSFTConfig or CopilotSeq2SeqConfig
+    model_args: ModelConfig
+    recipe: RecipeArguments
+    rows: TaskRows
+    pilot: PreTrainedModel | str
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def eval_dataset(self) -> Dataset | None:
+        return self.rows.validation if len(self.rows.validation) else None
+
+
+def read_task(name: str, argv: Sequence[str]) -> Task:
+    script_args, args, model_args, recipe = parser(name).parse(argv)
     set_seed(args.seed)
-    train, validation, test = prepare_rows(script_args, recipe, args.seed)
+    rows = prepare_rows(script_args, recipe, args.seed)
     if recipe.from_config is not None:
-        model, tokenizer = build_from_scratch(recipe.from_config, recipe.tokenizer_size, train)
+        pilot, tokenizer = build_from_scratch(recipe.from_config, recipe.tokenizer_size, rows.train)
+    elif model_args.model_name_or_path is not None:
+        pilot = model_args.model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(pilot, revision=model_args.model_revision)
     else:
-        model = named_model(model_args)
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=model_args.model_revision)
+        raise ValueError("There is no Pilot: --model_name_or_path names one, --from_config builds one from scratch.")
+    return Task(script_args, args, model_args, recipe, rows, pilot, tokenizer)
+
+
+def sft(argv: Sequence[str]) -> None:
+    task = read_task("sft", argv)
+    args, model_args = task.args, task.model_args
+    if args.chat_template_path is None:
+        check_template(task.rows.train.take(1), task.tokenizer, has_encoder=False)
+    if isinstance(task.pilot, str):
         args.model_init_kwargs = {
             "revision": model_args.model_revision,
             "attn_implementation": model_args.attn_implementation,
             "dtype": model_args.dtype,
         } | (args.model_init_kwargs or {})
     trainer = CopilotTrainer(
-        model=model,
+        model=task.pilot,
         args=args,
-        train_dataset=train,
-        eval_dataset=validation if len(validation) else None,
-        processing_class=tokenizer,
+        train_dataset=task.rows.train,
+        eval_dataset=task.eval_dataset,
+        processing_class=task.tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
-        copilot=recipe.copilot(),
+        copilot=task.recipe.copilot(),
     )
-    train_and_compare(trainer, tokenizer, validation, test, recipe, script_args)
+    train_and_compare(trainer, task)
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=task.script_args.dataset_name)
 
 
 def seq2seq(argv: Sequence[str]) -> None:
-    script_args, args, model_args, recipe = parser("seq2seq").parse(argv)
-    set_seed(args.seed)
-    train, validation, test = prepare_rows(script_args, recipe, args.seed)
-    if recipe.from_config is not None:
-        model, tokenizer = build_from_scratch(recipe.from_config, recipe.tokenizer_size, train)
-    else:
-        name, revision = named_model(model_args), model_args.model_revision
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    task = read_task("seq2seq", argv)
+    model, tokenizer, model_args = task.pilot, task.tokenizer, task.model_args
+    check_template(task.rows.train.take(1), tokenizer, has_encoder=True)
+    if isinstance(model, str):
         model = AutoModelForSeq2SeqLM.from_pretrained(
-            name,
-            revision=revision,
+            model,
+            revision=model_args.model_revision,
             dtype=model_args.dtype,
             attn_implementation=model_args.attn_implementation,
             quantization_config=get_quantization_config(model_args),
@@ -110,50 +137,37 @@ def seq2seq(argv: Sequence[str]) -> None:
         model = get_peft_model(model, peft_config)
     trainer = CopilotSeq2SeqTrainer(
         model=model,
-        args=args,
-        train_dataset=tokenize(train, tokenizer),
-        eval_dataset=tokenize(validation, tokenizer) if len(validation) else None,
+        args=task.args,
+        train_dataset=tokenize(task.rows.train, tokenizer),
+        eval_dataset=tokenize(task.eval_dataset, tokenizer) if task.eval_dataset is not None else None,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
         processing_class=tokenizer,
-        copilot=recipe.copilot(),
+        copilot=task.recipe.copilot(),
     )
-    train_and_compare(trainer, tokenizer, validation, test, recipe, script_args)
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset=script_args.dataset_name)
+    train_and_compare(trainer, task)
+    if task.args.push_to_hub:
+        trainer.push_to_hub(dataset=task.script_args.dataset_name)
 
 
-def named_model(model_args: ModelConfig) -> str:
-    if model_args.model_name_or_path is None:
-        raise ValueError("There is no Pilot: --model_name_or_path names one, --from_config builds one from scratch.")
-    return model_args.model_name_or_path
-
-
-def train_and_compare(
-    trainer: CopilotMixin,
-    tokenizer: PreTrainedTokenizerBase,
-    validation: Dataset,
-    test: Dataset,
-    recipe: RecipeArguments,
-    script_args: ScriptArguments,
-) -> None:
-    """Train, with some answers at every evaluation; save; compare Pilot and Pilot + Copilot on the test rows, in the
-    main process."""
-    watched = list(validation)[: recipe.watch_rows]
-    if watched and trainer.args.eval_strategy != "no" and not trainer.is_fsdp_enabled:
+def train_and_compare(trainer: CopilotMixin, task: Task) -> None:
+    """Train, with some answers at every evaluation; save; compare Pilot and Pilot + Copilot on the test rows, which
+    several processes share. The main one says what is found."""
+    recipe, test = task.recipe, task.rows.test
+    watched = task.rows.validation.take(min(recipe.watch_rows, len(task.rows.validation)))
+    if len(watched) and trainer.args.eval_strategy != "no" and not trainer.is_fsdp_enabled:
         trainer.add_callback(RectifiedGeneration(trainer, watched, recipe.is_right, **recipe.generation))
     start, resume = time.perf_counter(), trainer.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     trainer.save_model()
-    if not trainer.is_world_process_zero():
-        return
-    write_reference(trainer.args.output_dir, script_args, recipe, trainer.args.seed)
-    pilot = trainer.accelerator.unwrap_model(trainer.model)
+    is_main, pilot, found = trainer.is_world_process_zero(), trainer.accelerator.unwrap_model(trainer.model), None
+    if is_main:
+        write_reference(trainer, task.script_args, recipe)
     if is_sharded(pilot):
-        show("The Pilot is sharded, so nothing is answered here: hf-copilot eval does that with what is saved.")
-    elif len(test):
-        both = (pilot, trainer.copilot, tokenizer, list(test), trainer.copilot.config.strength)
+        found = "The Pilot is sharded, so nothing is answered here: hf-copilot eval does that with what is saved."
+    elif test:
+        both = (pilot, trainer.copilot, trainer.processing_class, test, trainer.copilot.config.strength)
         with eval_mode(pilot), torch.no_grad():
             answers = compare_answers(*both, recipe.answer_pattern, **recipe.generation)
-            found = [answers, *compare_likelihoods(*both)]
-        show(table_of(f"{len(test)} test rows", found))
-    show(cost_since(start))
+            found = table_of(f"{len(test)} test rows", [answers, *compare_likelihoods(*both)])
+    if is_main:
+        show(cost_since(start) if found is None else Group(found, cost_since(start)))

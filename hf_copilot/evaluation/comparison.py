@@ -1,9 +1,13 @@
-"""Pilot and Pilot + Copilot on the same items, with the interval of their difference."""
+"""Pilot and Pilot + Copilot on the same items, with the interval of their difference.
+
+Several processes share the items: then every one must call [`compare_likelihoods`] and [`compare_answers`].
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation.logits_processor import CopilotLogitsProcessor
 from ..model.modeling_copilot import CopilotModel
+from ..training.distributed import process_index, share
 from ..training.teacher_forced import score
-from .rows import generate_answers, label_row
+from .rows import generate_answers, label_row, prompt_of, text_of
 
 OF_95_PERCENT = 1.96  # standard errors
 
@@ -85,19 +90,22 @@ def compare_likelihoods(
     pilot: PreTrainedModel,
     copilot: CopilotModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, str]],
+    rows: Sequence[dict[str, Any]],
     strength: float,
     batch_size: int = 16,
 ) -> list[Comparison]:
     """NLL and token accuracy, teacher-forced, of rows with a prompt and a completion."""
-    labelled = [label_row(tokenizer, row, copilot.config.pilot_is_encoder_decoder) for row in rows]
-    scores = score(pilot, copilot, labelled, [0.0, strength], batch_size)
-    tokens = torch.tensor([found.log_likelihoods.shape[1] for found in scores])  # [n]
-    nll = torch.stack([-found.log_likelihoods.sum(1) for found in scores], dim=1)  # [2, n]
-    hits = torch.stack([found.is_likeliest.sum(1) for found in scores], dim=1)  # [2, n]
+
+    def measure(own: Sequence[dict[str, Any]]) -> list[list[float]]:
+        labelled = [label_row(tokenizer, row, copilot.config.pilot_is_encoder_decoder) for row in own]
+        scores = score(pilot, copilot, labelled, [0.0, strength], batch_size)
+        sums = [torch.cat([-f.log_likelihoods.sum(1), f.is_likeliest.sum(1)]).tolist() for f in scores]
+        return [[len(found.log_likelihoods[0]), *of_row] for found, of_row in zip(scores, sums, strict=True)]
+
+    tokens, *nll_and_hits = torch.tensor(share(rows, measure)).T  # 1 + 4 times [n]
     return [
-        compare("NLL (nats per token)", *nll, tokens),
-        compare("token accuracy", *hits, tokens, ".1%"),
+        compare("NLL (nats per token)", *nll_and_hits[:2], tokens),
+        compare("token accuracy", *nll_and_hits[2:], tokens, ".1%"),
     ]
 
 
@@ -105,16 +113,20 @@ def compare_answers(
     pilot: PreTrainedModel,
     copilot: CopilotModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, str]],
+    rows: Sequence[dict[str, Any]],
     strength: float,
     pattern: str,
     **generation: Any,
 ) -> Comparison:
     """Right answers, generated greedily or by beams: those whose last match of the pattern is the completion's."""
-    prompts, expected = [row["prompt"] for row in rows], [row["completion"] for row in rows]
-    answers = generate_answers(pilot, tokenizer, prompts, None, "Pilot", do_sample=False, **generation)
-    with CopilotLogitsProcessor(copilot, pilot, strength, tokenizer) as processor:
-        rectified = generate_answers(
-            pilot, tokenizer, prompts, processor, "Pilot + Copilot", do_sample=False, **generation
-        )
-    return compare("right answers", *(matches(said, expected, pattern) for said in (answers, rectified)), form=".1%")
+
+    def measure(own: Sequence[dict[str, Any]]) -> list[list[float]]:
+        prompts, expected = [prompt_of(tokenizer, row) for row in own], [text_of(row["completion"]) for row in own]
+        answer = partial(generate_answers, pilot, tokenizer, prompts, do_sample=False, **generation)
+        titles = ("Pilot", "Pilot + Copilot") if process_index() == 0 else (None, None)
+        alone = answer(None, titles[0])
+        with CopilotLogitsProcessor(copilot, pilot, strength, tokenizer) as processor:
+            both = answer(processor, titles[1])
+        return torch.stack([matches(said, expected, pattern) for said in (alone, both)], dim=1).tolist()  # [n, 2]
+
+    return compare("right answers", *torch.tensor(share(rows, measure)).T, form=".1%")

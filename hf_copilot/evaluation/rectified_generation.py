@@ -15,10 +15,11 @@ from transformers.utils import logging
 
 from ..generation.logits_processor import CopilotLogitsProcessor
 from ..pilot.inspect import eval_mode, is_sharded, isolated_rng
+from ..training.chats import is_chat
 from ..training.distributed import copy_from_main_process
 from ..training.report import show
 from ..training.trainer import CopilotMixin
-from .rows import generate_answers
+from .rows import generate_answers, prompt_of, text_of, to_answer
 
 logger = logging.get_logger(__name__)
 
@@ -41,13 +42,14 @@ class RectifiedGeneration(TrainerCallback):
 
     Args:
         trainer: A [`CopilotTrainer`] or [`CopilotSeq2SeqTrainer`].
-        rows: Each with a text `prompt` and a text `completion`.
-        is_right: Of an answer and the completion; by default whether they are the same but for spaces around them.
+        rows: Each with a text `prompt` and a text `completion`, or a chat in one of TRL's forms, whose last assistant
+            message is what is expected.
+        is_right: Of an answer and the expected text; by default whether they are the same but for spaces around them.
         max_new_tokens, num_beams: Of the answers.
         max_seconds: The bound on both generations together; answers that it cuts short are named in a warning.
 
     Raises:
-        ValueError: Without rows, or for rows without these texts.
+        ValueError: Without rows, for rows without these texts, for a chat without an answer.
         TypeError: For another trainer.
         NotImplementedError: When training starts, for a sharded Pilot (FSDP2).
     """
@@ -55,7 +57,7 @@ class RectifiedGeneration(TrainerCallback):
     def __init__(
         self,
         trainer: CopilotMixin,
-        rows: Sequence[Mapping[str, str]],
+        rows: Sequence[Mapping[str, Any]],
         is_right: Callable[[str, str], bool] = same_text,
         max_new_tokens: int = 64,
         num_beams: int = 1,
@@ -63,10 +65,13 @@ class RectifiedGeneration(TrainerCallback):
     ):
         if not isinstance(trainer, CopilotMixin):
             raise TypeError(f"RectifiedGeneration needs a trainer of hf_copilot, not a {type(trainer).__name__}.")
-        self.trainer, self.rows, self.is_right, self.max_seconds = trainer, list(rows), is_right, max_seconds
-        texts = [row.get(name) for row in self.rows for name in ("prompt", "completion")]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError("RectifiedGeneration needs rows, each with a text `prompt` and a text `completion`.")
+        self.trainer, self.is_right, self.max_seconds = trainer, is_right, max_seconds
+        self.rows = [to_answer(row) for row in rows]
+        texts = [row.get(name) for row in self.rows if not is_chat(row) for name in ("prompt", "completion")]
+        if not self.rows or not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                "RectifiedGeneration needs rows, each with a text `prompt` and a text `completion`, or with messages."
+            )
         self.generation = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
         self.answered: int | None = None  # the step of the last answers
 
@@ -100,12 +105,13 @@ class RectifiedGeneration(TrainerCallback):
 
     def share_of_right(self, answers: Sequence[str]) -> float:
         pairs = zip(answers, self.rows, strict=True)
-        return sum(bool(self.is_right(said, row["completion"])) for said, row in pairs) / len(self.rows)
+        return sum(bool(self.is_right(said, text_of(row["completion"]))) for said, row in pairs) / len(self.rows)
 
     def generate(self) -> tuple[list[str], list[str]]:
         """The answers of both."""
         pilot = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
-        tokenizer, prompts = self.trainer.processing_class, [row["prompt"] for row in self.rows]
+        tokenizer = self.trainer.processing_class
+        prompts = [prompt_of(tokenizer, row) for row in self.rows]
         settings = self.generation | {"batch_size": len(prompts), "use_cache": True, "max_time": self.max_seconds / 2}
         start = time.monotonic()
         with eval_mode(pilot):
@@ -124,7 +130,7 @@ class RectifiedGeneration(TrainerCallback):
     def report(self, answers: tuple[list[str], list[str]], args: Any, step: int) -> None:
         """The table of all answers, everywhere that the run reports to."""
         rows = [
-            (row["prompt"], row["completion"], *(said.strip() for said in pair))
+            (text_of(row["prompt"]), text_of(row["completion"]), *(said.strip() for said in pair))
             for row, pair in zip(self.rows, zip(*answers, strict=True), strict=True)
         ]
         if not args.disable_tqdm:

@@ -1,13 +1,18 @@
-"""Rows with a prompt and a completion, as a Pilot is given them: labelled as in training, or to be answered."""
+"""Rows with a prompt and a completion, as a Pilot is given them: labelled as in training, or to be answered.
+
+Both are texts, or both are messages of a chat, which the tokenizer's chat template renders.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..training.chats import Message, chat_ids, is_chat, messages_of
 from ..training.records import IGNORE
 
 
@@ -17,39 +22,75 @@ def ids_with_end(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int 
     return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 
-def label_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, str], has_encoder: bool) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of a row, as for [`score`]: what SFTTrainer makes of it, or for an encoder-decoder the
-    prompt and the completion."""
+def to_answer(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the last assistant message of its chat as the completion, and what comes before it as the prompt; a
+    row of texts as it is.
+
+    Raises:
+        ValueError: If no assistant message has a text.
+    """
+    if not is_chat(row):
+        return dict(row)
+    chat = messages_of(row)
+    places = [i for i, message in enumerate(chat) if message["role"] == "assistant" and message.get("content")]
+    if not places or not places[-1] or not isinstance(chat[places[-1]]["content"], str):
+        raise ValueError("After a question there is to be an assistant message with a text.")
+    rest = {name: value for name, value in row.items() if name != "messages"}
+    return rest | {"prompt": chat[: places[-1]], "completion": chat[places[-1] : places[-1] + 1]}
+
+
+def text_of(part: str | Sequence[Message]) -> str:
+    """A text, or what the last message of a chat says."""
+    return part if isinstance(part, str) else part[-1]["content"]
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> str | list[int]:
+    """What a Pilot reads before it answers: a text, or token ids of messages and the beginning of its turn."""
+    return chat_ids(tokenizer, row["prompt"], row, add_generation_prompt=True) if is_chat(row) else row["prompt"]
+
+
+def label_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], has_encoder: bool) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of a row, as for [`score`]: what SFTTrainer makes of a prompt and a completion, or for
+    an encoder-decoder the prompt and the completion."""
     if has_encoder:
         return {
             "input_ids": ids_with_end(tokenizer, row["prompt"]),
             "labels": ids_with_end(tokenizer, row["completion"]),
         }
-    end = "" if row["completion"].endswith(tokenizer.eos_token) else tokenizer.eos_token
-    prompt = tokenizer(row["prompt"])["input_ids"]
-    ids = tokenizer(row["prompt"] + row["completion"] + end)["input_ids"]
+    if is_chat(row):
+        ids = chat_ids(tokenizer, messages_of(row), row)
+    else:
+        end = "" if row["completion"].endswith(tokenizer.eos_token) else tokenizer.eos_token
+        ids = tokenizer(row["prompt"] + row["completion"] + end)["input_ids"]
+    prompt = as_ids(tokenizer, prompt_of(tokenizer, row), has_encoder=False)
     same = [a == b for a, b in zip(prompt, ids, strict=False)] + [False]
     border = same.index(False)  # the first token in which both differ, in most tokenizers behind the prompt
     return {"input_ids": ids, "labels": [IGNORE] * border + ids[border:]}
+
+
+def as_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int], has_encoder: bool) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    return ids_with_end(tokenizer, prompt) if has_encoder else tokenizer(prompt)["input_ids"]
 
 
 @torch.no_grad()
 def generate_answers(
     pilot: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[int]],
     processor: LogitsProcessor | None,
     title: str | None = None,
     batch_size: int = 64,
     **generation,
 ) -> list[str]:
-    """The text after each prompt (of an encoder-decoder all its text), in batches; with a title, a progress bar."""
+    """The text after each prompt (of an encoder-decoder all its text), in batches; with a title, a progress bar. A
+    prompt is a text or its token ids."""
     answers, has_encoder = [], pilot.config.is_encoder_decoder
     side = "right" if has_encoder else "left"
     processors = [processor] if processor is not None else []
     for start in tqdm(range(0, len(prompts), batch_size), desc=title, disable=title is None):
-        texts = prompts[start : start + batch_size]
-        ids = [ids_with_end(tokenizer, text) if has_encoder else tokenizer(text)["input_ids"] for text in texts]
+        ids = [as_ids(tokenizer, prompt, has_encoder) for prompt in prompts[start : start + batch_size]]
         inputs = tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(pilot.device)
         out = pilot.generate(**inputs, logits_processor=processors, pad_token_id=tokenizer.pad_token_id, **generation)
         prompt = 0 if has_encoder else inputs["input_ids"].shape[1]

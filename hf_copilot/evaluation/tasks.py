@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model.modeling_copilot import CopilotModel
@@ -22,12 +23,14 @@ def compare_on_tasks(
     strength: float,
     include_path: str | None = None,
     batch_size: int = 16,
+    accelerator: Accelerator | None = None,
     **settings: Any,
 ) -> dict[str, list[Comparison]]:
-    """The metrics of each task.
+    """The metrics of each task. With an accelerator its processes share the documents, and the main one gets all
+    metrics, the others none.
 
     Raises:
-        ValueError: Without lm-eval, or for a task that it does not know.
+        ValueError: Without lm-eval, for a task that it does not know, or for one of fewer documents than processes.
     """
     try:
         from lm_eval import simple_evaluate
@@ -41,10 +44,23 @@ def compare_on_tasks(
     if unknown:
         raise ValueError(f"lm-eval has no task {', '.join(unknown)}: --include_path names a folder with task files.")
     model = CopilotLM(pilot, copilot, 0.0, tokenizer=tokenizer, batch_size=batch_size)
+    if accelerator is not None:
+        check_shares(manager, tasks, settings.get("limit"), accelerator.num_processes)
+        model.accelerator = accelerator  # as `hf` has it where it loads the Pilot itself
     found = []
     for model.strength in (0.0, strength):
         found.append(simple_evaluate(model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, **settings))
-    return {task: compare_task(*(results for results in found), task) for task in found[0]["samples"]}
+    if None in found:  # of a process that is not the main one
+        return {}
+    return {task: compare_task(*found, task) for task in found[0]["samples"]}
+
+
+def check_shares(manager: Any, tasks: Sequence[str], limit: int | None, processes: int) -> None:
+    """Raise a `ValueError` for a task that has fewer documents than there are processes, where lm-eval would end."""
+    for name, task in manager.load(list(tasks))["tasks"].items():
+        count = len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs))
+        if count < processes:
+            raise ValueError(f"The task {name} has {count} documents for {processes} processes: start fewer.")
 
 
 def compare_task(pilot: dict[str, Any], rectified: dict[str, Any], task: str) -> list[Comparison]:

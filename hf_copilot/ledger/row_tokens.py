@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..training.chats import chat_ids, is_chat, messages_of
 from ..training.ledger import SAID_THE_LABEL, checksum
 from .mistake_ledger import Confusion, MistakeLedger
 
@@ -105,12 +106,8 @@ def tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list
     Raises:
         ValueError: For a row that is none of these.
     """
-    chat = row.get("messages")
-    if isinstance(row.get("prompt"), list):
-        chat = row["prompt"] + row["completion"]
-    if chat is not None:
-        options = {"tools": row.get("tools")} | (row.get("chat_template_kwargs") or {})
-        return tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, **options)["input_ids"]
+    if is_chat(row):
+        return chat_ids(tokenizer, messages_of(row), row)
     text = row["text"] if "text" in row else row.get("completion")
     if text is None:
         raise ValueError(f"Rows with the columns {sorted(row)} can't be tokenised. {OTHER_DATA}")

@@ -1,12 +1,13 @@
-"""What several processes of one training run must agree on. With one process every function does nothing."""
+"""What several processes of one run must agree on. With one process every function does nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from torch import distributed as dist
 from transformers import TrainingArguments
 
@@ -46,6 +47,16 @@ def sum_count(count: int, device: torch.device) -> int:
     total = torch.tensor(count, device=device)
     dist.all_reduce(total)
     return int(total)
+
+
+def share(rows: Sequence[Any], measure: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
+    """What `measure` gives for each of the rows, in their order. Each process measures a part of them and gets what
+    all have found; every one must call it."""
+    if num_processes() == 1:
+        return measure(rows)
+    with PartialState().split_between_processes(list(rows)) as own:
+        found = measure(own) if own else []
+    return gather_object(found)
 
 
 def without_repeated_rows(
