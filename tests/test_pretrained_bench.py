@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_pilot
 
 from benchmarks.common import RESULTS
-from benchmarks.pretrained import arms, picture, report
+from benchmarks.pretrained import arms, picture, report, training
 from benchmarks.pretrained.arms import FEATURES, FEATURES_OWN, LANGUAGE_MODEL, STATE_0, TOKEN, Arm, lora, plan
 from benchmarks.pretrained.measuring import ALONE, Model
 from benchmarks.pretrained.running import Bench, Limits
@@ -51,6 +51,19 @@ def test_an_arm_runs(bench, copilot):
     assert (len(grid) > 1) == (copilot is not None) == ("copilot_parameters" in result)
     assert ("sampled" in result) == (copilot is None)
     json.dumps(result)
+
+
+def test_a_copilot_learns_on_from_the_log(bench, monkeypatch):
+    """After the pass over the rows no forward of the Pilot is run; a chosen λ is no worse than the Pilot."""
+    visits = []
+    usual = training.pilot_loss
+    monkeypatch.setattr(training, "pilot_loss", lambda *inputs: visits.append(1) or usual(*inputs))
+    spec = replace(TOKEN, kind="token, on the log", log_epochs=4.0)
+    once, more = (
+        bench.run(Arm("mawps", training.PilotSpec("frozen", 0.0, 1.0), copilot)) for copilot in (TOKEN, spec)
+    )
+    assert len(visits) == once["steps"] + more["steps"] == 4 and (once["replays"], more["replays"]) == (0, 8)
+    assert once["valid"]["nll"][0] == more["valid"]["nll"][0] and min(more["valid"]["nll"]) < min(once["valid"]["nll"])
 
 
 def test_two_pilots_are_an_ensemble(bench):

@@ -66,6 +66,11 @@ LANGUAGE_MODEL = CopilotSpec(
     "language model", config={"copilot_input": "token"}, learner={"alone": True, "weight_decay": 0.1}
 )
 MAIN = (TOKEN, FEATURES, STATE_0)
+ON_THE_LOG = tuple(  # of a frozen Pilot that is run over the rows once
+    replace(copilot, kind=f"{copilot.kind}, {epochs} epochs on the log", log_epochs=float(epochs))
+    for epochs in (2, 7)
+    for copilot in (FEATURES, TOKEN)
+)
 OTHERS = (
     replace(TOKEN, kind="token, trained at λ = 0.5", learner={"trained_strength": 0.5}),
     replace(TOKEN, kind="token", steps=1),
@@ -185,6 +190,8 @@ def frozen(results: list[Result]) -> Iterator[Arm]:
     """No fine-tuning of the Pilot at all."""
     for epochs, copilot in ((SHORT, TOKEN), (LONG, TOKEN), (LONG, FEATURES)):
         yield Arm("mawps", PilotSpec("frozen", 0.0, epochs), copilot)
+    for copilot in ON_THE_LOG:
+        yield Arm("mawps", PilotSpec("frozen", 0.0, 1.0), copilot, samples=True)
 
 
 def better_pilots(results: list[Result]) -> Iterator[Arm]:

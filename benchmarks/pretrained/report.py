@@ -75,9 +75,10 @@ class Results:
         if timing is None:
             return sum(result["seconds"].values()) * (2 if arm["second"] else 1)
         per_step = _pilot_seconds(timing, arm["pilot"]["method"]) * (2 if arm["second"] else 1)
-        if arm["copilot"] is not None:
-            per_step += _copilot_seconds(timing, arm["copilot"])
-        return per_step * result["steps"]
+        if arm["copilot"] is None:
+            return per_step * result["steps"]
+        observe, round_ = _copilot_seconds(timing, arm["copilot"])
+        return (per_step + observe + round_) * result["steps"] + round_ * result.get("replays", 0)
 
     def of(self, task: str) -> list[Result]:
         return sorted((r for r in self.arms if r["arm"]["task"] == task), key=nll_of)
@@ -104,12 +105,12 @@ def _pilot_seconds(timing: dict[str, Any], method: str) -> float:
     return sum(timing["pilots"].get(method, timing["pilots"]["lora"]).values())
 
 
-def _copilot_seconds(timing: dict[str, Any], copilot: dict[str, Any]) -> float:
+def _copilot_seconds(timing: dict[str, Any], copilot: dict[str, Any]) -> tuple[float, float]:
     """Of a round: observing, and steps of the same shape; those of a shape that was not timed as a token Copilot's."""
     timed = [t for t in timing["copilots"] if t["shape"] == copilot["shape"]]
     timed = timed or [t for t in timing["copilots"] if t["shape"] == "token"]
     nearest = min(timed, key=lambda t: abs(t["steps"] - copilot["steps"]))
-    return nearest["observe"] + nearest["copilot"] * copilot["steps"] / nearest["steps"]
+    return nearest["observe"], nearest["copilot"] * copilot["steps"] / nearest["steps"]
 
 
 def rows_at(result: Result, weights: tuple[float, float]) -> dict[str, Any] | None:

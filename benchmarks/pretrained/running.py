@@ -68,6 +68,7 @@ class Bench:
         if trained.learner is not None:
             result["copilot_parameters"] = sum(p.numel() for p in trained.learner.copilot.parameters())
             result["skipped_steps"] = trained.learner.skipped_steps
+            result["replays"] = arm.copilot.replays(len(examples))
         free_memory()
         after_training = time.perf_counter()
         result |= self.measure(arm, model, splits)

@@ -232,6 +232,8 @@ def work_of(arm: Arm) -> float:
         step += 0.01 + 0.03 * arm.copilot.steps
     twice = 2 if arm.second else 1
     training = twice * arm.pilot.steps(size.rows) * size.slower * step
+    if arm.copilot is not None:
+        training += 0.03 * arm.copilot.steps * arm.copilot.replays(size.rows) * size.slower
     is_alone = arm.copilot is None and not arm.second
     measuring = size.likelihoods + (3.0 if is_alone else 6.0)
     if arm.answers:

@@ -59,6 +59,8 @@ class CopilotSpec:
         learner: Of `Learner`.
         weighted: Whether documents are drawn by what the Pilot still misses.
         shape: What its time is measured under: arms of one shape take equally long.
+        log_epochs: After the Pilot's last step, epochs on the Mistake Log alone. Only beside a frozen Pilot, whose
+            records stay true.
     """
 
     kind: str = "token"
@@ -70,6 +72,11 @@ class CopilotSpec:
     learner: dict[str, Any] = field(default_factory=dict)
     weighted: bool = False
     shape: str = "token"
+    log_epochs: float = 0.0
+
+    def replays(self, rows: int) -> int:
+        """Rounds on the log alone."""
+        return round(self.log_epochs * rows / BATCH)
 
 
 @dataclass
@@ -188,7 +195,8 @@ def train(
     torch.manual_seed(seed)
     pilot, wrapped = adapted(base, pilot_spec)
     trains = pilot_spec.method != "frozen"
-    learner = make_learner(pilot, copilot_spec, steps, seed) if copilot_spec else None
+    replays = copilot_spec.replays(len(examples)) if copilot_spec else 0
+    learner = make_learner(pilot, copilot_spec, steps + replays, seed) if copilot_spec else None
     pilot.train(trains)
     optimizer, scheduler = _optimizer(pilot, pilot_spec.rate, steps) if trains else (None, None)
     clock = Clock(pilot.device, exact_clock)
@@ -211,6 +219,9 @@ def train(
         if learner is not None:
             learner.step()
         clock.end("copilot")
+    for _ in range(replays):
+        learner.replay(BATCH)
+    clock.end("copilot")
     if wrapped is not None:
         pilot = wrapped.merge_and_unload()
     if learner is not None:

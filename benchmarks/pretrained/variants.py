@@ -20,6 +20,7 @@ from hf_copilot.pilot.inspect import find_decoder, find_layers
 from hf_copilot.pilot.tap import PilotStates, PilotTap
 from hf_copilot.training.batch import CopilotBatch
 from hf_copilot.training.mistake_log import MistakeRecord
+from hf_copilot.training.records import random_start
 from hf_copilot.training.teacher_forced import TeacherForced
 
 Sink = Callable[[PilotStates], None]
@@ -192,6 +193,16 @@ class Learner(CopilotLearner):
         self.teacher_forced_class = partial(Forced, strength=trained_strength, alone=alone, tap=tap)
         super().__init__(copilot, pilot, **kwargs)
         self.alone = alone
+
+    def replay(self, documents: int) -> None:
+        """The steps of one more round on what is logged, each on as many documents: the Pilot is not run, and must be
+        as it was."""
+        has_encoder = self.copilot.config.pilot_is_encoder_decoder
+        for _ in range(self.steps_per_round):
+            drawn = self.log.sample(documents, self.generator)
+            self.update([random_start(record, self.generator, has_encoder) for record in drawn])
+        self.steps += 1
+        self.optimizer.scheduler.step()
 
     def processor(self, weights: tuple[float, float]) -> Mixture:
         return Mixture(self, weights)
