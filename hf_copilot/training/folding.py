@@ -96,11 +96,28 @@ def _rest(probabilities: torch.Tensor) -> torch.Tensor:
 
 
 class FoldingTrainer(Trainer):
-    """[`transformers.Trainer`] whose labels are distributions; its rows are those of [`with_soft_targets`]."""
+    """[`transformers.Trainer`] whose labels are distributions: those of its model with a Copilot, which it asks once.
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, train_dataset: list[dict[str, torch.Tensor]]):
+    Takes `copilot`, `rows`, `strength` and `top_k` of [`fold_copilot`].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        copilot: CopilotModel,
+        rows: Sequence[Mapping[str, Any]],
+        strength: float | None,
+        top_k: int,
+    ):
         check_folding(model, args)
-        super().__init__(model, args, collate, train_dataset)
+        args = copy.copy(args)
+        args.remove_unused_columns = False  # Trainer knows no labels but its own
+        super().__init__(model, args, collate)  # moves the model to its device
+        targets = teach(self.model, copilot, rows, strength, top_k, args.per_device_eval_batch_size)
+        self.train_dataset = with_soft_targets(rows, targets)
+        if not self.train_dataset:
+            raise ValueError("No row has a labelled token, so there is nothing to fold.")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens, log_probs = inputs.pop("teacher_tokens"), inputs.pop("teacher_log_probs")  # [M, k]
@@ -158,16 +175,9 @@ def fold_copilot(
         ValueError: If λ is 0, no weight of the Pilot is trainable, no row has a target, or the two do not fit.
         NotImplementedError: With several processes or devices.
     """
-    check_folding(pilot, args)
     if (copilot.config.strength if strength is None else strength) == 0:
         raise ValueError("λ is 0: Pilot + Copilot is the Pilot, and there is nothing to fold. Pass strength=...")
-    args = copy.copy(args)
-    args.remove_unused_columns = False  # Trainer knows no labels but its own
-    targets = teach(pilot, copilot, rows, strength, top_k, args.per_device_eval_batch_size)
-    dataset = with_soft_targets(rows, targets)
-    if not dataset:
-        raise ValueError("No row has a labelled token, so there is nothing to fold.")
-    return FoldingTrainer(pilot, args, dataset).train()
+    return FoldingTrainer(pilot, args, copilot, rows, strength, top_k).train()
 
 
 class FoldingMixin:
