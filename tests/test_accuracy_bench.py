@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import VOCAB_SIZE, tiny_pilot, tiny_tokenizer, trained_like
 
-from benchmarks.accuracy import experiments, folding, picture, run
+from benchmarks.accuracy import ensembles, experiments, folding, picture, run
 from benchmarks.accuracy.groups import FEEDBACK
 from benchmarks.accuracy.inputs import ReadingPrompts, ScheduledFeeding
 from benchmarks.accuracy.mistakes import ReservoirLog, WeightedLog
@@ -355,3 +355,38 @@ def test_folding_runs_and_is_kept(tmp_path, monkeypatch):
     assert found["shares"]["nll"]["folded"] == pytest.approx(gains["folded"] / gains["copilot"])
     monkeypatch.setattr(folding.Folding, "run", None)  # all is kept
     folding.main()
+
+
+def test_ensembles_run_and_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(ensembles, "TASKS", {"arithmetic": replace(ARITHMETIC, **SMALL)})
+    splits = ARITHMETIC.splits(None, 0)
+    monkeypatch.setattr(type(ARITHMETIC), "splits", lambda *_, **__: type(splits)(*(rows[:24] for rows in splits)))
+    command = f"ensembles arithmetic --seeds 1 --work {tmp_path} --results {tmp_path / 'results'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    ensembles.main()
+    arms = json.loads((tmp_path / "results" / "ensembles_arithmetic.json").read_text())["arms"]
+    assert list(arms) == list(ensembles.TITLES)
+    assert all(0 <= arms[arm]["exact match"]["mean"] <= 1 and arms[arm]["nll"]["mean"] > 0 for arm in arms)
+    sizes = {arm: arms[arm]["parameters"] for arm in arms}
+    assert sizes["copilot"] == sizes["language model"] and sizes["second"] == 2 * sizes["pilot"]
+    monkeypatch.setattr(ensembles, "run_seed", None)  # all is kept
+    ensembles.main()
+
+
+def test_a_language_model_learns_without_its_pilot(tmp_path, monkeypatch):
+    """Whatever the Pilot holds likely, the second network is the same."""
+    found = []
+    for seed in (0, 1):
+        pilot = tiny_pilot(seed=seed)
+        copilot = trained_like(tiny_pilot(), CopilotConfig(copilot_input="token", dropout=0.0)).train()
+        learner = ensembles.LanguageModel(copilot, pilot, learning_rate=1e-2, num_training_steps=1)
+        inputs = {
+            "input_ids": torch.tensor([[5, 9, 12, 20, 21, 2]]),
+            "labels": torch.tensor([[-100, -100, 12, 20, 21, 2]]),
+        }
+        with learner.observe(inputs):
+            pilot(**inputs)
+        learner.step()
+        learner.close()
+        found.append(copilot.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
