@@ -2,9 +2,9 @@
 
     python -m benchmarks.accuracy.ensembles arithmetic mawps text --data DIR --seeds 3
 
-Beside one Pilot, on the same draws: a token Copilot, and its own network trained as a plain language model, which knows
-nothing of the Pilot. And a second Pilot of another seed. Logits are mixed as α z + λ f, with f the Copilot's correction
-(α = 1) or the other model's logits; the weights are those with the least NLL on validation rows.
+Beside one Pilot, on the same draws: a token Copilot, and its own network trained as a plain language model, which is
+told nothing of the Pilot's mistakes. And a second Pilot of another seed. Logits are mixed as α z + λ f, with f the
+Copilot's correction (α = 1) or the other model's logits; the weights are those with the least NLL on validation rows.
 
 Runs are kept under --work. Writes benchmarks/results/accuracy/ensembles_<task>.{json,md}.
 """
@@ -64,24 +64,18 @@ def measure(setting: Setting, model: Model, valid: list[dict], test: list[dict])
     chosen = model.likelihoods(examples(setting, model, valid)).best("nll")
     rows = examples(setting, model, test)
     likelihoods = model.likelihoods(rows)
-    tokens, own = likelihoods.tokens, likelihoods.at(chosen)
+    tokens, own = likelihoods.tokens.tolist(), likelihoods.at(chosen)
     figures = {
-        "nll": Figures([nll / n for nll, n in zip(own["nll"], tokens.tolist(), strict=True)], tokens.tolist()),
-        "token accuracy": Figures(
-            [hits / n for hits, n in zip(own["hits"], tokens.tolist(), strict=True)], tokens.tolist()
-        ),
+        name: Figures([value / n for value, n in zip(own[sums], tokens, strict=True)], tokens)
+        for name, sums in (("nll", "nll"), ("token accuracy", "hits"))
     }
     if setting.task.name != "text":
         task = SimpleNamespace(batch_size=64, max_new_tokens=setting.task.max_new_tokens, right=setting.task.right)
         figures[setting.task.metric] = Figures(model.right(test, rows, task, chosen))
     networks = [model.pilot, model.second, model.learner and model.learner.copilot]
     size = sum(count_parameters(network)[0] for network in networks if network is not None)
-    return {
-        "parameters": size,
-        "figures": figures,
-        "strength": chosen[1] if chosen != ALONE else None,
-        "weights": chosen,
-    }
+    strength = chosen[1] if chosen != ALONE else None
+    return {"parameters": size, "figures": figures, "strength": strength, "weights": chosen}
 
 
 def examples(setting: Setting, model: Model, rows: list[dict]) -> list[Example]:
