@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import VOCAB_SIZE, tiny_pilot, tiny_tokenizer, trained_like
 
-from benchmarks.accuracy import ensembles, experiments, folding, picture, run
+from benchmarks.accuracy import ensembles, experiments, folding, moves, picture, run
 from benchmarks.accuracy.groups import FEEDBACK
 from benchmarks.accuracy.inputs import ReadingPrompts, ScheduledFeeding
 from benchmarks.accuracy.mistakes import ReservoirLog, WeightedLog
@@ -388,3 +388,32 @@ def test_a_language_model_learns_without_its_pilot(tmp_path, monkeypatch):
         learner.close()
         found.append(copilot.state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.slow
+def test_moves_run_and_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(moves, "TASKS", {"arithmetic": replace(ARITHMETIC, **SMALL)})
+    monkeypatch.setattr(moves, "DPO", moves.DPO | {"max_steps": 2, "per_device_train_batch_size": 2})
+    splits = ARITHMETIC.splits(None, 0)
+    monkeypatch.setattr(type(ARITHMETIC), "splits", lambda *_, **__: type(splits)(*(rows[:24] for rows in splits)))
+    command = f"moves arithmetic --seeds 1 --work {tmp_path} --results {tmp_path / 'results'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    moves.main()
+    (found,) = json.loads((tmp_path / "results" / "moves_arithmetic.json").read_text())["runs"]
+    assert len(found) == 9 and all(set(arms) <= set(moves.ARMS) for arms in found.values())
+    home = found["home"]
+    assert home["moved, λ chosen"] == home["trained there, λ chosen"] == home["moved, λ of home"]
+    assert home["small logits"]["nll"] > 0
+    monkeypatch.setattr(moves.Moves, "run", None)  # all is kept
+    moves.main()
+
+
+def test_small_logits_at_their_own_base_are_the_small_pilot(tmp_path):
+    """z'' + 1 (z' − z'') = z'."""
+    pilots = [tiny_pilot(seed=seed).eval() for seed in (0, 1)]
+    bench = object.__new__(moves.Moves)
+    bench.tokenizer = tiny_tokenizer()
+    examples = [encode(bench.tokenizer, row, 64) for row in ROWS]
+    found = bench.proxy(examples, pilots[0], pilots[1], pilots[0], strength=1.0)
+    expected = experiments.measure(Rectified(pilots[1], bench.tokenizer), examples)
+    assert found == pytest.approx(expected, rel=1e-5)
