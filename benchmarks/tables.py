@@ -25,6 +25,7 @@ PAGES = (
     "docs/method.md",
     "docs/mistakes.md",
     "docs/expected.md",
+    "docs/folding.md",
 )
 BETWEEN = re.compile(r"(?<=<!-- table: )(\S+)( -->\n)(.*?)(?=<!-- end -->)", re.S)
 
@@ -45,6 +46,7 @@ ARMS = {
     "longer": "Pilot, 2.5 times the steps",
 }
 COPILOTS = {"tokens": "token Copilot", "pilot": "state Copilot"}
+FOLDING_TASKS = ("arithmetic",)
 LEDGER_TASKS = {"mawps": "MAWPS", "text": "GSM8K"}
 CURVE_ROWS = 6
 
@@ -104,6 +106,28 @@ def by_task(cell: Callable[[str, dict[str, Any]], str], arms: Iterable[str]) -> 
     found = {task: read(f"accuracy/{task}")["arms"] for task in TASKS}
     rows = [[ARMS[arm], *(cell(metric, found[t][arm][metric]) for t, (metric, _) in TASKS.items())] for arm in arms]
     return table(("", *(f"`{task}`, {'NLL' if m == 'nll' else m}" for task, (m, _) in TASKS.items())), rows)
+
+
+FOLDING_ARMS = {
+    "pilot": "Pilot",
+    "copilot": "+ token Copilot",
+    "folded": "folded Pilot",
+    "labels": "Pilot, on labels for the time of folding",
+    "again": "folded Pilot + a fresh Copilot",
+}
+
+
+def folding() -> str:
+    """Of a Copilot's gain, what the folded Pilot has, and what labels give in the same time."""
+    rows = []
+    for task in FOLDING_TASKS:
+        found, metric = read(f"accuracy/folding_{task}"), TASKS[task][0]
+        for arm, title in FOLDING_ARMS.items():
+            cells = [figure(name, found["arms"][arm][name]) for name in (metric, "nll")]
+            kept = [found["shares"][name].get(arm) for name in (metric, "nll")]
+            shares = ["" if part is None else f"{part:.0%}" for part in kept]
+            rows.append([task if arm == "pilot" else "", title, *cells, *shares])
+    return table(("task", "arm", "right", "NLL", "of the gain in right answers", "and in NLL"), rows)
 
 
 def times() -> str:
@@ -415,6 +439,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ledger-rankings": rankings,
     "ledger-cleaned": cleaned,
     "expected": expected,
+    "folding": folding,
 } | {f"expected-{name}": partial(curve, name) for name in read("expected")}
 
 

@@ -183,7 +183,8 @@ def trained(tmp_path, form="prompt-completion", peft_config=None, eval_rows=16, 
 @pytest.mark.parametrize("way", ["full", "lora", "chat"])
 def test_a_trainer_folds(tmp_path, way):
     chat = {"form": "chat", "assistant_only_loss": True} if way == "chat" else {}
-    trainer = trained(tmp_path, peft_config=LORA if way == "lora" else None, **chat)
+    settings = {"eval_on_start": True, "warmup_steps": 2}
+    trainer = trained(tmp_path, peft_config=LORA if way == "lora" else None, **settings, **chat)
     copilot = trainer.copilot
     copilot.config.strength = 1.0
     metrics = trainer.evaluate()

@@ -208,6 +208,7 @@ class FoldingMixin:
             ValueError, NotImplementedError: As [`fold_copilot`]; for streams, packed rows and several evaluation sets.
         """
         args = folding_args(self.args, num_train_epochs, learning_rate)
+        check_folding(self.model, args)
         rows = labelled_rows(self, self.train_dataset if train_dataset is None else train_dataset)
         held_out = [] if self.eval_dataset is None else labelled_rows(self, self.eval_dataset)
         pilot = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -247,7 +248,7 @@ def folding_args(args: TrainingArguments, num_train_epochs: float, learning_rate
     args.num_train_epochs, args.max_steps = num_train_epochs, -1
     args.learning_rate = args.learning_rate if learning_rate is None else learning_rate
     args.eval_strategy = args.save_strategy = "no"
-    args.load_best_model_at_end = args.push_to_hub = args.do_eval = False
+    args.load_best_model_at_end = args.push_to_hub = args.do_eval = args.eval_on_start = False
     return args
 
 
