@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .evaluation.rectified_generation import RectifiedGeneration
     from .ledger.mistake_ledger import MistakeLedger
     from .training.callback import CopilotCallback
+    from .training.folding import fold_copilot
     from .training.learner import CopilotLearner
     from .training.mistake_log import MistakeLog
     from .training.teacher_forced import score
@@ -41,6 +42,7 @@ _ON_FIRST_USE = {
     "MistakeLedger": ".ledger.mistake_ledger",
     "MistakeLog": ".training.mistake_log",
     "RectifiedGeneration": ".evaluation.rectified_generation",
+    "fold_copilot": ".training.folding",
     "score": ".training.teacher_forced",
 }
 
@@ -61,6 +63,7 @@ __all__ = [
     "__version__",
     "check_pilot",
     "copilot_for",
+    "fold_copilot",
     "score",
 ]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import VOCAB_SIZE, tiny_pilot, tiny_tokenizer, trained_like
 
-from benchmarks.accuracy import experiments, picture, run
+from benchmarks.accuracy import ensembles, experiments, folding, moves, picture, run
 from benchmarks.accuracy.groups import FEEDBACK
 from benchmarks.accuracy.inputs import ReadingPrompts, ScheduledFeeding
 from benchmarks.accuracy.mistakes import ReservoirLog, WeightedLog
@@ -339,3 +339,81 @@ def test_a_reservoir_keeps_a_sample_of_all_rounds():
         kept_rounds += [int(round_[0].labels) for round_ in log.rounds]
         assert len(log.rounds) == 10 and log.nbytes == sum(r.nbytes for rs in log.rounds for r in rs)
     assert 40 < np.mean(kept_rounds) < 60
+
+
+def test_folding_runs_and_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(folding, "TIMED_STEPS", 2)
+    monkeypatch.setattr(folding, "TASKS", {"arithmetic": replace(ARITHMETIC, **SMALL)})
+    splits = ARITHMETIC.splits(None, 0)
+    monkeypatch.setattr(type(ARITHMETIC), "splits", lambda *_, **__: type(splits)(*(rows[:24] for rows in splits)))
+    command = f"folding arithmetic --seeds 2 --work {tmp_path} --results {tmp_path / 'results'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    folding.main()
+    found = json.loads((tmp_path / "results" / "folding_arithmetic.json").read_text())
+    assert set(found["arms"]) == set(folding.TITLES) and found["steps"]["folded"] == 2
+    gains = {arm: found["arms"][arm]["nll"]["difference"] for arm in ("copilot", "folded")}
+    assert found["shares"]["nll"]["folded"] == pytest.approx(gains["folded"] / gains["copilot"])
+    monkeypatch.setattr(folding.Folding, "run", None)  # all is kept
+    folding.main()
+
+
+def test_ensembles_run_and_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(ensembles, "TASKS", {"arithmetic": replace(ARITHMETIC, **SMALL)})
+    splits = ARITHMETIC.splits(None, 0)
+    monkeypatch.setattr(type(ARITHMETIC), "splits", lambda *_, **__: type(splits)(*(rows[:24] for rows in splits)))
+    command = f"ensembles arithmetic --seeds 1 --work {tmp_path} --results {tmp_path / 'results'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    ensembles.main()
+    arms = json.loads((tmp_path / "results" / "ensembles_arithmetic.json").read_text())["arms"]
+    assert list(arms) == list(ensembles.TITLES)
+    assert all(0 <= arms[arm]["exact match"]["mean"] <= 1 and arms[arm]["nll"]["mean"] > 0 for arm in arms)
+    sizes = {arm: arms[arm]["parameters"] for arm in arms}
+    assert sizes["copilot"] == sizes["language model"] and sizes["second"] == 2 * sizes["pilot"]
+    monkeypatch.setattr(ensembles, "run_seed", None)  # all is kept
+    ensembles.main()
+
+
+def test_a_language_model_learns_without_its_pilot(tmp_path, monkeypatch):
+    """Whatever the Pilot holds likely, the second network is the same."""
+    found = []
+    for seed in (0, 1):
+        pilot = tiny_pilot(seed=seed)
+        copilot = trained_like(tiny_pilot(), CopilotConfig(copilot_input="token", dropout=0.0)).train()
+        learner = ensembles.LanguageModel(copilot, pilot, learning_rate=1e-2, num_training_steps=1)
+        ids = torch.tensor([[5, 9, 12, 20, 21, 2]])
+        inputs = {"input_ids": ids, "labels": ids.masked_fill(ids < 10, -100)}
+        with learner.observe(inputs):
+            pilot(**inputs)
+        learner.step()
+        learner.close()
+        found.append(copilot.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.slow
+def test_moves_run_and_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(moves, "TASKS", {"arithmetic": replace(ARITHMETIC, **SMALL)})
+    monkeypatch.setattr(moves, "DPO", moves.DPO | {"max_steps": 2, "per_device_train_batch_size": 2})
+    splits = ARITHMETIC.splits(None, 0)
+    monkeypatch.setattr(type(ARITHMETIC), "splits", lambda *_, **__: type(splits)(*(rows[:24] for rows in splits)))
+    command = f"moves arithmetic --seeds 1 --work {tmp_path} --results {tmp_path / 'results'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    moves.main()
+    (found,) = json.loads((tmp_path / "results" / "moves_arithmetic.json").read_text())["runs"]
+    assert len(found) == 9 and all(set(arms) <= set(moves.ARMS) for arms in found.values())
+    home = found["home"]
+    assert home["moved, λ chosen"] == home["trained there, λ chosen"] == home["moved, λ of home"]
+    assert home["small logits"]["nll"] > 0
+    monkeypatch.setattr(moves.Moves, "run", None)  # all is kept
+    moves.main()
+
+
+def test_small_logits_at_their_own_base_are_the_small_pilot(tmp_path):
+    """z'' + 1 (z' − z'') = z'."""
+    pilots = [tiny_pilot(seed=seed).eval() for seed in (0, 1)]
+    bench = object.__new__(moves.Moves)
+    bench.tokenizer = tiny_tokenizer()
+    examples = [encode(bench.tokenizer, row, 64) for row in ROWS]
+    found = bench.proxy(examples, pilots[0], pilots[1], pilots[0], strength=1.0)
+    expected = experiments.measure(Rectified(pilots[1], bench.tokenizer), examples)
+    assert found == pytest.approx(expected, rel=1e-5)

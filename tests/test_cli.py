@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, parse_eval_result_entries
+from peft import LoraConfig, get_peft_model
 from test_distributed import in_two_processes
 from tiny import addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
+from transformers import AutoModelForCausalLM
 
 from hf_copilot import CopilotModel
 from hf_copilot.cli.__main__ import COMMANDS, main, usage
@@ -163,6 +166,28 @@ def test_calibrate_writes_into_the_copilot(tmp_path, out, rows, capsys):
     assert (tmp_path / "other" / "model.safetensors").is_file()
 
 
+FOLD = ("--use_cpu", "--max_steps", "40", "--learning_rate", "0.01", "--report_to", "none", "--save_strategy", "no")
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_fold_leaves_a_pilot_that_needs_no_copilot(tmp_path, out, rows, capsys, adapter):
+    pilot, files = out, ("--data", rows, "--held_out", rows, "--output_dir", tmp_path / "folded")
+    if adapter:
+        pilot = tmp_path / "adapted"
+        get_peft_model(AutoModelForCausalLM.from_pretrained(out), LoraConfig(r=8)).save_pretrained(pilot)
+        tiny_tokenizer().save_pretrained(pilot)
+    assert run("fold", pilot, out / "copilot", *files, *FORM, *FOLD) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "It needs no Copilot" in text
+    nll = re.search(r"60 held-out rows: Pilot ([\d.]+), Pilot \+ Copilot ([\d.]+), folded Pilot ([\d.]+):", text)
+    before, rectified, after = map(float, nll.groups())
+    assert abs(after - rectified) < 0.9 * abs(before - rectified)
+    folded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
+    before = AutoModelForCausalLM.from_pretrained(pilot)
+    assert any(not torch.equal(a, b) for a, b in zip(folded.parameters(), before.parameters(), strict=True))
+    assert (tmp_path / "folded" / "adapter_config.json").is_file() == adapter
+
+
 # ---- check, card ----------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +281,9 @@ def bad_files(folder) -> dict[str, tuple[list, int, str]]:
         "no file": ([*measure, folder / "gone.jsonl"], 1, "gone.jsonl is not here"),
         "nothing to measure on": (["eval", out], 1, "--data names a JSON Lines file"),
         "calibration without data": (["calibrate", out], 1, "--data names a JSON Lines file"),
+        "folding without data": (["fold", out], 1, "--data names a JSON Lines file"),
+        "folding with a device": (["fold", *measure[1:], folder / "missing.jsonl", "--device", "cpu"], 1, "--use_cpu"),
+        "folding of a missing field": (["fold", *measure[1:], folder / "missing.jsonl"], 1, "has no field"),
         "calibration with a missing field": (["calibrate", *measure[1:], folder / "missing.jsonl"], 1, "has no field"),
         "no Pilot there": (["check", folder / "gone"], 1, "neither a folder here nor a Hub id"),
         "a folder without a model": (["check", folder / "nothing", copilot], 1, "is no Pilot"),

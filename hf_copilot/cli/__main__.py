@@ -24,6 +24,7 @@ COMMANDS = {
         "evaluate",
     ),
     "calibrate": ("choose the strength λ on rows, and write it into the Copilot", "calibrate", "calibrate"),
+    "fold": ("train the Pilot towards Pilot + Copilot, so that it needs no Copilot", "fold", "fold"),
     "check": ("say whether a Copilot fits a Pilot, from their configs and the tokenizer", "check", "check"),
     "mistakes": ("write one page of what a run got wrong, and what the Copilot mends", "mistakes", "mistakes_page"),
     "card": ("write a Copilot's card anew, with measured results, and push it", "card", "card"),

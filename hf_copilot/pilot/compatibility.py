@@ -251,6 +251,27 @@ def check_trainer(trainer: Trainer, copilot_peft_config: PeftConfig | None) -> N
         )
 
 
+def check_folding(pilot: nn.Module, args: TrainingArguments) -> None:
+    """Raise if a Copilot can't be folded into this Pilot with these arguments.
+
+    Raises:
+        NotImplementedError: With several processes or devices.
+        ValueError: If no weight is trainable, or for an argument that the labels of folding have no use for.
+    """
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise NotImplementedError(
+            "A Copilot is folded in one process on one device: load Pilot and Copilot in a script of one process, "
+            "and call hf_copilot.fold_copilot there."
+        )
+    if not any(parameter.requires_grad for parameter in pilot.parameters()):
+        raise ValueError(
+            "No weight of the Pilot is trainable: load its adapter with is_trainable=True, or give it one with "
+            "peft.get_peft_model."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError("Folding learns from distributions, which are smooth: set label_smoothing_factor=0.")
+
+
 def _check_processes(trainer: Trainer, name: str) -> None:
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and parallelism.non_data_parallel_size > 1:

@@ -207,13 +207,32 @@ class TeacherForced:
         title: str | None = None,
     ) -> list[RowScore]:
         """[`score`], by this pass; with a title it shows a progress bar."""
+
+        def figures(logits: torch.Tensor, correction: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+            of_labels = label_figures(logits, correction, labels, strengths, self.copilot.config.fusion)  # [2, s, c]
+            return [of_labels.permute(2, 0, 1)]  # [c, 2, s]
+
+        found = self.measured(rows, figures, batch_size, title)
+        likelihoods_and_hits = [of_row.permute(1, 2, 0) for (of_row,) in found]  # [2, s, m]
+        return [RowScore(likelihoods, hits.bool()) for likelihoods, hits in likelihoods_and_hits]
+
+    @torch.no_grad()
+    def measured(
+        self, rows: Sequence[Mapping[str, Any]], measure: Measure, batch_size: int = 16, title: str | None = None
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """For each row, without padding, what `measure` gives at its m labelled tokens: tensors `[m, ...]` on the CPU.
+        Both models are in eval mode. Raises a `ValueError` where a forward is not finite."""
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-        scores: dict[int, RowScore] = {}
+        found: dict[int, tuple[torch.Tensor, ...]] = {}
         with eval_mode(self.head.trained), eval_mode(self.copilot):
             for start in tqdm(range(0, len(order), batch_size), desc=title, disable=title is None):
                 picked = order[start : start + batch_size]
-                scores |= zip(picked, _score_batch(self, [rows[i] for i in picked], strengths), strict=True)
-        return [scores[i] for i in range(len(rows))]
+                found |= zip(picked, _measure_batch(self, [rows[i] for i in picked], measure), strict=True)
+        return [found[i] for i in range(len(rows))]
+
+
+# the Pilot's z and the Copilot's f `[c, V]` float32 and the labels `[c]` to tensors `[c, ...]`
+Measure = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]
 
 
 class RowScore(NamedTuple):
@@ -259,24 +278,25 @@ def score(
         return forced.score(rows, chosen, batch_size)
 
 
-def _score_batch(
-    forced: TeacherForced, rows: Sequence[Mapping[str, Any]], strengths: Sequence[float]
-) -> list[RowScore]:
+def _measure_batch(
+    forced: TeacherForced, rows: Sequence[Mapping[str, Any]], measure: Measure
+) -> Iterator[tuple[torch.Tensor, ...]]:
     config, pilot = forced.copilot.config, forced.head.trained
-    inputs = _padded(rows, pilot.get_input_embeddings().weight.device)
+    inputs = padded(rows, pilot.get_input_embeddings().weight.device)
     if not config.pilot_is_encoder_decoder:
         inputs = _without_last_token(inputs)
     counts = (inputs.get("shift_labels", inputs["labels"]) != IGNORE).sum(1).tolist()
     records = forced.read(inputs, lambda: pilot(**without_logits(pilot, inputs))) if any(counts) else []
     if len(records) != sum(count > 0 for count in counts):
         raise ValueError("The Pilot's forward on a row is not finite, so it can't be scored.")
-    parts = [torch.empty(2, len(strengths), 0)]
+    nothing = torch.empty(0, config.vocab_size)
+    parts = [measure(nothing, nothing, torch.empty(0, dtype=torch.int64))]  # tells the shapes
     with forced.head.gathered():
         for batch in [forced.collate(records)] if records else []:
             for queries, logits, correction in forced.corrections(batch):
-                parts.append(label_figures(logits, correction, batch.labels[queries], strengths, config.fusion).cpu())
-    figures = torch.cat(parts, dim=-1).split(counts, dim=-1)  # B x [2, s, m]
-    return [RowScore(likelihoods, likeliest.bool()) for likelihoods, likeliest in figures]
+                parts.append([x.cpu() for x in measure(logits, correction, batch.labels[queries])])
+    columns = [torch.cat(column).split(counts) for column in zip(*parts, strict=True)]  # B x [m, ...] each
+    return zip(*columns, strict=True)
 
 
 def label_figures(
@@ -292,7 +312,7 @@ def label_figures(
     return torch.stack(figures, dim=1)
 
 
-def _padded(rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
+def padded(rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
     """Rows as a batch, padded on the right."""
     ids, labels = ([torch.as_tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
     tokens, targets = (Ragged.of([len(row) for row in column]) for column in (ids, labels))

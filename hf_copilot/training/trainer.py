@@ -33,6 +33,7 @@ from .checkpoint import (
     write_manifest,
 )
 from .distributed import without_repeated_rows
+from .folding import FoldingMixin
 from .learner import CopilotLearner
 from .lifecycle import TrainerLifecycle, make_copilot, make_learner
 from .metrics import STRENGTHS, NothingMeasured, results_at_chosen
@@ -50,7 +51,7 @@ CARD_LINE = (
 )
 
 
-class CopilotMixin(RowIdsMixin):
+class CopilotMixin(FoldingMixin, RowIdsMixin):
     """Adds a Copilot to a subclass of `transformers.Trainer`; see [`CopilotTrainer`].
 
     Attributes:
