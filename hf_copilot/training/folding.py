@@ -211,8 +211,7 @@ class FoldingMixin:
         check_folding(self.model, args)
         rows = labelled_rows(self, self.train_dataset if train_dataset is None else train_dataset)
         held_out = [] if self.eval_dataset is None else labelled_rows(self, self.eval_dataset)
-        pilot = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        copilot = self.copilot
+        pilot, copilot = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False), self.copilot
         strength = copilot.config.strength if strength is None else strength
         before = mean_nll(pilot, copilot, held_out, [0.0, strength])
         training = fold_copilot(pilot, copilot, rows, args, strength, top_k)
