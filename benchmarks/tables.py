@@ -167,6 +167,9 @@ class Search:
         return [*alone, f"{chosen[1]:g}", f"{nll[full]:.3f}", right[tuple(chosen)], right[1.0, 1.0]]
 
 
+FIGURES_OF_SEARCH = ("training", "NLL, λ chosen", "λ", "NLL, λ = 1", "right, λ chosen", "right, λ = 1")
+
+
 def pretrained() -> str:
     found, lent = Search("search_h100"), "+ state Copilot, the Pilot's vocabulary"
     arms = {
@@ -182,8 +185,15 @@ def pretrained() -> str:
             if f"mawps lora-{rate}-x1.5 {copilot} seed0" in found.arms:
                 rows.append(["", name, *found.cells(f"lora-{rate}-x1.5", copilot)])
         rows.append(["", "Pilot alone, 3 epochs", *found.cells(f"lora-{rate}-x3", "alone")])
-    figures = ("training", "NLL, λ chosen", "λ", "NLL, λ = 1", "right, λ chosen", "right, λ = 1")
-    return table(("rate of the Pilot", "arm", *figures), rows)
+    return table(("rate of the Pilot", "arm", *FIGURES_OF_SEARCH), rows)
+
+
+def steps_beside_pretrained() -> str:
+    """Four steps in a round and one, beside the Pilot at its best rate."""
+    found = Search("search_h100")
+    steps = {"4": "token-0.0005-s4", "1": "token-0.0005-s1"}
+    rows = [[name, *found.cells("lora-0.002-x1.5", copilot)] for name, copilot in steps.items()]
+    return table(("steps in a round", *FIGURES_OF_SEARCH), rows)
 
 
 # ---- what it costs --------------------------------------------------------------------------------------------------
@@ -488,6 +498,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "strengths": strengths,
     "t5": t5,
     "pretrained": pretrained,
+    "pretrained-steps": steps_beside_pretrained,
     "cost-training": cost_of_training,
     "cost-generation": cost_of_generation,
     "vocabularies": vocabularies,
