@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotSFTConfig, CopilotTrainer
 from hf_copilot.model.compiled import CompiledDecode
-from hf_copilot.training.ragged import powers_of_two
+from hf_copilot.training.ragged import Ragged, powers_of_two
 from hf_copilot.training.teacher_forced import TeacherForced
 
 
@@ -182,6 +182,12 @@ def test_padding_to_few_shapes_changes_nothing(kind, monkeypatch):
             found.append(loss_and_gradients(copilot, forced, records))
         assert (shape == (4, 16)) is graphs
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_no_row_reads_nothing():
+    """Nor one without a document: what a softmax over nothing gives is the kernel's own."""
+    visible = Ragged.of([2, 1, 3], powers_of_two).visible()
+    assert visible.shape == (4, 16) and visible.sum(1).tolist() == [2, 1, 3, 1]
 
 
 def test_few_shapes():
