@@ -17,7 +17,10 @@ from typing import Any
 from benchmarks.common import RESULTS, table_of_cells
 
 ROOT = RESULTS.parent.parent
-PAGES = ("README.md", "docs/results.md", "docs/experiments.md", "docs/method.md", "docs/mistakes.md", "docs/serving.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("results", "experiments", "method", "mistakes", "serving")),
+)
 BETWEEN = re.compile(r"(?<=<!-- table: )(\S+)( -->\n)(.*?)(?=<!-- end -->)", re.S)
 
 TASKS = {  # name: the metric that it is judged by, and how the pages call the two
