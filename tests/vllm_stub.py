@@ -116,7 +116,7 @@ class Runner:
         """Those that are done, and now and then the last ones, which wait as the first."""
         done = [job for job in self.running if len(job.output) >= job.new]
         pushed = []
-        while self.random.random() < 0.15 and len(self.running) > len(done) + len(pushed) + 1:
+        while self.random.random() < 0.3 and len(self.running) > len(done) + len(pushed) + 1:
             pushed.append([job for job in self.running if job not in (*done, *pushed)][-1])
             self.preemptions += 1
         for job in pushed:
