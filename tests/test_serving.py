@@ -57,7 +57,7 @@ def jobs(count: int = 12, new: int = 8, **extra) -> list[Job]:
 
 def generated(pilot, copilot, asked: list[Job], strength: float | None = None) -> list[list[int]]:
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with CopilotLogitsProcessor(copilot, pilot, strength) as processor:
+    with CopilotLogitsProcessor(copilot, pilot, strength, tokenizer=tiny_tokenizer()) as processor:
         settings["logits_processor"] = [processor]
         return [
             pilot.generate(torch.tensor([job.prompt]), max_new_tokens=job.new, **settings)[
@@ -143,10 +143,8 @@ def test_banned_tokens_stay_banned(module, tmp_path, pilot, config):
 
 def test_a_pilot_with_padding_rows(module, tmp_path):
     """A token that the Copilot has no row for is read as `generate` reads it."""
-    pilot, rows = (
-        tiny_pilot(vocab_size=VOCAB_SIZE + 4).eval(),
-        {"model_config__get_vocab_size": lambda: VOCAB_SIZE + 4},
-    )
+    pilot = tiny_pilot(vocab_size=VOCAB_SIZE + 4).eval()
+    rows = {"model_config__get_vocab_size": lambda: VOCAB_SIZE + 4}
     copilot = trained_like(tiny_pilot().eval())
     describe_pilot(copilot.config, pilot, tiny_tokenizer())
     runner, asked = make(module, saved(tmp_path, copilot), "first", pilot, **rows), jobs()
@@ -176,7 +174,7 @@ def test_keys_and_values_go_with_their_request(module, tmp_path, pilot, kind, fe
     runner.serve(jobs(40))
     assert most == SLOTS
     if kind == "second":  # which is not told that the last ones are done
-        runner.serve(jobs(1, new=1, copilot_strength=0))
+        runner.serve(jobs(2, new=4, copilot_strength=0))
     else:
         runner.step()
     assert not any(cache.tables or cache.pools for cache in processor.rectifier.caches)

@@ -109,9 +109,9 @@ class Slots:
 
     def _come_back(self, request: Request) -> None:
         """Give a request what is kept of it, if it was here before."""
-        length = len(request.source)
-        if not self.kept or length == request.prompt_length:
+        if not self.kept or len(request.source) == request.prompt_length:
             return
+        length = len(request.source)
         for i, (tokens, old) in reversed(list(enumerate(self.left))):
             is_whole = len(tokens) == length or (len(tokens) == length - 1 and old.logits is not None)
             is_its_run = old.prompt_length == request.prompt_length

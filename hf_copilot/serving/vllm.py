@@ -133,8 +133,8 @@ def find_copilot(vllm_config: VllmConfig) -> tuple[CopilotConfig, dict[str, str]
             place["revision"] = model.revision
     try:
         return CopilotConfig.from_pretrained(**place), place
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"No Copilot in {named or f'copilot/ beside {model.model}'}: name its folder or Hub id, "
-            """--additional-config '{"copilot": "out/copilot"}'."""
+            f"""--additional-config '{{"copilot": "out/copilot"}}'. {error}"""
         ) from error
