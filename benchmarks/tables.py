@@ -58,8 +58,10 @@ def share(value: float, sign: str = "") -> str:
 
 
 def figure(metric: str, found: dict[str, Any]) -> str:
-    """A mean and its standard error over seeds."""
+    """A mean and its standard error over seeds, where there are several."""
     value, error = found["mean"], found["standard_error"]
+    if error is None:
+        return f"{value:.3f}" if metric == "nll" else f"{100 * value:.1f} %"
     return f"{value:.3f} ± {error:.3f}" if metric == "nll" else f"{100 * value:.1f} ± {100 * error:.1f} %"
 
 
@@ -97,6 +99,29 @@ def by_task(cell: Callable[[str, dict[str, Any]], str], arms: Iterable[str]) -> 
     found = {task: read(f"accuracy/{task}")["arms"] for task in TASKS}
     rows = [[ARMS[arm], *(cell(metric, found[t][arm][metric]) for t, (metric, _) in TASKS.items())] for arm in arms]
     return table(("", *(f"`{task}`, {'NLL' if m == 'nll' else m}" for task, (m, _) in TASKS.items())), rows)
+
+
+FOLDED = ("arithmetic",)
+FOLDING_ARMS = {
+    "pilot": "Pilot",
+    "copilot": "+ token Copilot",
+    "folded": "folded Pilot",
+    "labels": "Pilot, on labels for the time of folding",
+    "again": "folded Pilot + a fresh Copilot",
+}
+
+
+def folding() -> str:
+    """Of a Copilot's gain, what the folded Pilot has, and what labels give in the same time."""
+    rows = []
+    for task in FOLDED:
+        found, metric = read(f"accuracy/folding_{task}"), TASKS[task][0]
+        for arm, title in FOLDING_ARMS.items():
+            cells = [figure(name, found["arms"][arm][name]) for name in (metric, "nll")]
+            kept = [found["shares"][name].get(arm) for name in (metric, "nll")]
+            shares = ["" if part is None else f"{part:.0%}" for part in kept]
+            rows.append([task if arm == "pilot" else "", title, *cells, *shares])
+    return table(("task", "arm", "right", "NLL", "of the gain in right answers", "and in NLL"), rows)
 
 
 def times() -> str:
@@ -517,6 +542,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling-operators": scaled_operators,
     "scaling-check": scaling_check,
     "expected": expected,
+    "folding": folding,
 } | {f"expected-{name}": partial(curve, name) for name in read("expected")}
 
 
