@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from hf_copilot.model.discrepancy import SparseDiscrepancy
 from hf_copilot.model.modeling_copilot import CopilotOutput
 from hf_copilot.training.batch import CopilotBatch
 from hf_copilot.training.mistake_log import MistakeRecord
-from hf_copilot.training.records import IGNORE
+from hf_copilot.training.records import IGNORE, PendingRecords
 from hf_copilot.training.teacher_forced import TeacherForced
 
 PROMPT = -1.0
@@ -31,23 +33,38 @@ class XTildeAlone(TeacherForced):
         return batch
 
 
-class WithPrompts(TeacherForced):
-    """The Copilot runs over the prompt as well and reads its discrepancies; only completions are learnt and measured.
-    A position of a prompt is marked by a `dropped` of `PROMPT`."""
+@dataclass
+class WithPromptsMarked:
+    """Records whose positions in prompts are marked by a `dropped` of `PROMPT`."""
 
-    def records(self, inputs: dict[str, torch.Tensor], *args: Any) -> list[MistakeRecord]:
+    pending: PendingRecords
+    firsts: list[int]  # of every document, the position of its first label
+
+    @cached_property
+    def records(self) -> list[MistakeRecord]:
+        # not from position 0, where the learner would draw a start at random
+        records = [record.starting_at(1) for record in self.pending.records]
+        for record, first in zip(records, self.firsts, strict=True):
+            record.dropped = record.dropped.masked_fill(record.positions < first, PROMPT)
+        return records
+
+
+class WithPrompts(TeacherForced):
+    """The Copilot runs over the prompt too and reads its discrepancies; only completions are learnt and measured."""
+
+    @contextmanager
+    def watch(self, inputs: dict[str, torch.Tensor]) -> Iterator[None]:
         ids, is_token = inputs["input_ids"], inputs["attention_mask"] != 0  # [B, T] each
         labels = inputs.get("shift_labels")  # [B, T], of the token after each
         if labels is None:
             labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
         following = F.pad(ids.masked_fill(~is_token, IGNORE)[:, 1:], (0, 1), value=IGNORE)  # [B, T]
-        everything = following.where(following != IGNORE, labels)
-        firsts = (labels != IGNORE).int().argmax(1).tolist()
-        # not from position 0, where the learner would draw a start at random
-        records = [record.starting_at(1) for record in super().records({**inputs, "shift_labels": everything}, *args)]
-        for record, first in zip(records, firsts, strict=True):
-            record.dropped = record.dropped.masked_fill(record.positions < first, PROMPT)
-        return records
+        self.firsts = (labels != IGNORE).int().argmax(1).tolist()
+        with super().watch({**inputs, "shift_labels": following.where(following != IGNORE, labels)}):
+            yield
+
+    def begin_records(self, inputs: dict[str, torch.Tensor], *options: Any) -> WithPromptsMarked:
+        return WithPromptsMarked(super().begin_records(inputs, *options), self.firsts)
 
     def collate(self, records: Sequence[MistakeRecord]) -> CopilotBatch:
         """The batch with its queries in prompts read, but not asked for."""

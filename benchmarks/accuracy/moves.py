@@ -35,7 +35,7 @@ from benchmarks.accuracy.experiments import measure
 from benchmarks.accuracy.run import RESULTS, TASKS, settings_of, variant_settings
 from benchmarks.accuracy.scoring import BATCH, Example, Rectified, beside
 from benchmarks.accuracy.training import Setting, Variant
-from benchmarks.common import Row, kept, standard_error, table
+from benchmarks.common import CHECKPOINTING, Row, kept, standard_error, table
 from hf_copilot import CopilotLearner
 from hf_copilot.training.metrics import STRENGTHS
 from hf_copilot.training.records import IGNORE
@@ -115,7 +115,7 @@ class Moves:
                 bf16=self.setting.device != "cpu",
                 save_strategy="no",
                 report_to=[],
-                gradient_checkpointing=False,
+                **{CHECKPOINTING: False},
             )
             pairs = Dataset.from_list(pairs)
             trainer = DPOTrainer(copy_of(pilot), args=arguments, train_dataset=pairs, processing_class=self.tokenizer)
