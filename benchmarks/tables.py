@@ -334,6 +334,17 @@ def mistakes() -> str:
     return table(("the Copilot learns from", "NLL, λ = 1", "λ chosen", "right tokens, λ = 1 (its Pilot alone)"), rows)
 
 
+def served() -> str:
+    """Requests in vLLM, with a Copilot and without."""
+    rows = []
+    for row in read("serving_cpu")["served"]:
+        cells = [f"{row[f'ms_per_token_{arm}']:.0f} ms" for arm in ("without", "with")]
+        cells += [f"{row[f'tokens_per_s_{arm}']:.0f}" for arm in ("without", "with")]
+        rows.append([f"`{row['copilot_input']}`", str(row["requests"]), *cells, f"{row['ratio']:.2f}"])
+    head = ("`copilot_input`", "requests", "a step, Pilot alone", "with a Copilot", "tokens a second, Pilot alone")
+    return table((*head, "with a Copilot", "ratio"), rows)
+
+
 def fed() -> str:
     """What a Copilot is fed, as far as it was measured: state Copilots without positions."""
     names = {"ours": "`both`, the default", "input token": "`token`", "input ℓ": "`discrepancy`, the paper's"}
@@ -533,6 +544,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mistakes": mistakes,
     "defaults": defaults,
     "fed": fed,
+    "served": served,
     "theorem": as_printed("theorem"),
     "ledger-rankings": rankings,
     "ledger-cleaned": cleaned,
