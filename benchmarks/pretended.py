@@ -139,6 +139,7 @@ def pretended_gpu() -> Iterator[Pretended]:
             patch("hf_copilot.training.transfer.GPU", DEVICE.type),
             patch(f"torch.{DEVICE.type}", SimpleNamespace(is_available=lambda: False), create=True),
             patch("hf_copilot.training.teacher_forced.TeacherForced.autocast", lambda *_: nullcontext()),
+            patch("torch.is_autocast_enabled", lambda *_: False),  # it does not know the kind
             patch("torch.cuda.current_stream", lambda *_: Stream(device)),
             patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: [DEVICE.type]),
             sdpa_kernel(SDPBackend.MATH),
