@@ -126,8 +126,8 @@ def test_the_page_reads_the_template_that_training_read(tmp_path, monkeypatch):
 CHAT = {"messages": [user("1+1="), assistant("2")]}
 REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHAT_TEMPLATE
 WRONG = {
-    "another form": ([CHAT, {"prompt": "1"}], "Row 2 of the data has no field 'messages'"),
-    "both forms": ([CHAT, {"prompt": "1", "completion": "2"}], "Row 1 of the data has no field 'prompt'"),
+    "another form": ([CHAT, {"prompt": "1"}], "of the data has no field"),
+    "both forms": ([CHAT, {"prompt": "1", "completion": "2"}], "of the data has no field"),
     "texts and chats": (
         [{"prompt": [user("1")], "completion": [assistant("2")]}, {"prompt": "1", "completion": "2"}],
         "Row 2 of the data has in 'prompt' no list of messages",
