@@ -353,6 +353,13 @@ def fed() -> str:
     return table(("`copilot_input`", "`arithmetic`, NLL", "answers right", "`text`, NLL"), rows)
 
 
+def fed_tokens() -> str:
+    """The same of token Copilots, which can be served."""
+    sums = Experiment("input", "arithmetic")
+    rows = [[f"`{name}`", sums.change(name), sums.right(name)] for name in ("both", "token")]
+    return table(("`copilot_input`", "`arithmetic`, NLL", "answers right"), rows)
+
+
 def defaults() -> str:
     """Where the defaults leave the paper: NLL against the Pilot's in arithmetic and in text, with each of the two."""
     places = [Experiment("positions", task) for task in ("arithmetic", "text")]
@@ -544,6 +551,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mistakes": mistakes,
     "defaults": defaults,
     "fed": fed,
+    "fed-tokens": fed_tokens,
     "served": served,
     "theorem": as_printed("theorem"),
     "ledger-rankings": rankings,
