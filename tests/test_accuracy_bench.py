@@ -341,36 +341,45 @@ def test_a_reservoir_keeps_a_sample_of_all_rounds():
     assert 40 < np.mean(kept_rounds) < 60
 
 
-def test_folding_runs_and_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(folding, "TIMED_STEPS", 2)
-    monkeypatch.setattr(folding, "TASKS", {"arithmetic": replace(ARITHMETIC, **SMALL)})
+def small_bench(bench, tmp_path, monkeypatch, seeds=1):
+    """A bench of its own on the arithmetic task with 24 rows, as a function that runs it; it writes one JSON file."""
+    monkeypatch.setattr(run, "TASKS", {"arithmetic": replace(ARITHMETIC, **SMALL)})
     splits = ARITHMETIC.splits(None, 0)
     monkeypatch.setattr(type(ARITHMETIC), "splits", lambda *_, **__: type(splits)(*(rows[:24] for rows in splits)))
-    command = f"folding arithmetic --seeds 2 --work {tmp_path} --results {tmp_path / 'results'}"
+    name, results = bench.__name__.rpartition(".")[2], tmp_path / "results"
+    command = f"{name} arithmetic --seeds {seeds} --work {tmp_path} --results {results}"
     monkeypatch.setattr(sys, "argv", command.split())
-    folding.main()
-    found = json.loads((tmp_path / "results" / "folding_arithmetic.json").read_text())
+
+    def start(run_seed):
+        run.run_seeds("", name, {}, run_seed, bench.report)
+        return json.loads((results / f"{name}_arithmetic.json").read_text())
+
+    return start
+
+
+def never(*_):
+    raise AssertionError("a run that is kept is made again")
+
+
+def test_folding_runs_and_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(folding, "TIMED_STEPS", 2)
+    start = small_bench(folding, tmp_path, monkeypatch, seeds=2)
+    found = start(folding.run_seed)
     assert set(found["arms"]) == set(folding.TITLES) and found["steps"]["folded"] == 2
     gains = {arm: found["arms"][arm]["nll"]["difference"] for arm in ("copilot", "folded")}
     assert found["shares"]["nll"]["folded"] == pytest.approx(gains["folded"] / gains["copilot"])
-    monkeypatch.setattr(folding.Folding, "run", None)  # all is kept
-    folding.main()
+    assert start(never) == found  # all is kept
 
 
 def test_ensembles_run_and_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(ensembles, "TASKS", {"arithmetic": replace(ARITHMETIC, **SMALL)})
-    splits = ARITHMETIC.splits(None, 0)
-    monkeypatch.setattr(type(ARITHMETIC), "splits", lambda *_, **__: type(splits)(*(rows[:24] for rows in splits)))
-    command = f"ensembles arithmetic --seeds 1 --work {tmp_path} --results {tmp_path / 'results'}"
-    monkeypatch.setattr(sys, "argv", command.split())
-    ensembles.main()
-    arms = json.loads((tmp_path / "results" / "ensembles_arithmetic.json").read_text())["arms"]
+    start = small_bench(ensembles, tmp_path, monkeypatch)
+    found = start(ensembles.run_seed)
+    arms = found["arms"]
     assert list(arms) == list(ensembles.TITLES)
     assert all(0 <= arms[arm]["exact match"]["mean"] <= 1 and arms[arm]["nll"]["mean"] > 0 for arm in arms)
     sizes = {arm: arms[arm]["parameters"] for arm in arms}
     assert sizes["copilot"] == sizes["language model"] and sizes["second"] == 2 * sizes["pilot"]
-    monkeypatch.setattr(ensembles, "run_seed", None)  # all is kept
-    ensembles.main()
+    assert start(never) == found
 
 
 def test_a_language_model_learns_without_its_pilot(tmp_path, monkeypatch):
@@ -392,20 +401,15 @@ def test_a_language_model_learns_without_its_pilot(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_moves_run_and_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(moves, "TASKS", {"arithmetic": replace(ARITHMETIC, **SMALL)})
     monkeypatch.setattr(moves, "DPO", moves.DPO | {"max_steps": 2, "per_device_train_batch_size": 2})
-    splits = ARITHMETIC.splits(None, 0)
-    monkeypatch.setattr(type(ARITHMETIC), "splits", lambda *_, **__: type(splits)(*(rows[:24] for rows in splits)))
-    command = f"moves arithmetic --seeds 1 --work {tmp_path} --results {tmp_path / 'results'}"
-    monkeypatch.setattr(sys, "argv", command.split())
-    moves.main()
-    (found,) = json.loads((tmp_path / "results" / "moves_arithmetic.json").read_text())["runs"]
+    start = small_bench(moves, tmp_path, monkeypatch)
+    all_of_it = start(moves.run_seed)
+    (found,) = all_of_it["runs"]
     assert len(found) == 9 and all(set(arms) <= set(moves.ARMS) for arms in found.values())
     home = found["home"]
     assert home["moved, λ chosen"] == home["trained there, λ chosen"] == home["moved, λ of home"]
     assert home["small logits"]["nll"] > 0
-    monkeypatch.setattr(moves.Moves, "run", None)  # all is kept
-    moves.main()
+    assert start(never) == all_of_it
 
 
 def test_small_logits_at_their_own_base_are_the_small_pilot(tmp_path):

@@ -11,7 +11,6 @@ Runs are kept under --work. Writes benchmarks/results/accuracy/ensembles_<task>.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +18,10 @@ from typing import Any
 
 from benchmarks.accuracy.arms import Arm
 from benchmarks.accuracy.report import rows_of, summarise
-from benchmarks.accuracy.run import RESULTS, TASKS, metrics_of, settings_of, variant_settings
+from benchmarks.accuracy.run import metrics_of, run_seeds, variant_settings
 from benchmarks.accuracy.scoring import Figures
 from benchmarks.accuracy.training import Setting, Variant
-from benchmarks.common import kept, table
+from benchmarks.common import table
 from benchmarks.pretrained.measuring import ALONE, Model
 from benchmarks.pretrained.tasks import Example
 from benchmarks.pretrained.variants import Learner
@@ -41,6 +40,7 @@ VARIANTS = {
     "copilot": Variant(learner=Learner),
     "language model": Variant({"copilot_input": "token"}, learner=LanguageModel),
 }
+DEPENDS_ON = {"variants": variant_settings(VARIANTS)}
 TITLES = {
     "pilot": "Pilot",
     "copilot": "+ token Copilot",
@@ -99,24 +99,5 @@ def report(setting: Setting, runs: list[dict[str, Arm]], settings: dict[str, Any
     print(f"\n{setting.task.name}, {len(runs)} seeds\n\n{text}\n", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", choices=["arithmetic", "text", "mawps"])
-    parser.add_argument("--data", type=Path, help="folder with gsm8k/ and mawps/ (not for arithmetic)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--work", type=Path, default=Path("out/accuracy"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    args.results.mkdir(parents=True, exist_ok=True)
-    for name in args.tasks:
-        setting = Setting(TASKS[name], args.data, args.work, args.device)
-        settings, runs = settings_of(setting) | {"variants": variant_settings(VARIANTS)}, []
-        for seed in range(args.seeds):
-            file = args.work / name / f"ensembles-{seed}.json"
-            runs.append(kept(file, settings, lambda setting=setting, seed=seed: run_seed(setting, seed)))
-            report(setting, runs, settings, args.results)
-
-
 if __name__ == "__main__":
-    main()
+    run_seeds(__doc__, "ensembles", DEPENDS_ON, run_seed, report)

@@ -11,7 +11,6 @@ Runs are kept under --work. Writes benchmarks/results/accuracy/folding_<task>.{j
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -24,10 +23,10 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from benchmarks.accuracy.arms import Arm, measure
 from benchmarks.accuracy.report import rows_of, summarise
-from benchmarks.accuracy.run import RESULTS, TASKS, metrics_of, settings_of, variant_settings
+from benchmarks.accuracy.run import metrics_of, run_seeds, variant_settings
 from benchmarks.accuracy.scoring import Rectified, beside
-from benchmarks.accuracy.training import Setting, Trained, Variant
-from benchmarks.common import kept, table
+from benchmarks.accuracy.training import Setting, Trained, Variant, copy_of
+from benchmarks.common import table
 from hf_copilot import fold_copilot
 from hf_copilot.training.folding import TOP_K
 from hf_copilot.training.report import count_parameters
@@ -36,6 +35,7 @@ SHARE = 0.5  # of the task's steps, for folding
 RATES = (1.0, 0.3)  # of the task's learning rate
 TIMED_STEPS = 200  # of training on labels, to know how many take as long as folding
 VARIANTS = {"copilot": Variant()}
+DEPENDS_ON = {"variants": variant_settings(VARIANTS), "share": SHARE, "rates": RATES, "top_k": TOP_K}
 TITLES = {
     "pilot": "Pilot",
     "copilot": "+ token Copilot, λ chosen on valid",
@@ -141,13 +141,6 @@ class Folding:
         }
 
 
-def copy_of(pilot: PreTrainedModel) -> PreTrainedModel:
-    """One whose forward is its own: a trainer leaves the original's in a deep copy."""
-    copy = type(pilot)(pilot.config).to(pilot.device)
-    copy.load_state_dict(pilot.state_dict())
-    return copy
-
-
 def share_kept(summary: dict[str, Any], metric: str) -> dict[str, float]:
     """Of the Copilot's gain over its Pilot, by arm: the quotient of mean gains over seeds."""
     gain = summary["copilot"][metric]["difference"]
@@ -170,26 +163,9 @@ def report(setting: Setting, runs: list[dict[str, Arm]], settings: dict[str, Any
     print(f"\n{setting.task.name}\n\n{text}\n", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", choices=["arithmetic", "text", "mawps"])
-    parser.add_argument("--data", type=Path, help="folder with gsm8k/ and mawps/ (not for arithmetic)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--work", type=Path, default=Path("out/accuracy"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    args.results.mkdir(parents=True, exist_ok=True)
-    for name in args.tasks:
-        setting = Setting(TASKS[name], args.data, args.work, args.device)
-        settings = settings_of(setting) | {"variants": variant_settings(VARIANTS)}
-        settings |= {"share": SHARE, "rates": RATES, "top_k": TOP_K}
-        runs = []
-        for seed in range(args.seeds):
-            file = args.work / name / f"folding-{seed}.json"
-            runs.append(kept(file, settings, Folding(setting, seed).run))
-            report(setting, runs, settings, args.results)
+def run_seed(setting: Setting, seed: int) -> dict[str, Arm]:
+    return Folding(setting, seed).run()
 
 
 if __name__ == "__main__":
-    main()
+    run_seeds(__doc__, "folding", DEPENDS_ON, run_seed, report)

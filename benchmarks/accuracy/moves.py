@@ -16,7 +16,6 @@ benchmarks/results/accuracy/moves_<task>.{json,md}.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import statistics
@@ -32,10 +31,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.accuracy.experiments import measure
-from benchmarks.accuracy.run import RESULTS, TASKS, settings_of, variant_settings
+from benchmarks.accuracy.run import run_seeds, variant_settings
 from benchmarks.accuracy.scoring import BATCH, Example, Rectified, beside
-from benchmarks.accuracy.training import Setting, Variant
-from benchmarks.common import CHECKPOINTING, Row, kept, standard_error, table
+from benchmarks.accuracy.training import Setting, Variant, copy_of
+from benchmarks.common import CHECKPOINTING, Row, standard_error, table
 from hf_copilot import CopilotLearner
 from hf_copilot.training.metrics import STRENGTHS
 from hf_copilot.training.records import IGNORE
@@ -165,13 +164,6 @@ class Moves:
         return {"nll": -log_p / targets, "token accuracy": hits / targets, "answers right": statistics.mean(right)}
 
 
-def copy_of(pilot: PreTrainedModel) -> PreTrainedModel:
-    """One whose forward is its own: a trainer leaves the original's in a deep copy."""
-    fresh = type(pilot)(pilot.config).to(pilot.device)
-    fresh.load_state_dict(pilot.state_dict())
-    return fresh.eval()
-
-
 def quantised(pilot: PreTrainedModel, bits: BitsAndBytesConfig) -> PreTrainedModel:
     with tempfile.TemporaryDirectory() as folder:
         pilot.save_pretrained(folder)
@@ -215,27 +207,16 @@ def share_of_gain(runs, place: str, arm: str) -> str:
     return f"{gains[arm] / gains[best]:.0%}" if gains[best] > 0 else ""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", choices=["arithmetic", "text", "mawps"])
-    parser.add_argument("--data", type=Path, help="folder with gsm8k/ and mawps/ (not for arithmetic)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--work", type=Path, default=Path("out/accuracy"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    args.results.mkdir(parents=True, exist_ok=True)
-    for name in args.tasks:
-        setting = Setting(TASKS[name], args.data, args.work, args.device)
-        settings, runs = settings_of(setting) | {"variants": variant_settings(VARIANTS), "dpo": DPO}, []
-        for seed in range(args.seeds):
-            file = args.work / name / f"moves-{seed}.json"
-            runs.append(kept(file, settings, Moves(setting, seed).run))
-            text, stem = table_of(runs), args.results / f"moves_{name}"
-            stem.with_suffix(".json").write_text(json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n")
-            stem.with_suffix(".md").write_text(text + "\n")
-            print(f"\n{name}, {len(runs)} seeds\n\n{text}\n", flush=True)
+def run_seed(setting: Setting, seed: int) -> dict[str, dict[str, Figures]]:
+    return Moves(setting, seed).run()
+
+
+def report(setting: Setting, runs: list[dict[str, Any]], settings: dict[str, Any], results: Path) -> None:
+    text, stem = table_of(runs), results / f"moves_{setting.task.name}"
+    stem.with_suffix(".json").write_text(json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(text + "\n")
+    print(f"\n{setting.task.name}, {len(runs)} seeds\n\n{text}\n", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_seeds(__doc__, "moves", {"variants": variant_settings(VARIANTS), "dpo": DPO}, run_seed, report)

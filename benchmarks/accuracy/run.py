@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from benchmarks import common
 from benchmarks.accuracy.arms import (
@@ -108,6 +109,39 @@ def main() -> None:
         stem = f"{name}-{args.pilot.replace('/', '--')}" if args.pilot else task.name
         settings = settings_of(setting) | {"variants": variant_settings(COPILOTS)}
         report(task, *run_task(setting, args.seeds), settings, args.results / stem)
+
+
+def run_seeds(
+    document: str,
+    name: str,
+    depends_on: dict[str, Any],
+    run_seed: Callable[[Setting, int], dict[str, Any]],
+    report: Callable[[Setting, list[dict[str, Any]], dict[str, Any], Path], None],
+) -> None:
+    """The command line of a bench of its own: `run_seed` for every task and seed, each kept, and after each a report
+    of all so far.
+
+    Args:
+        name: Of the bench; runs are kept under it.
+        depends_on: What the figures depend on besides the task.
+        report: Writes and prints the runs of a task, with their settings, into a folder.
+    """
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="+", choices=["arithmetic", "text", "mawps"])
+    parser.add_argument("--data", type=Path, help="folder with gsm8k/ and mawps/ (not for arithmetic)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--work", type=Path, default=Path("out/accuracy"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    for task in args.tasks:
+        setting = Setting(TASKS[task], args.data, args.work, args.device)
+        settings, runs = settings_of(setting) | depends_on, []
+        for seed in range(args.seeds):
+            file = args.work / task / f"{name}-{seed}.json"
+            runs.append(kept(file, settings, partial(run_seed, setting, seed)))
+            report(setting, runs, settings, args.results)
 
 
 def metrics_of(task: Task, found: Iterable[str]) -> list[str]:

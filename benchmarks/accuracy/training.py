@@ -181,6 +181,13 @@ class Setting:
         }
 
 
+def copy_of(pilot: PreTrainedModel) -> PreTrainedModel:
+    """One in eval mode whose forward is its own: a trainer leaves the original's in a deep copy."""
+    copy = type(pilot)(pilot.config).to(pilot.device)
+    copy.load_state_dict(pilot.state_dict())
+    return copy.eval()
+
+
 def small_pilot(shape: dict[str, Any], tokenizer) -> LlamaForCausalLM:
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **tokens))
