@@ -205,8 +205,8 @@ def test_pages_are_rows_of_a_cache_and_what_is_not_finite_stays_where_it_is():
 
     for rows, new in [("a", 3), ("b", BLOCK + 2), ("ab", 1), ("c", BLOCK), ("cab", 1), ("b", BLOCK)]:
         write(rows, new)
-    cache.open("a", [0], 1, torch.device("cpu"))
-    cache.update(torch.full((1, 2, 1, 4), torch.nan), torch.full((1, 2, 1, 4), torch.inf), 0)
+    cache.open("a", [0], 4, torch.device("cpu"))
+    cache.update(torch.full((1, 2, 4, 4), torch.nan), torch.full((1, 2, 4, 4), torch.inf), 0)
     cache.free("a")
     expected["a"] = torch.zeros(2, 0, 4)
     write("a", 1)  # in the same block
