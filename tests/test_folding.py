@@ -152,6 +152,8 @@ def test_what_can_not_be_folded_raises(tmp_path, monkeypatch):
     copilot, args = trained_like(pilot), arguments(tmp_path)
     with pytest.raises(ValueError, match="λ is 0"):
         fold_copilot(pilot, copilot, ROWS, args, strength=0.0)
+    with pytest.raises(ValueError, match="top_k=0"):
+        fold_copilot(pilot, copilot, ROWS, args, top_k=0)
     with pytest.raises(ValueError, match="No row has a labelled token"):
         fold_copilot(pilot, copilot, ROWS[2:3], args)
     with pytest.raises(ValueError, match="label_smoothing_factor=0"):
@@ -228,7 +230,13 @@ def test_an_encoder_decoder_folds(tmp_path):
         assert_same(before, pilot)
 
 
-def test_packed_rows_raise(tmp_path):
+def test_packed_rows_streams_and_several_evaluation_sets_raise(tmp_path):
     trainer = trained(tmp_path, form="text", packing=True, max_length=32, eval_packing=False)
     with pytest.raises(NotImplementedError, match="one document in each row"):
+        trainer.fold_copilot()
+    with pytest.raises(NotImplementedError, match="A stream"):
+        trainer.fold_copilot(train_dataset=iter(()))
+    trainer.eval_dataset = {"one": trainer.eval_dataset, "another": trainer.eval_dataset}
+    trainer.args.packing = False
+    with pytest.raises(NotImplementedError, match="one evaluation set"):
         trainer.fold_copilot()

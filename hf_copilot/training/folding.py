@@ -60,8 +60,10 @@ def teach(
         One [`SoftTargets`] for each row, on the CPU.
 
     Raises:
-        ValueError: As [`score`].
+        ValueError: As [`score`]; for a `top_k` below 1.
     """
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k}: at least one token is kept of each distribution.")
     strength = copilot.config.strength if strength is None else check_strength(strength)
 
     def likeliest(logits: torch.Tensor, correction: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -172,7 +174,8 @@ def fold_copilot(
         top_k: Tokens that are kept of each distribution, 8 bytes each.
 
     Raises:
-        ValueError: If λ is 0, no weight of the Pilot is trainable, no row has a target, or the two do not fit.
+        ValueError: If λ is 0, top_k below 1, no weight of the Pilot is trainable, no row has a target, or the two do
+            not fit.
         NotImplementedError: With several processes or devices.
     """
     if (copilot.config.strength if strength is None else strength) == 0:
