@@ -1,6 +1,5 @@
-"""The Copilot's step, recorded: what a CUDA graph asks for is acted out on a tape, and f is that of steps that are run.
-
-So do `test_fuzz.py`, with every kind of Copilot and Pilot, and `test_counts.py`. On a GPU: `benchmarks/check_device.py`.
+"""The Copilot's step, recorded: what a CUDA graph asks for is acted out on a tape, and f is that of steps that are
+run. `test_fuzz.py` does so with every kind of Copilot and Pilot, `benchmarks/check_device.py` on a GPU.
 """
 
 from __future__ import annotations

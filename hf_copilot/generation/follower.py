@@ -136,7 +136,7 @@ class Follower:
         else:
             forwards, rows, continues = self._look_back(pending, ids)
         past, rows = forwards[0].past_length, self._arrange(rows)
-        if continues and past and rows is not None and not self._holds_every_state(forwards[-1]):
+        if continues and past and rows is not None and not _holds_every_state(forwards[-1]):
             self.reset()
             raise ValueError(STATE_OUTSIDE)
         before = self.visible[:, :past] if continues else self._visible_before(forwards[0])  # [R, past]
@@ -159,9 +159,6 @@ class Follower:
             return [Piece(self.ids[:, kept:], None, None, kept == 0)]
         return [_piece(states) for states in forwards]
 
-    def _holds_every_state(self, states: PilotStates) -> bool:
-        return states.cache is None or holds_every_state(states.cache())
-
     # ---- what sizes say --------------------------------------------------------------------------------------------
 
     def _goes_on(self, pending: list[PilotStates], ids: torch.Tensor) -> bool:
@@ -175,7 +172,7 @@ class Follower:
         follows = states.past_length == self.ids.shape[1] and states.next_logits is not None
         is_same_cache = states.cache is not None and states.cache == self.cache  # not one of another chat
         is_small = len(ids) * ids.numel() <= COMPARED_LATE
-        may_reorder = not self.may_move or (is_small and self._holds_every_state(states))
+        may_reorder = not self.may_move or (is_small and _holds_every_state(states))
         return has_same_encoder and is_one_token and follows and is_same_cache and may_reorder
 
     def _next_rows(self, states: PilotStates, ids: torch.Tensor) -> torch.Tensor | None:
@@ -326,3 +323,8 @@ def _piece(states: PilotStates) -> Piece:
     is_first = states.past_length == 0
     is_kept = states.encoder_length is not None and not is_first
     return Piece(states.input_ids, None if is_kept else states.embeddings, states.hidden_states, is_first)
+
+
+def _holds_every_state(states: PilotStates) -> bool:
+    """Whether the Pilot's cache does, where it has one."""
+    return states.cache is None or holds_every_state(states.cache())
