@@ -474,6 +474,7 @@ def scaled_documents() -> str:
 def scaled_operators() -> str:
     """At no layer, and for each."""
     names = {"step": "a step", "look": "the look at a forward, by the Pilot's layers", "token": "a generated token"}
+    names["token beside a graph"] = "a generated token, beside a CUDA graph"
     rows = [
         [name if name != "pilot" else "the Pilot, a micro-batch for a step", names[part]]
         + [f"{found['base']:.0f}", f"{found['slope']:.0f}"]
