@@ -24,7 +24,6 @@ class Tape(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls: list[tuple[Any, tuple, dict, Any]] = []
-        self.played = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name in ASKS:
@@ -35,7 +34,6 @@ class Tape(TorchDispatchMode):
 
     def play(self) -> None:
         """All of them again. Like one launch: no other mode sees them."""
-        self.played += 1
         with _disable_current_modes(), torch.no_grad():
             for func, args, kwargs, output in self.calls:
                 for new, old in zip(tree_leaves(func(*args, **kwargs)), tree_leaves(output), strict=True):
@@ -43,16 +41,24 @@ class Tape(TorchDispatchMode):
                         old.copy_(new)
 
 
-def record(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-    """As `record_cuda_graph`: what plays the call again, and its output, which holds nothing before."""
-    with Tape() as tape:
-        output = run()
-    output.fill_(torch.nan)
-    return tape.play, output
+class TapedGraph:
+    """Like `CudaGraph`, and as late as can be: it is played when it is waited for, and its output is NaN before."""
+
+    def __init__(self, run: Callable[[], torch.Tensor]):
+        with Tape() as self.tape:
+            self.output = run()
+        self.output.fill_(torch.nan)
+
+    def start(self) -> None:
+        with _disable_current_modes():
+            self.output.fill_(torch.nan)
+
+    def join(self) -> None:
+        self.tape.play()
 
 
 @contextmanager
 def pretended_graphs() -> Iterator[None]:
     """Inside the block `CopilotLogitsProcessor(cuda_graphs=True)` records so, on any device."""
-    with patch("hf_copilot.generation.logits_processor.recorder", lambda device: record):
+    with patch("hf_copilot.generation.logits_processor.recorder", lambda device: TapedGraph):
         yield

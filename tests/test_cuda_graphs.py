@@ -9,9 +9,11 @@ import torch
 from test_generation import CONFIGS, DECODINGS, NEW_TOKENS, PROMPT, STATES, Recorder, generate, left_padded
 from tiny import VOCAB_SIZE, tiny_pilot, tiny_seq2seq, trained_like
 from transformers import DynamicCache
+from versions import CACHE
 
 from benchmarks import taped
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor
+from hf_copilot.generation.follower import Follower
 from hf_copilot.generation.static_cache import LEAST
 
 
@@ -21,9 +23,9 @@ def tapes(monkeypatch) -> list[torch.Tensor]:
     outputs = []
 
     def record(run):
-        play, output = taped.record(run)
-        outputs.append(output)
-        return play, output
+        graph = taped.TapedGraph(run)
+        outputs.append(graph.output)
+        return graph
 
     monkeypatch.setattr("hf_copilot.generation.logits_processor.recorder", lambda device: record)
     return outputs
@@ -139,6 +141,56 @@ def test_a_run_that_goes_on_outside_of_inference_mode(pilot, config, recorded):
         text = generate(pilot, processor, text.clone(), cache=cache)
     whole = calls(pilot, copilot, False, max_new_tokens=2 * NEW_TOKENS)
     torch.testing.assert_close(processor.calls[-1][1], whole[-1][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "decoding", "begins"),
+    [
+        ({}, "greedy", True),
+        ({}, "sampling", True),
+        ({}, "static_cache", True),
+        ({}, "beams", False),
+        ({}, "several", False),
+    ]
+    + [({}, "beams", False), ({}, "several", False), (STATES, "greedy", False)],
+    ids=["greedy", "sampling", "static_cache", "beams", "several", "states"],
+)
+def test_it_begins_beside_the_pilots_forward(pilot, config, decoding, begins, monkeypatch):
+    """As on an accelerator. Where rows may change their places, or the Pilot's states are read, it can't."""
+    monkeypatch.setattr(Follower, "waits", False)
+    copilot, begun, settings = trained_like(pilot, CopilotConfig(**config)), [], DECODINGS[decoding]
+    torch.manual_seed(0)
+    with Recorder(copilot, pilot, cuda_graphs=True) as processor:
+        pilot.lm_head.register_forward_hook(lambda *_: begun.append(processor.rectifier.started is not None))
+        generate(pilot, processor, *left_padded(), **settings, disable_compile=True)
+    assert begun == [False] + [begins] * (NEW_TOKENS - 1)
+    monkeypatch.undo()
+    for found, expected in zip(processor.calls, calls(pilot, copilot, False, *left_padded(), **settings), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_was_begun_beside_another_forward_is_dropped(pilot, monkeypatch):
+    """One that nobody asked about, whose token was taken out of the cache again."""
+    monkeypatch.setattr(Follower, "waits", False)
+    copilot, cache = trained_like(pilot), DynamicCache(config=pilot.config)
+
+    def call(processor, ids):
+        past = cache.get_seq_length()
+        logits = pilot(ids[:, past:], use_cache=True, **{CACHE: cache}).logits[:, -1]
+        return processor(ids, logits.float())
+
+    texts = [torch.cat([PROMPT[:1], torch.tensor([[token]])], dim=1) for token in (7, 9)]
+    with CopilotLogitsProcessor(copilot, pilot, cuda_graphs=True) as processor:
+        call(processor, PROMPT[:1])
+        pilot(texts[0][:, -1:], use_cache=True, **{CACHE: cache})
+        assert processor.rectifier.started is not None
+        cache.crop(-1)
+        found = call(processor, texts[1])
+        cache = DynamicCache(config=pilot.config)
+        with CopilotLogitsProcessor(copilot, pilot) as fresh:
+            call(fresh, PROMPT[:1])
+            torch.testing.assert_close(found, call(fresh, texts[1]), rtol=1e-4, atol=1e-4)
 
 
 def test_without_a_gpu_it_is_refused(pilot, monkeypatch):

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 Inputs = Mapping[str, torch.Tensor]
-Record = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], Any], torch.Tensor]]
+
+
+class Launch(Protocol):
+    """A call that is recorded, which reads and writes the same places whenever it is replayed."""
+
+    output: torch.Tensor
+
+    def start(self) -> None:
+        """Replay it, beside whatever comes next."""
+
+    def join(self) -> None:
+        """Whatever comes next comes after it."""
+
+
+Record = Callable[[Callable[[], torch.Tensor]], Launch]
 
 
 class Recording(NamedTuple):
     """A step of inputs of certain shapes."""
 
     inputs: dict[str, torch.Tensor]  # what it reads
-    replay: Callable[[], Any]
-    output: torch.Tensor  # what it writes
+    launch: Launch
 
 
 class RecordedStep:
@@ -25,16 +38,17 @@ class RecordedStep:
 
     Args:
         run: Depends on what tensors hold on the device alone. It may be run twice on the same.
-        record: Records a call of it, which reads and writes the same places whenever it is replayed. Gives what
-            replays it, and its output.
+        record: Records a call of it.
     """
 
     def __init__(self, run: Callable[[Inputs], torch.Tensor], record: Record):
         self.run, self.record = run, record
+        self.running: Launch | None = None
         self.forget()
 
     def forget(self) -> None:
         """Give back what is recorded."""
+        self.join()
         self.read: tuple[int, ...] = ()  # where the weights lie
         self.places: tuple[int, ...] = ()  # where all lies that a recording has, beside its inputs
         self.recordings: dict[Hashable, Recording] = {}
@@ -43,24 +57,32 @@ class RecordedStep:
         """The weights of the calls from now on."""
         self.read = tuple(tensor.data_ptr() for tensor in weights)
 
-    def __call__(self, inputs: Inputs, written: Iterable[torch.Tensor]) -> torch.Tensor:
-        """What `run` gives; it lasts until the next call.
+    def start(self, inputs: Inputs, written: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Begin a call; gives what `run` gives, to be read after [`join`] and before the next call.
 
         Args:
             written: What else it writes to. Where that, or a weight, lies elsewhere now, all is recorded anew.
         """
+        self.join()
         places = (*self.read, *(tensor.data_ptr() for tensor in written))
         if places != self.places:
             self.places, self.recordings = places, {}
         shapes = tuple((name, tensor.shape) for name, tensor in inputs.items())
         if shapes not in self.recordings:
             own = {name: tensor.clone() for name, tensor in inputs.items()}
-            self.recordings[shapes] = Recording(own, *self.record(lambda: self.run(own)))
+            self.recordings[shapes] = Recording(own, self.record(lambda: self.run(own)))
         recording = self.recordings[shapes]
         for name, tensor in inputs.items():
             recording.inputs[name].copy_(tensor)
-        recording.replay()
-        return recording.output
+        self.running = recording.launch
+        self.running.start()
+        return self.running.output
+
+    def join(self) -> None:
+        """Have what comes next come after the call that was begun, if there is one."""
+        if self.running is not None:
+            self.running.join()
+            self.running = None
 
 
 def recorder(device: torch.device) -> Record:
@@ -71,20 +93,26 @@ def recorder(device: torch.device) -> Record:
     """
     if device.type != "cuda":
         raise ValueError(f"cuda_graphs=True asks for a Copilot on a GPU of CUDA, and this one is on {device}.")
-    return partial(record_cuda_graph, device=device)
+    return partial(CudaGraph, device=device)
 
 
-def record_cuda_graph(
-    run: Callable[[], torch.Tensor], device: torch.device
-) -> tuple[Callable[[], None], torch.Tensor]:
-    """Record `run` as a CUDA graph, after a call of it that lets libraries set themselves up."""
-    with torch.cuda.device(device):
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            run()
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = run()
-    return graph.replay, output
+class CudaGraph:
+    """A [`Launch`] on a stream of its own. The call is run once before it is recorded: libraries set themselves up."""
+
+    def __init__(self, run: Callable[[], torch.Tensor], device: torch.device):
+        with torch.cuda.device(device):
+            self.stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                run()
+            self.join()
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.output = run()
+
+    def start(self) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            self.graph.replay()
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)

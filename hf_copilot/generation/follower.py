@@ -63,7 +63,7 @@ class Step:
     rows: torch.Tensor | None  # [R], the row of the last call that each goes on from; None if all kept their places
     kept: int  # the positions whose memory stays, in that order of rows
     pieces: list[Piece]  # the others
-    next_logits: torch.Tensor  # [R, V], the Pilot's
+    next_logits: torch.Tensor | None  # [R, V], the Pilot's; None of a step that is foreseen
     visible: torch.Tensor  # [R, n] bool, False at padding
     encoder_visible: torch.Tensor | None  # [R, S] bool, likewise, of an encoder
 
@@ -149,6 +149,22 @@ class Follower:
         logits = forwards[-1].next_logits.to(self.device)  # [R, V]
         return Step(ids, continues, rows, kept, self._pieces(forwards, kept), logits, visible, encoder_visible)
 
+    def foresee(self, states: PilotStates) -> Step | None:
+        """How the next call goes on if it comes after a forward of the Pilot that has just begun: where that is on one
+        token of every row, rows can't change their places, and nothing else of the forward is read."""
+        if self.needs_states or self.may_move or self.ids is None or self.pending or self._waits(self.ids):
+            return None
+        (rows, n), read = self.ids.shape, states.input_ids
+        goes_on = states.past_length == n and states.cache is not None and states.cache == self.cache
+        if not goes_on or self.thread != get_ident() or read is None or read.shape != (rows, 1):
+            return None
+        ids = torch.cat([self.ids, read.to(self.device)], dim=1)  # [R, n + 1]
+        visible = torch.cat([self.visible, self._visible(states, n)], dim=1)  # [R, n + 1]
+        return Step(ids, True, None, n, [Piece(ids[:, n:], None, None, False)], None, visible, None)
+
+    def _waits(self, ids: torch.Tensor) -> bool:
+        return ids.device.type == "cpu" if self.waits is None else self.waits
+
     def _kept(self, past: int, continues: bool) -> int:
         if self.needs_states:
             return past
@@ -163,8 +179,7 @@ class Follower:
 
     def _goes_on(self, pending: list[PilotStates], ids: torch.Tensor) -> bool:
         """Whether, by its sizes, one forward on one token of every row leads from the last call to this one."""
-        waits = ids.device.type == "cpu" if self.waits is None else self.waits
-        if waits or not self._is_next(ids) or len(ids) != len(self.ids) or len(pending) != 1:
+        if self._waits(ids) or not self._is_next(ids) or len(ids) != len(self.ids) or len(pending) != 1:
             return False
         states, old = pending[0], self.encoder_output
         has_same_encoder = old is None or old.data_ptr() == states.embeddings.data_ptr()
@@ -226,7 +241,7 @@ class Follower:
 
     def _is_enough(self, states: PilotStates) -> bool:
         """Whether the memory can be made of token ids and this forward's mask alone."""
-        return not self.needs_states and not self._hides_past(states)
+        return not self.needs_states and not _hides_past(states)
 
     # ---- which rows ------------------------------------------------------------------------------------------------
 
@@ -295,27 +310,30 @@ class Follower:
         them, as they were.
         """
         past = states.past_length
-        return self.visible[:, :past] if past and self._hides_past(states) else self._visible(states, 0)[:, :past]
-
-    def _hides_past(self, states: PilotStates) -> bool:
-        """Whether a forward's mask does not go back to the first position, since a window slides."""
-        return self._visible(states, 0).shape[1] < states.past_length + states.length
+        return self.visible[:, :past] if past and _hides_past(states) else self._visible(states, 0)[:, :past]
 
     def _visible(self, states: PilotStates, start: int) -> torch.Tensor:
-        """Which positions from `start` to the end n of one forward are not padding, by its mask in whatever form it
-        came: `[R, n - start]` bool, or the last of them, where a window slides."""
-        mask: Any = states.attention_mask
-        if isinstance(mask, dict):
-            mask = mask.get("full_attention", next(iter(mask.values())))
-        n = states.past_length + states.length
-        if mask is None:
-            visible = torch.ones(len(states.last_hidden_state), n - start, dtype=torch.bool)
-        elif mask.ndim == 2:
-            visible = mask[:, start:n] != 0
-        else:  # [R, 1, t, n or more], bool or additive: visible to any query
-            columns = mask[:, 0, :, :n][..., -(n - start) :]  # a sliding window has fewer than n
-            visible = (columns if mask.dtype == torch.bool else columns == 0).any(1)
-        return visible.to(self.device)
+        return visible_from(states, start).to(self.device)
+
+
+def visible_from(states: PilotStates, start: int) -> torch.Tensor:
+    """Which positions from `start` to the end n of one forward are not padding, by its mask in whatever form it came:
+    `[R, n - start]` bool, or the last of them, where a window slides."""
+    mask: Any = states.attention_mask
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    rows, n = states.shape[0], states.past_length + states.length
+    if mask is None:
+        return torch.ones(rows, n - start, dtype=torch.bool)
+    if mask.ndim == 2:
+        return mask[:, start:n] != 0
+    columns = mask[:, 0, :, :n][..., -(n - start) :]  # [R, t, n - start], bool or additive; of a window fewer
+    return (columns if mask.dtype == torch.bool else columns == 0).any(1)  # to any query
+
+
+def _hides_past(states: PilotStates) -> bool:
+    """Whether a forward's mask does not go back to the first position, since a window slides."""
+    return visible_from(states, 0).shape[1] < states.past_length + states.length
 
 
 def _piece(states: PilotStates) -> Piece:

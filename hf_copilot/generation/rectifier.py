@@ -20,7 +20,7 @@ from ..model.discrepancy import sparse_discrepancy
 from ..model.memory import memory_of
 from ..model.modeling_copilot import CopilotModel, Vocabulary, rotary_positions
 from ..pilot.compatibility import check_generation
-from ..pilot.tap import GenerationTap
+from ..pilot.tap import GenerationTap, PilotStates
 from ..pilot.vocabulary import lent_vocabulary
 from .cuda_graphs import Inputs, Record, RecordedStep
 from .follower import Follower, Piece, Step
@@ -52,7 +52,7 @@ class Rectifier:
         self.follower = Follower(self.memory.reads_states)
         self.was_with_gradient = False  # the Pilot's last forward, which is one of training then
         self.recorded = RecordedStep(self._run, record) if record else None
-        self.tap = GenerationTap(pilot, self.config, self.follower.take, self._listens)
+        self.tap = GenerationTap(pilot, self.config, self.follower.take, self._listens, begun=self._begin_beside)
         self.tap.open()
         self.reset()
 
@@ -65,6 +65,7 @@ class Rectifier:
         self.caches = Caches(StaticCache(own), StaticCache(memory))
         self.last_logits: torch.Tensor | None = None  # [R, V] the Pilot's logits at the last call
         self.last_correction: torch.Tensor | None = None  # [R, V] f at the last call
+        self.started: torch.Tensor | None = None  # [R, V] f of the next call, which is on its way
         if self.recorded is not None:
             self.recorded.forget()
 
@@ -91,16 +92,35 @@ class Rectifier:
         if self.was_with_gradient and not self.follower.pending:
             raise ValueError(WITH_GRADIENT)
         step = self.follower.follow(input_ids.to(self.copilot.device))
-        try:
+        with self._all_or_nothing():
             return self._rectify(step)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _begin_beside(self, states: PilotStates) -> None:
+        """Start the step of the next call beside the Pilot's forward, where it is known what that reads."""
+        self.started = None  # what was begun beside a forward that nobody asked about
+        step = None if self.recorded is None else self.follower.foresee(states)
+        if step is not None:
+            with self._all_or_nothing():
+                self.started = self._start(step)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException:  # no memory, Ctrl-C: what is kept belongs to no call
             self.reset()
             raise
 
     def _rectify(self, step: Step) -> torch.Tensor:
-        self._keep(step)
-        with self._eval_mode():
-            correction = self._next(step)  # [R, V]
+        started, self.started = self.started, None
+        if self.recorded is not None:
+            self.recorded.join()
+        is_expected = started is not None and step.continues and step.rows is None
+        if not is_expected:
+            self._keep(step)
+        correction = started if is_expected else self._next(step)  # [R, V]
         own, memory = self.caches
         own.length, memory.length = own.length + 1, self._size(step, step.ids.shape[1])
         self.last_logits, self.last_correction = step.next_logits, correction
@@ -137,9 +157,17 @@ class Rectifier:
         """One query for each row: f, `[R, V]` float32."""
         is_one_token = step.continues and step.kept == step.ids.shape[1] - 1
         if self.recorded is None or not is_one_token:
-            return self._run(self._inputs(step))
+            with self._eval_mode():
+                return self._run(self._inputs(step))
+        correction = self._start(step)  # [R, V]
+        self.recorded.join()
+        return correction
+
+    def _start(self, step: Step) -> torch.Tensor:
+        """Begin a recorded step of one token for each row; gives where f will be, `[R, V]`."""
         inputs = self._inputs(step) | self._places(step)
-        return self.recorded(inputs, [cache.held for cache in self.caches if cache.held is not None])
+        with self._eval_mode():
+            return self.recorded.start(inputs, [cache.held for cache in self.caches if cache.held is not None])
 
     def _inputs(self, step: Step) -> dict[str, torch.Tensor]:
         """What [`_run`] reads at this step."""

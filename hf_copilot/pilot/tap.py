@@ -44,9 +44,14 @@ class PilotStates:
         return self.last_hidden_state is not None
 
     @property
+    def shape(self) -> torch.Size:
+        """(B, T), the rows and positions of this forward."""
+        return (self.last_hidden_state if self.is_over else self.input_ids).shape[:2]
+
+    @property
     def length(self) -> int:
-        """T, the positions of this forward."""
-        return self.last_hidden_state.shape[1]
+        """T."""
+        return self.shape[1]
 
     @property
     def positions(self) -> int:
@@ -205,14 +210,19 @@ class PilotTap:
 
 class GenerationTap(PilotTap):
     """A tap of a Pilot that several threads may run at a time: what a forward shows belongs to its thread. What is
-    compiled can't ask for its thread, so no hook is."""
+    compiled can't ask for its thread, so no hook is.
 
-    def __init__(self, *args: Any):
+    Args:
+        begun: Called with the [`PilotStates`] at the start of each forward that is listened to.
+    """
+
+    def __init__(self, *args: Any, begun: Callable[[PilotStates], None]):
         self.of_threads: dict[int, PilotStates] = {}
+        self.begun = begun
         super().__init__(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"of_threads": {}}
+        return super().__getstate__() | {"of_threads": {}, "begun": None}
 
     @property
     def states(self) -> PilotStates | None:
@@ -224,7 +234,12 @@ class GenerationTap(PilotTap):
         if states is None:
             del self.of_threads[get_ident()]
 
-    _begin_forward = torch.compiler.disable(PilotTap._begin_forward)
+    @torch.compiler.disable
+    def _begin_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        super()._begin_forward(decoder, args, kwargs)
+        if self.states is not None:
+            self.begun(self.states)
+
     _read_embeddings = torch.compiler.disable(PilotTap._read_embeddings)
     _pool = torch.compiler.disable(PilotTap._pool)
     _end_forward = torch.compiler.disable(PilotTap._end_forward)
