@@ -219,9 +219,10 @@ def copilot_token(kind: Kind, pilot: dict[str, Any], compiled: bool) -> float:
     shape, counted = copilot_shape(kind, pilot), lines(kind)
     operators = counted["token"].at(shape["num_hidden_layers"])
     launches = counted["token beside a graph"].at(shape["num_hidden_layers"]) if compiled else operators
-    launched = launches * launch_s()["token"] + (operators - launches) * IN_GRAPH_S
-    weights = block_parameters(shape) + pilot["vocab_size"] * shape["hidden_size"]
-    return max(launched, 2 * weights / BANDWIDTH)
+    launched, in_graph = launches * launch_s()["token"], (operators - launches) * IN_GRAPH_S
+    read = 2 * (block_parameters(shape) + pilot["vocab_size"] * shape["hidden_size"]) / BANDWIDTH
+    is_beside = compiled and kind.memory == "tokens"  # replayed while the Pilot's operators are launched
+    return max(launched + (0 if is_beside else in_graph), read)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
