@@ -76,6 +76,15 @@ def test_a_device_with_streams_is_asked_for_one(monkeypatch):
     assert not streams.races
 
 
+def test_on_paper_a_stream_hides_the_gpus_time_and_no_launch():
+    for row in json.loads((RESULTS / "scaling.json").read_text())["overheads"]:
+        assert 1 < row["training_beside"] <= row["training_compiled"]
+    kind, shape = scaling.KINDS[0], scaling.SHAPES["llama-3.2-1b"]
+    launched, log = scaling.launches_and_work(shape)[0], scaling.copilot_step(kind, shape, True)["log"]
+    outside = scaling.lines(kind)["step"].base * scaling.launch_s()["step"]
+    assert scaling.step_beside(kind, shape) == pytest.approx(launched + log + outside)
+
+
 def test_cost_of_the_vocabulary():
     rows = vocabulary.measure(rank=4, repetitions=1, work=cost.Work(4, 2, 1, 16))
     full, low, frozen, lent = rows

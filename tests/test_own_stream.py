@@ -83,6 +83,8 @@ def test_the_results_are_those_of_one_stream(kind):
     with pretended_streams() as streams:
         own_copilot, own_pilot, own_found, own_beside = run(True, kind)
     assert not streams.races and not any(beside) and own_beside == [False, True, True, *[False] * 4]
+    (own,) = (stream for stream in streams.main.clock if not stream.is_main)  # the only other one
+    assert own.clock[own] > 7 * 4 * 100  # operators of the Copilot's steps
     assert_same(copilot, own_copilot)
     assert_same(pilot, own_pilot)
     torch.testing.assert_close(own_found, found, rtol=0, atol=0)

@@ -101,5 +101,6 @@ class BesideThePilot:
 
     def join(self) -> None:
         """Put what is launched from now on behind the last round, where rounds have a stream of their own. Call it
-        before the Pilot changes by anything but an optimizer's step."""
+        before the Pilot changes by anything but an optimizer's step, and before the Copilot is used past its learner
+        or trainer."""
         self.stream.join()
