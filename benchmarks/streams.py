@@ -56,8 +56,10 @@ class Streams(TorchDispatchMode):
     def on(self, stream: Stream) -> Iterator[None]:
         """`torch.cuda.stream`."""
         before, self.current = self.current, stream
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

@@ -241,12 +241,15 @@ def test_without_cuda_it_would_do_nothing_and_raises(tmp_path):
         train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(8), copilot_own_stream=True)
 
 
-def test_several_processes_or_devices_raise():
-    pilot = tiny_pilot()
-    with pytest.raises(NotImplementedError, match="several processes, or a Pilot on several devices"):
-        check_own_stream(pilot, has_streams=True, processes=2)
-    pilot.model.layers[0].to("meta")
-    with pytest.raises(NotImplementedError, match="several processes, or a Pilot on several devices"):
+def test_several_processes_or_devices_raise(monkeypatch):
+    pilot, in_parts = tiny_pilot(), tiny_pilot()
+    in_parts.model.layers[0].to("meta")
+    check_own_stream(pilot, has_streams=True, processes=1)
+    for wrong, processes in ((pilot, 2), (in_parts, 1)):
+        with pytest.raises(NotImplementedError, match="for one process and a Pilot that is whole, on one device"):
+            check_own_stream(wrong, has_streams=True, processes=processes)
+    monkeypatch.setattr("hf_copilot.pilot.compatibility.is_sharded", lambda _: True)
+    with pytest.raises(NotImplementedError, match="a Pilot that is whole"):
         check_own_stream(pilot, has_streams=True, processes=1)
 
 

@@ -256,14 +256,14 @@ def check_own_stream(pilot: nn.Module, has_streams: bool, processes: int) -> Non
 
     Raises:
         ValueError: If the device has no streams.
-        NotImplementedError: With several processes, or a Pilot on several devices.
+        NotImplementedError: With several processes, or a Pilot that is sharded or on several devices.
     """
     way_out = "set copilot_own_stream=False (own_stream=False of a CopilotLearner)"
     if not has_streams:
         raise ValueError(f"A stream of the Copilot's own would do nothing here, the Pilot is not on CUDA: {way_out}.")
     if processes > 1 or is_sharded(pilot) or len({parameter.device for parameter in pilot.parameters()}) > 1:
         raise NotImplementedError(
-            f"The Copilot has no stream of its own with several processes, or a Pilot on several devices: {way_out}."
+            f"A stream of the Copilot's own is for one process and a Pilot that is whole, on one device: {way_out}."
         )
 
 

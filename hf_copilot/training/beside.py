@@ -25,7 +25,8 @@ class OwnStream:
     Pilot changes, and so does every look at a [`Joined`] attribute.
 
     The memory of a tensor goes back to the stream that it was made on when Python lets go of it. So a round may not
-    let go of a tensor that was made outside, and the other way round: what lasts is changed in place.
+    let go of a tensor that was made outside, and the other way round: what lasts is changed in place. CUDA graphs that
+    PyTorch keeps share their memory: beside a compiled Copilot nothing else may run as one.
     """
 
     def __init__(self, is_on: bool):
