@@ -70,9 +70,9 @@ class CopilotLearner(BesideThePilot):
         seed: Of the draws from the log and of the Copilot's dropout.
         autocast_dtype: Runs the Copilot under autocast in this type; None for its own.
         compile_backend: Compiles the Copilot's blocks with this backend of `torch.compile`; None does not.
-        own_stream: Runs rounds on a CUDA stream of their own, beside what comes next; see [`join`].
         peft_config: Trains the Copilot with this adapter; its new modules are trained in full.
         ledger: Written of every round; see [`LedgerWriter`].
+        own_stream: Runs rounds on a CUDA stream of their own, beside what comes next; see [`join`].
     """
 
     teacher_forced_class = TeacherForced
@@ -94,9 +94,9 @@ class CopilotLearner(BesideThePilot):
         seed: int = 42,
         autocast_dtype: torch.dtype | None = None,
         compile_backend: str | None = None,
-        own_stream: bool = False,
         peft_config: PeftConfig | None = None,
         ledger: LedgerWriter | None = None,
+        own_stream: bool = False,
     ):
         check_ranges(steps_per_round, learning_rate, weight_decay, max_grad_norm)
         self.stream = OwnStream(own_stream)
