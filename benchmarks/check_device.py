@@ -7,8 +7,8 @@ without a learner, bit for bit. A run that is saved, loaded and goes on ends wit
 stop, and so does one that waits for every copy of its log. On CUDA, so does one whose rounds have a stream of their
 own, and its Pilot is the same too. The losses of a compiled Copilot are those of another.
 Generation: f at every step is that of a teacher-forced pass on the text, in a padded batch, with greedy search, with
-beams and with a static cache; tokens of another run raise. Each line says what was compared, and the largest
-difference.
+beams and with a static cache, its steps run and recorded as CUDA graphs (pretended ones on a CPU); tokens of another
+run raise. Each line says what was compared, and the largest difference.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +26,7 @@ import torch
 from transformers import Cache, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from benchmarks.taped import pretended_graphs
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
 from hf_copilot.training import beside
 from hf_copilot.training.checkpoint import load_state, load_weights, save_state, save_weights
@@ -146,8 +148,8 @@ def gone_on(pilot: LlamaForCausalLM, learner: CopilotLearner, memory: str, backe
 class Recorder(CopilotLogitsProcessor):
     """Keeps the tokens and f of every call."""
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -164,12 +166,15 @@ def check_generation(device: str, memory: str) -> Iterator[tuple[str, float, flo
     ids = make_batch(device, 0)["input_ids"][:3, :9]
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    for name, how in DECODINGS.items():
+    for (name, how), recorded in product(DECODINGS.items(), (False, True)):
         settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "attention_mask": mask} | how
-        with Recorder(copilot, pilot) as processor:
+        with pretended_graphs() if device == "cpu" else nullcontext():
+            processor = Recorder(copilot, pilot, cuda_graphs=recorded)
+        with processor:
             pilot.generate(ids, logits_processor=[processor], **settings)
         copies = how.get("num_beams", 1)
         rows = mask.repeat_interleave(copies, 0).bool()
+        name += ", recorded" if recorded else ""
         yield name, max(difference(copilot, pilot, call, rows) for call in processor.calls), TOLERANCE
     yield "tokens of another run", float(not raises(lambda: deceive(copilot, pilot, ids))), 0.0
 

@@ -13,6 +13,7 @@ one step of a default Copilot, and one more token.
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.utils import logging
 
 from benchmarks.common import table
 from benchmarks.pretended import DEVICE, pretended_gpu
+from benchmarks.taped import pretended_graphs
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, CopilotModel, copilot_for
 from hf_copilot.generation.follower import Follower
 
@@ -97,12 +99,16 @@ def small_pilot() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SHAPE))
 
 
-def token(pilot: PreTrainedModel, copilot: CopilotModel | None, rows: int, **how: Any) -> tuple[float, float]:
-    """Operators and waits of one more token, of the Pilot and, where there is one, the Copilot."""
+def token(
+    pilot: PreTrainedModel, copilot: CopilotModel | None, rows: int, recorded: bool = False, **how: Any
+) -> tuple[float, float]:
+    """Operators and waits of one more token, of the Pilot and, where there is one, the Copilot; not those that are
+    recorded as a CUDA graph."""
     ids, counts = torch.randint(5, 40, (rows, 8), generator=torch.Generator().manual_seed(0)), []
     for tokens in (SHORT, LONG):
         settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, **how}
-        processors = [] if copilot is None else [CopilotLogitsProcessor(copilot, pilot)]
+        with pretended_graphs():
+            processors = [] if copilot is None else [CopilotLogitsProcessor(copilot, pilot, cuda_graphs=recorded)]
         with Count() as count:
             pilot.generate(ids, logits_processor=processors, **settings)
         for processor in processors:
@@ -172,9 +178,10 @@ def main() -> None:
             for name, count, waited in zip(("look at a forward", "step"), operators, waits, strict=True)
         }
         copilot = copilot_for(pilot, CopilotConfig(memory=memory))
-        for name, how in HOW.items():
-            alone, both = token(pilot, None, **how), token(pilot, copilot, **how)
-            found[f"token, {name}"] = tuple(b - a for a, b in zip(alone, both, strict=True))
+        for (name, how), recorded in product(HOW.items(), (False, True)):
+            alone, both = token(pilot, None, **how), token(pilot, copilot, recorded=recorded, **how)
+            name = f"token, {name}, beside a CUDA graph" if recorded else f"token, {name}"
+            found[name] = tuple(b - a for a, b in zip(alone, both, strict=True))
         rows += [
             {"memory": memory, "of": name, "operators": operators, "waits": waits}
             for name, (operators, waits) in found.items()

@@ -114,14 +114,15 @@ def of_copilot(kind: Kind, pilot_layers: int, layers: int) -> tuple[int, int]:
     return look.operators - alone.operators, step.operators
 
 
-def of_token(kind: Kind | None, layers: int) -> float:
-    """One more token: of a Pilot with so many layers, or what a Copilot with so many adds."""
+def of_token(kind: Kind | None, layers: int, recorded: bool = False) -> float:
+    """One more token: of a Pilot with so many layers, or what a Copilot with so many adds, beside its CUDA graph where
+    that is recorded."""
     pilot = small_pilot(layers if kind is None else 2).eval()
     alone = token(pilot, None, rows=1)[0]
     if kind is None:
         return alone
     copilot = copilot_for(pilot, CopilotConfig(memory=kind.memory, init="random", num_hidden_layers=layers))
-    return token(pilot, copilot.to(torch.bfloat16), rows=1)[0] - alone
+    return token(pilot, copilot.to(torch.bfloat16), rows=1, recorded=recorded)[0] - alone
 
 
 @cache
@@ -132,6 +133,7 @@ def lines(kind: Kind | None) -> dict[str, Line]:
         "look": line(lambda layers: of_copilot(kind, layers, 2)[0]),
         "step": line(lambda layers: of_copilot(kind, 2, layers)[1]),
         "token": line(lambda layers: of_token(kind, layers)),
+        "token beside a graph": line(lambda layers: of_token(kind, layers, recorded=True)),
     }
 
 
@@ -230,9 +232,10 @@ def pilot_token(shape: dict[str, Any]) -> float:
 
 
 def copilot_token(kind: Kind, pilot: dict[str, Any], compiled: bool) -> float:
-    shape, counted = copilot_shape(kind, pilot), lines(kind)["token"]
-    inside = counted.slope * shape["num_hidden_layers"]
-    launched = counted.base * launch_s()["token"] + inside * (IN_GRAPH_S if compiled else launch_s()["token"])
+    shape, counted = copilot_shape(kind, pilot), lines(kind)
+    operators = counted["token"].at(shape["num_hidden_layers"])
+    launches = counted["token beside a graph"].at(shape["num_hidden_layers"]) if compiled else operators
+    launched = launches * launch_s()["token"] + (operators - launches) * IN_GRAPH_S
     weights = block_parameters(shape) + pilot["vocab_size"] * shape["hidden_size"]
     return max(launched, 2 * weights / BANDWIDTH)
 

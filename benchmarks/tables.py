@@ -40,6 +40,12 @@ ARMS = {
 COPILOTS = {"tokens": "token Copilot", "pilot": "state Copilot"}
 LEDGER_TASKS = {"mawps": "MAWPS", "text": "GSM8K"}
 CURVE_ROWS = 6
+FIXED_STRENGTHS = (0.3, 0.5, 0.7, 1.0)
+SEARCHED = {
+    "lora-0.0003-x1.5": "SmolLM2 with LoRA at a poor rate",
+    "lora-0.002-x1.5": "SmolLM2 with LoRA at its best rate",
+    "frozen-0-x1.5": "SmolLM2, frozen",
+}  # Pilots of the search, on MAWPS
 
 
 # ---- figures into text ----------------------------------------------------------------------------------------------
@@ -219,6 +225,30 @@ def steps_beside_pretrained() -> str:
     steps = {"4": "token-0.0005-s4", "1": "token-0.0005-s1"}
     rows = [[name, *found.cells("lora-0.002-x1.5", copilot)] for name, copilot in steps.items()]
     return table(("steps in a round", *FIGURES_OF_SEARCH), rows)
+
+
+def fixed_strengths() -> str:
+    """What is gained in NLL at one λ for all, by setting: those of small Pilots, and the searched ones."""
+    curves = {
+        f"`{task}`, {COPILOTS[memory]}": [calibration["strengths"], *(run["nll"] for run in runs)]
+        for task in ("arithmetic", "text", "mawps")
+        for arm, memory in {"copilot": "tokens", "states": "pilot"}.items()
+        if (runs := read(f"accuracy/{task}")["arms"][f"{arm}, λ chosen"]["calibrations"]) and (calibration := runs[0])
+    }
+    search = {arm["name"]: arm for arm in read("pretrained/search_h100")["arms"]}
+    for pilot, title in SEARCHED.items():
+        for copilot, name in {"token": "token Copilot", "state, lag 1": "state Copilot"}.items():
+            arm = search.get(f"mawps {pilot} {copilot}-0.0005-s4 seed0")
+            if arm is not None:
+                points = [(s, nll) for (a, s), nll in zip(arm["grid"], arm["valid"]["nll"], strict=True) if a == 1]
+                curves[f"{title}, {name}"] = [list(column) for column in zip(*points, strict=True)]
+    rows = []
+    for title, (strengths, *nll) in curves.items():
+        gains = {s: mean(run[0] - run[i] for run in nll) for i, s in enumerate(strengths)}
+        best = max(gains, key=gains.get)
+        cells = (f"{gains[s]:+.3f}".replace("-", "−") for s in FIXED_STRENGTHS)
+        rows.append([title, f"{gains[best]:+.3f} (λ = {best:g})", *cells])
+    return table(("", "at the best λ", *(f"λ = {s:g}" for s in FIXED_STRENGTHS)), rows)
 
 
 # ---- what it costs --------------------------------------------------------------------------------------------------
@@ -474,6 +504,7 @@ def scaled_documents() -> str:
 def scaled_operators() -> str:
     """At no layer, and for each."""
     names = {"step": "a step", "look": "the look at a forward, by the Pilot's layers", "token": "a generated token"}
+    names["token beside a graph"] = "a generated token, beside a CUDA graph"
     rows = [
         [name if name != "pilot" else "the Pilot, a micro-batch for a step", names[part]]
         + [f"{found['base']:.0f}", f"{found['slope']:.0f}"]
@@ -542,6 +573,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "t5": t5,
     "pretrained": pretrained,
     "pretrained-steps": steps_beside_pretrained,
+    "fixed-strengths": fixed_strengths,
     "cost-training": cost_of_training,
     "cost-generation": cost_of_generation,
     "vocabularies": vocabularies,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
@@ -25,6 +27,7 @@ from hf_copilot.model.discrepancy import fuse
 from hf_copilot.training.metrics import (
     METRICS_OF_STRENGTH,
     STRENGTHS,
+    UNCHOSEN_STRENGTH,
     calibrate_on_rows,
     choose_strength,
     empty_sums,
@@ -164,6 +167,33 @@ def test_without_a_labelled_token_the_strength_stays(tmp_path, caplog):
     no_set = make_trainer(tmp_path, None)
     no_set.train()
     assert no_set.copilot.config.calibration is None
+
+
+@pytest.mark.parametrize(
+    ("copilot", "changes", "strength"),
+    [
+        (None, {}, UNCHOSEN_STRENGTH),
+        (None, {"copilot_strength": "config"}, 1.0),
+        (CopilotConfig(strength=0.3), {}, 0.3),
+        (CopilotConfig.paper(num_hidden_layers=2), {}, 1.0),
+    ],
+    ids=["nobody", "left as it is", "given", "the paper's"],
+)
+def test_a_strength_that_nobody_can_choose(tmp_path, copilot, changes, strength, caplog):
+    """It is said, what is resumed from has it, and one that was chosen before is forgotten."""
+    settings = changes | {"save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(tmp_path, None, copilot, **settings)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.copilot.config.strength == strength and trainer.copilot.config.calibration is None
+    assert (f"λ is {UNCHOSEN_STRENGTH}" in caplog.text) is (strength == UNCHOSEN_STRENGTH)
+    resumed = make_trainer(tmp_path, None, copilot, **settings)
+    for _ in range(2):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert resumed.copilot.config.strength == strength
+    resumed.calibrate(addition(6, seed=4), strengths=(2.0,))
+    resumed.train()
+    assert resumed.copilot.config.strength == (UNCHOSEN_STRENGTH if strength == 0.3 else strength)
 
 
 def test_calibrating_on_another_set_when_asked(tmp_path):

@@ -21,6 +21,7 @@ from tiny import SEQ2SEQ, VOCAB_SIZE, tiny_pilot, tiny_seq2seq, trained_like
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LogitsProcessor, StaticCache
 from versions import CACHE
 
+from benchmarks.taped import pretended_graphs
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor
 
 # In float64, since in float32 one of thousands of draws is a near tie at the edge of the top-k. Eager attention gives
@@ -99,6 +100,7 @@ class Case:
     bans: str | None = None  # another processor, "before" or "after" the Copilot's
     trains: bool = False  # the Copilot is in training mode
     waits: bool | None = None  # False: the tokens of a run that goes on are looked at late, as on an accelerator
+    recorded: bool = False  # as a CUDA graph, which is pretended
 
 
 @st.composite
@@ -172,6 +174,7 @@ def cases(draw) -> Case:
         draw(st.sampled_from([None, "before", "after"])),
         draw(st.booleans()),
         draw(st.sampled_from([None, False])),
+        draw(st.booleans()),
     )
 
 
@@ -347,7 +350,7 @@ def hooks(pilot) -> list:
 def rectified(case: Case, pilot, copilot) -> tuple[list[torch.Tensor], list[Run]]:
     """All turns of a case, with λ as it says."""
     processor_class = Recorder if case.strength else CopilotLogitsProcessor
-    with processor_class(copilot, pilot, strength=case.strength) as processor:
+    with pretended_graphs(), processor_class(copilot, pilot, case.strength, cuda_graphs=case.recorded) as processor:
         assert bool(hooks(pilot)) == bool(case.strength)
         if processor.rectifier is not None:
             processor.rectifier.follower.waits = case.waits

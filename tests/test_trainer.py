@@ -26,6 +26,7 @@ from hf_copilot import (
     CopilotTrainer,
 )
 from hf_copilot.training.checkpoint import TORN, written_beside
+from hf_copilot.training.metrics import UNCHOSEN_STRENGTH
 
 DROPOUT = {"attention_dropout": 0.1}
 
@@ -446,6 +447,7 @@ def test_the_callback_on_a_plain_trainer(tmp_path):
     assert "copilot_loss" in ours.state.log_history[0] and len(callback.learner.log) == 16
     assert_same(CopilotModel.from_pretrained(tmp_path / "copilot"), callback.copilot)
     assert count_hooks(ours.model) == 0
+    assert callback.copilot.config.strength == UNCHOSEN_STRENGTH  # it sees no evaluation
 
 
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=2)], ids=["full", "lora"])

@@ -90,7 +90,7 @@ def log_rows(
     """A learner, of this Copilot or a new one, whose log holds these rows as the Pilot, which stays as it is, sees
     them."""
     copilot = copilot or copilot_for(setting.base(tokenizer), variant.copilot_config())
-    args = CopilotArguments(**(setting.task.copilot | variant.arguments))
+    args = CopilotArguments(**({"copilot_strength": "config"} | setting.task.copilot | variant.arguments))
     learner = CopilotLearner(
         copilot,
         pilot,

@@ -55,7 +55,7 @@ class Variant:
         return (CopilotConfig.paper if self.paper else CopilotConfig)(**self.config)
 
     def callback(self, task: Task) -> CopilotCallback:
-        arguments = CopilotArguments(**(task.copilot | self.arguments))
+        arguments = CopilotArguments(**({"copilot_strength": "config"} | task.copilot | self.arguments))
         callback = CopilotCallback(self.copilot_config(), arguments)
         callback.learner_class = self.learner
         return callback

@@ -88,6 +88,7 @@ class Follower:
         self.ids: torch.Tensor | None = None  # [R, n] tokens of the last call
         self.visible: torch.Tensor | None = None  # [R, n] bool, which of them are not padding
         self.group: torch.Tensor | None = None  # [R] rows of one group began the run with the same content
+        self.may_move = True  # whether two rows did, which beams may be of
         self.encoder_output: torch.Tensor | None = None  # [R, S, d_P], of an encoder-decoder
         self.cache: ref[Cache] | None = None  # the Pilot's, at the last call
         self.unsettled: torch.Tensor | None = None  # [] bool, whether the last call's tokens were what sizes said
@@ -135,7 +136,7 @@ class Follower:
         else:
             forwards, rows, continues = self._look_back(pending, ids)
         past, rows = forwards[0].past_length, self._arrange(rows)
-        if continues and past and rows is not None and not self._holds_every_state(forwards[-1]):
+        if continues and past and rows is not None and not _holds_every_state(forwards[-1]):
             self.reset()
             raise ValueError(STATE_OUTSIDE)
         before = self.visible[:, :past] if continues else self._visible_before(forwards[0])  # [R, past]
@@ -143,7 +144,7 @@ class Follower:
         self.ids, self.visible, self.cache = ids, visible, forwards[-1].cache
         encoder_visible = self._read_encoder(forwards[-1])
         if not continues:
-            self.group = self._groups()
+            self.group, self.may_move = self._groups()
         kept = self._kept(past, continues)
         logits = forwards[-1].next_logits.to(self.device)  # [R, V]
         return Step(ids, continues, rows, kept, self._pieces(forwards, kept), logits, visible, encoder_visible)
@@ -158,9 +159,6 @@ class Follower:
             return [Piece(self.ids[:, kept:], None, None, kept == 0)]
         return [_piece(states) for states in forwards]
 
-    def _holds_every_state(self, states: PilotStates) -> bool:
-        return states.cache is None or holds_every_state(states.cache())
-
     # ---- what sizes say --------------------------------------------------------------------------------------------
 
     def _goes_on(self, pending: list[PilotStates], ids: torch.Tensor) -> bool:
@@ -173,16 +171,19 @@ class Follower:
         is_one_token = states.input_ids is not None and states.input_ids.shape == (len(ids), 1)
         follows = states.past_length == self.ids.shape[1] and states.next_logits is not None
         is_same_cache = states.cache is not None and states.cache == self.cache  # not one of another chat
-        may_reorder = len(ids) == 1 or self._holds_every_state(states)
         is_small = len(ids) * ids.numel() <= COMPARED_LATE
-        return has_same_encoder and is_one_token and follows and is_same_cache and may_reorder and is_small
+        may_reorder = not self.may_move or (is_small and _holds_every_state(states))
+        return has_same_encoder and is_one_token and follows and is_same_cache and may_reorder
 
-    def _next_rows(self, states: PilotStates, ids: torch.Tensor) -> torch.Tensor:
-        """The row of the last call that each row goes on from, `[R]`; that there is one is left to be seen."""
+    def _next_rows(self, states: PilotStates, ids: torch.Tensor) -> torch.Tensor | None:
+        """The row of the last call that each row goes on from, `[R]`, or None if its own; left to be seen."""
+        is_read = states.input_ids.to(self.device) == ids[:, -1:]  # [R, 1]
+        if not self.may_move:
+            self.unsettled = (is_read & (ids[:, :-1] == self.ids)).all()
+            return None
         same = (ids[:, None, :-1] == self.ids[None]).all(-1)  # [R, R]
         same &= self.group[:, None] == self.group[None]
-        is_read = states.input_ids.to(self.device) == ids[:, -1:]  # [R, 1]
-        self.unsettled = (same.any(-1) & is_read[:, 0]).all()
+        self.unsettled = (is_read[:, 0] & same.any(-1)).all()
         return same.int().argmax(-1)
 
     # ---- which tokens ----------------------------------------------------------------------------------------------
@@ -266,13 +267,14 @@ class Follower:
         self.visible, self.ids, self.group = self.visible[rows], self.ids[rows], self.group[rows]
         return rows
 
-    def _groups(self) -> torch.Tensor:
+    def _groups(self) -> tuple[torch.Tensor, bool]:
         """Rows that begin with the same content have one number: `[R]`."""
         content = self.ids.masked_fill(~self.visible, -1)  # [R, n]
         if self.encoder_output is not None:
             _, encoder = torch.unique(self.encoder_output.flatten(1), dim=0, return_inverse=True)  # [R]
             content = torch.cat([content, encoder.to(content.device)[:, None]], dim=1)  # [R, n + 1]
-        return torch.unique(content, dim=0, return_inverse=True)[1]
+        found, group = torch.unique(content, dim=0, return_inverse=True)  # [groups, ...], [R]
+        return group, len(found) < len(group)
 
     # ---- what is padding -------------------------------------------------------------------------------------------
 
@@ -321,3 +323,8 @@ def _piece(states: PilotStates) -> Piece:
     is_first = states.past_length == 0
     is_kept = states.encoder_length is not None and not is_first
     return Piece(states.input_ids, None if is_kept else states.embeddings, states.hidden_states, is_first)
+
+
+def _holds_every_state(states: PilotStates) -> bool:
+    """Whether the Pilot's cache does, where it has one."""
+    return states.cache is None or holds_every_state(states.cache())

@@ -6,20 +6,25 @@ Copilot's hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Lock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache
 
+from ..model.attention import NOWHERE, Span
+from ..model.caches import Caches
 from ..model.discrepancy import sparse_discrepancy
 from ..model.memory import memory_of
 from ..model.modeling_copilot import CopilotModel, Vocabulary, rotary_positions
 from ..pilot.compatibility import check_generation
 from ..pilot.tap import GenerationTap
 from ..pilot.vocabulary import lent_vocabulary
+from .cuda_graphs import Inputs, Record, RecordedStep
 from .follower import Follower, Piece, Step
+from .static_cache import StaticCache, power_of_two
 
 WITH_GRADIENT = (
     "The Pilot's last forward computed gradients, as in training, and a CopilotLogitsProcessor reads none of these: "
@@ -35,16 +40,18 @@ class Rectifier:
     Args:
         copilot: Run in eval mode, whatever mode it is in.
         pilot: The model whose `generate` is followed.
+        record: Records the step of one more token for every row, as [`record_cuda_graph`] does; None does not.
 
     Raises:
         NotImplementedError: For a Pilot with virtual tokens (prompt, prefix or p-tuning).
     """
 
-    def __init__(self, copilot: CopilotModel, pilot: nn.Module):
+    def __init__(self, copilot: CopilotModel, pilot: nn.Module, record: Record | None = None):
         check_generation(pilot)
         self.copilot, self.config, self.memory = copilot, copilot.config, memory_of(copilot.config)
         self.follower = Follower(self.memory.reads_states)
         self.was_with_gradient = False  # the Pilot's last forward, which is one of training then
+        self.recorded = RecordedStep(self._run, record) if record else None
         self.tap = GenerationTap(pilot, self.config, self.follower.take, self._listens)
         self.tap.open()
         self.reset()
@@ -53,9 +60,13 @@ class Rectifier:
         """Forget everything."""
         self.follower.reset()
         self.lent: Vocabulary | None = None  # the Pilot's matrices, as they were when the run began
-        self.cache = self.copilot.new_cache()  # the memory of n positions, the run of the queries so far
+        # layers that keep the run of the queries, and that keep the memory of n positions
+        own, memory = (sum(kind != other for kind in self.config.attention_types) for other in ("cross", "self"))
+        self.caches = Caches(StaticCache(own), StaticCache(memory))
         self.last_logits: torch.Tensor | None = None  # [R, V] the Pilot's logits at the last call
         self.last_correction: torch.Tensor | None = None  # [R, V] f at the last call
+        if self.recorded is not None:
+            self.recorded.forget()
 
     def close(self) -> None:
         """Remove the hooks from the Pilot and forget everything."""
@@ -68,9 +79,11 @@ class Rectifier:
         self.was_with_gradient = torch.is_grad_enabled()
         return not self.was_with_gradient
 
+    @torch.inference_mode(False)  # what is kept is written to again, outside of it too
     @torch.no_grad()
     def correction(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """f for the token after `input_ids` `[R, n]`: `[R, V]` float32.
+        """f for the token after `input_ids` `[R, n]`: `[R, V]` float32. Where steps are recorded it lasts until the
+        next call.
 
         Raises:
             ValueError: If these are not the tokens that the Pilot has just been run on, or it was run with gradients.
@@ -85,93 +98,142 @@ class Rectifier:
             raise
 
     def _rectify(self, step: Step) -> torch.Tensor:
-        self._keep_rows(step)
-        if not step.continues:
-            self._begin_run()
-        self._keep_memory(step)
-        correction = self._run(self._next_input(step) | self._next_memory(step))  # [R, V]
+        self._keep(step)
+        with self._eval_mode():
+            correction = self._next(step)  # [R, V]
+        own, memory = self.caches
+        own.length, memory.length = own.length + 1, self._size(step, step.ids.shape[1])
         self.last_logits, self.last_correction = step.next_logits, correction
         return correction
 
     # ---- what is kept of the last call -----------------------------------------------------------------------------
 
-    def _keep_rows(self, step: Step) -> None:
-        if step.rows is not None:
-            self.cache.reorder_cache(step.rows)
-            self.last_logits = self.last_logits[step.rows]
-            self.last_correction = self.last_correction[step.rows]
+    def _keep(self, step: Step) -> None:
+        """The memory of the first positions, all of it in most calls; the run, where it goes on."""
+        (own, memory), rows = self.caches, step.rows
+        if rows is not None:
+            memory.reorder(rows)
+        if rows is not None and step.continues:
+            own.reorder(rows)
+            self.last_logits, self.last_correction = self.last_logits[rows], self.last_correction[rows]
+        if not step.continues:
+            own.keep(0, len(step.ids))
+            self._begin_run()
+        memory.keep(self._size(step, step.kept) if step.kept else 0, len(step.ids))
 
     def _begin_run(self) -> None:
-        self.cache.self_attention_cache = DynamicCache()
         if self.config.vocab_projection == "pilot":
             self.lent = lent_vocabulary(self.tap.model, self.copilot.device)
+        if self.recorded is not None:
+            self.recorded.reads([*self.copilot.parameters(), *(self.lent or ())])
 
-    def _keep_memory(self, step: Step) -> None:
-        """Keep the memory of the first positions: all of it in most calls."""
-        if step.kept == 0:
-            self.cache.cross_attention_cache = DynamicCache()
-            return
-        encoder_length = 0 if step.encoder_visible is None else step.encoder_visible.shape[1]
-        memory = self.cache.cross_attention_cache
-        surplus = memory.get_seq_length() - self.memory.size(step.kept, encoder_length)
-        if surplus > 0:
-            memory.crop(-surplus)
+    def _size(self, step: Step, positions: int) -> int:
+        """The memory's entries of so many positions."""
+        return self.memory.size(positions, 0 if step.encoder_visible is None else step.encoder_visible.shape[1])
 
     # ---- the Copilot's step ----------------------------------------------------------------------------------------
 
-    def _next_memory(self, step: Step) -> dict[str, torch.Tensor]:
-        """The memory's new entries, what the one query of each row may read of it, and where both stand."""
-        entries = torch.cat([self._entries(piece) for piece in step.pieces], dim=1)  # [R, new entries, ...]
-        last = step.ids.new_full((len(step.ids), 1), step.ids.shape[1] - 1)  # [R, 1]
-        reads = self.memory.reads(last, step.visible, step.encoder_visible)
-        positions = step.visible.cumsum(1) - 1  # [R, n], as in a row without padding
-        where = rotary_positions(self.config, positions[:, -1:], positions[:, step.kept :])
-        return {"memory": entries, "memory_mask": reads, **where}
+    def _next(self, step: Step) -> torch.Tensor:
+        """One query for each row: f, `[R, V]` float32."""
+        is_one_token = step.continues and step.kept == step.ids.shape[1] - 1
+        if self.recorded is None or not is_one_token:
+            return self._run(self._inputs(step))
+        inputs = self._inputs(step) | self._places(step)
+        return self.recorded(inputs, [cache.held for cache in self.caches if cache.held is not None])
+
+    def _inputs(self, step: Step) -> dict[str, torch.Tensor]:
+        """What [`_run`] reads at this step."""
+        entries, device = [self._entries(piece) for piece in step.pieces], step.ids.device
+        inputs = {
+            "token": step.ids[:, -1],  # [R]
+            "memory": entries[0] if len(entries) == 1 else torch.cat(entries, dim=1),  # [R, new entries, ...]
+            "new": torch.arange(step.kept, step.ids.shape[1], device=device),  # [t], the query's last
+            "visible": step.visible,  # [R, n]
+        }
+        if step.encoder_visible is not None:
+            inputs["encoder_visible"] = step.encoder_visible  # [R, S]
+        if step.continues and self.config.copilot_input != "token":
+            is_predicted = self.config.error_feedback == "predicted"
+            inputs["before"] = self.last_correction if is_predicted else self.last_logits  # [R, V]
+        return inputs
+
+    def _places(self, step: Step) -> dict[str, torch.Tensor]:
+        """Where in the caches it writes, and positions that are still to come: the shapes of many steps are one."""
+        (own, memory), n, device = self.caches, step.ids.shape[1], step.ids.device
+        columns, end = power_of_two(n), self._size(step, n)
+        own.make_room(own.length + 1)
+        memory.make_room(self._size(step, columns))
+        return {
+            "visible": F.pad(step.visible, (0, columns - n)),  # [R, columns]
+            "own_places": torch.arange(own.length, own.length + 1, device=device),  # [1]
+            "memory_places": torch.arange(memory.length, end, device=device),  # [new entries]
+        }
+
+    def _run(self, inputs: Inputs) -> torch.Tensor:
+        """f of one query for each row, `[R, V]` float32, and its keys and values in the caches."""
+        own, memory = self.caches
+        own.places, memory.places = inputs.get("own_places"), inputs.get("memory_places")
+        read = self._fed(inputs) | self._read(inputs)
+        output = self.copilot(**read, cache=self.caches, return_logits=True, lent=self.lent)
+        return output.logits[:, 0].float()
+
+    def _read(self, inputs: Inputs) -> dict[str, torch.Tensor | Span | None]:
+        """The memory's new entries, what the queries may read of it and of the run, and where all stand."""
+        new, visible, (own, memory) = inputs["new"], inputs["visible"], self.caches
+        last = new[-1:].expand(len(visible), 1)  # [R, 1]
+        positions = visible.cumsum(1) - 1  # [R, n], as in a row without padding
+        reads, self_mask = self.memory.reads(last, visible, inputs.get("encoder_visible")), None
+        if memory.places is not None:
+            reads = reads._replace(places=F.pad(reads.places, (0, memory.room - reads.places.shape[1]), value=NOWHERE))
+        if own.places is not None and own.layers:
+            places = torch.arange(own.room, device=new.device).expand(len(visible), -1)  # [R, C]
+            self_mask = Span(places, own.places.expand(len(visible), 1))
+        where = rotary_positions(self.config, positions[:, new[-1:]], positions[:, new])
+        return {"memory": inputs["memory"], "memory_mask": reads, "self_mask": self_mask, **where}
 
     def _entries(self, piece: Piece) -> torch.Tensor:
         states = {"device": self.copilot.device, "dtype": self.copilot.dtype}
         tensors = [None if tensor is None else tensor.to(**states) for tensor in piece[1:3]]
         return self.memory.entries(piece.input_ids, *tensors, piece.is_first)
 
-    def _next_input(self, step: Step) -> dict[str, torch.Tensor]:
+    def _fed(self, inputs: Inputs) -> dict[str, torch.Tensor | None]:
         """What the Copilot is fed: the start vector, ℓ of the token just emitted, or (predicted) its own last f.
 
         Realised: ℓ_{i−1} = onehot(token) − p̂_{i−1}, as in training. Predicted (Algorithm 2): f_{i−1}. After a token
         that the Copilot has no row for (a padding row of this Pilot) it is fed the start vector.
         """
-        vocab_size, token = self.config.vocab_size, step.ids[:, -1]  # [R]
-        is_start = (token >= vocab_size)[:, None] | (not step.continues)  # [R, 1]
-        token = token.clamp(max=vocab_size - 1)
-        if not step.continues:
+        vocab_size, token, before = self.config.vocab_size, inputs["token"], inputs.get("before")
+        is_start = (token >= vocab_size)[:, None] | (not self.caches.own.length)  # [R, 1]
+        token = token.clamp(max=vocab_size - 1)  # [R]
+        if before is None:  # the first query of a run, or one that is fed the token alone
             values = torch.zeros(len(token), 1, 1, device=token.device)
             return {"input_indices": token[:, None, None], "input_values": values, "is_start": is_start}
-        if self.config.error_feedback == "predicted" and self.config.copilot_input != "token":
-            fed = {"input_indices": None, "input_values": None, "inputs_embeds": self._predicted_input(token)}
+        if self.config.error_feedback == "predicted":
+            fed = {"input_indices": None, "input_values": None, "inputs_embeds": self._predicted_input(token, before)}
             return fed | {"is_start": is_start}
-        mistake = sparse_discrepancy(self.last_logits[:, :vocab_size].float(), token, self.config.top_k)  # [R, k + 1]
+        mistake = sparse_discrepancy(before[:, :vocab_size].float(), token, self.config.top_k)  # [R, k + 1]
         fed = {"input_indices": mistake.indices[:, None], "input_values": mistake.values[:, None]}
         return fed | {"is_start": is_start}
 
-    def _predicted_input(self, token: torch.Tensor) -> torch.Tensor:
-        """The last f, and with `copilot_input="both"` the token `[R]`, by the embedding: `[R, 1, d]`."""
+    def _predicted_input(self, token: torch.Tensor, correction: torch.Tensor) -> torch.Tensor:
+        """The last f `[R, V]`, and with `copilot_input="both"` the token `[R]`, by the embedding: `[R, 1, d]`."""
         embedding = self.copilot.vocabulary(self.lent).embedding  # [V, e]
-        fed = self.last_correction.to(embedding.dtype) @ embedding  # [R, e]
+        fed = correction.to(embedding.dtype) @ embedding  # [R, e]
         if self.config.copilot_input == "both":
             fed = fed + embedding[token]
         return self.copilot.project_input(fed[:, None])
 
-    def _run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """One query per row through the Copilot in eval mode: f, `[R, V]` float32."""
+    @contextmanager
+    def _eval_mode(self) -> Iterator[None]:
         with MODE:
             was_training = self.copilot.training
             if was_training:
                 self.copilot.eval()
             try:
-                output = self.copilot(**inputs, cache=self.cache, return_logits=True, lent=self.lent)
+                yield
             finally:
                 if was_training:
                     self.copilot.train()
-        return output.logits[:, 0].float()
 
 
 def pad_to_vocabulary(correction: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import rotate_half
 
+from .caches import KeysAndValues
 from .configuration_copilot import CopilotConfig
 
 BLOCK_ENTRIES = 2**22  # of the mask of one block of queries: 4 MiB, and 16 MiB as a bias of the attention
@@ -95,7 +95,7 @@ class CopilotAttention(nn.Module):
         queries: torch.Tensor,
         source: torch.Tensor,
         reads: torch.Tensor | Span | None,
-        cache: DynamicCache | None,
+        cache: KeysAndValues | None,
         rotations: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         """Q = H W_Q; K, V = source W_K, source W_V (Eq. 6 where source = [X̃ ; h]).

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache, EncoderDecoderCache
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .attention import CopilotAttention, Span, as_mask, rotation
+from .caches import Caches
 from .configuration_copilot import CopilotConfig
 from .fields import SIZES
 from .hub import CopilotPreTrainedModel
@@ -88,11 +88,11 @@ class CopilotLayer(GradientCheckpointingLayer):
         memory: torch.Tensor,
         memory_mask: torch.Tensor | Span,
         self_mask: torch.Tensor | Span | None,
-        cache: EncoderDecoderCache | None,
+        cache: Caches | None,
         rotations: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         """`[B, m, d]` -> `[B, m, d]`; see [`CopilotModel.forward`] for the other arguments."""
-        own, shared = (None, None) if cache is None else (cache.self_attention_cache, cache.cross_attention_cache)
+        own, shared = cache or (None, None)
         own_rotations = None if rotations is None else (rotations[0], rotations[0])
         normed = self.input_layernorm(hidden_states)  # [B, m, d]
         if self.layer_type == "cross":
@@ -188,10 +188,6 @@ class CopilotModel(CopilotPreTrainedModel):
             raise ValueError("This Copilot uses its Pilot's vocabulary: pass `lent=lent_vocabulary(pilot, device)`.")
         return Vocabulary(*(matrix[: self.config.vocab_size] for matrix in lent))
 
-    def new_cache(self) -> EncoderDecoderCache:
-        """An empty cache: the Copilot's own keys and values, and those of the memory."""
-        return EncoderDecoderCache(DynamicCache(), DynamicCache())
-
     def embed(
         self, indices: torch.Tensor, values: torch.Tensor, is_start: torch.Tensor, embedding: torch.Tensor
     ) -> torch.Tensor:
@@ -238,7 +234,7 @@ class CopilotModel(CopilotPreTrainedModel):
         self_mask: torch.Tensor | Span | None = None,
         positions: torch.Tensor | None = None,
         memory_positions: torch.Tensor | None = None,
-        cache: EncoderDecoderCache | None = None,
+        cache: Caches | None = None,
         inputs_embeds: torch.Tensor | None = None,
         return_logits: bool = False,
         lent: Vocabulary | None = None,
@@ -251,7 +247,7 @@ class CopilotModel(CopilotPreTrainedModel):
             memory_mask: What each query reads, from `Memory.reads`; or `[B, m, cached + s]` bool.
             self_mask: Likewise of its own states, cached + m; None for all.
             positions, memory_positions: `[B, m]` and `[B, s]`, from [`rotary_positions`]; not read without positions.
-            cache: From [`new_cache`]; updated in place.
+            cache: Updated in place.
             inputs_embeds: `[B, m, d]` instead of what [`embed`] makes of the first three.
             return_logits: Also give f = W h, `[B, m, V]`.
             lent: The Pilot's E and W, for `vocab_projection="pilot"`.
@@ -277,7 +273,7 @@ class CopilotModel(CopilotPreTrainedModel):
         self_mask: torch.Tensor | Span | None,
         positions: torch.Tensor | None,
         memory_positions: torch.Tensor | None,
-        cache: EncoderDecoderCache | None,
+        cache: Caches | None,
     ) -> torch.Tensor:
         """The blocks, from inputs `[B, m, d]` and memory `[B, s, d]` to `[B, m, e]`; the others as in [`forward`]."""
         rotations = self._rotations(positions, memory_positions)

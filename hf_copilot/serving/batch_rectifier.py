@@ -8,13 +8,13 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ..generation.rectifier import pad_to_vocabulary
 from ..model.attention import Span
+from ..model.caches import Caches
 from ..model.discrepancy import fuse, sparse_discrepancy
 from ..model.memory import memory_of
 from ..model.modeling_copilot import CopilotModel, rotary_positions
@@ -27,13 +27,6 @@ LOST = (
 )
 
 Read = Callable[[Sequence[Request], Sequence[int], int], torch.Tensor]
-
-
-class Caches(NamedTuple):
-    """What a `CopilotModel` takes for an `EncoderDecoderCache`: its own keys and values, and those of the memory."""
-
-    self_attention_cache: PagedCache
-    cross_attention_cache: PagedCache
 
 
 class BatchRectifier:

@@ -26,6 +26,8 @@ METRICS = ("pilot_nll", "pilot_token_accuracy", "rectified_nll", "rectified_toke
 METRICS_OF_STRENGTH = ("nll", "token_accuracy")
 # λ of the paper's Table 17 and around it
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
+# λ where nobody can choose it: docs/results.md ("Which λ?") has what it keeps of the best one, and what it costs
+UNCHOSEN_STRENGTH = 0.5
 
 
 class NothingMeasured(ValueError):

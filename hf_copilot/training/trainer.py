@@ -97,6 +97,7 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
             self.learner_class,
         )
         self.lifecycle = TrainerLifecycle(self.learner, self.copilot_args)
+        self.lifecycle.can_choose = self.eval_dataset is not None
         if writes_ledger and has_row_ids(self.train_dataset):
             self.lifecycle.rows = len(bound.arguments["train_dataset"])
         if self.copilot_args.copilot_mistake_source == "holdout":

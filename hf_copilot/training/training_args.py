@@ -55,7 +55,8 @@ class CopilotArguments:
             Trainers write it, `CopilotCallback` does not.
         copilot_strength (`str`, *optional*): Where λ comes from. `"config"` leaves the Copilot's own. `"auto"` takes
             the best one on `eval_dataset` when training ends, by NLL; `"auto_accuracy"` by token accuracy (for greedy
-            answers; its probabilities may be too sure). None is `"auto"` with an `eval_dataset`, else `"config"`.
+            answers; its probabilities may be too sure). None is `"auto"` with an `eval_dataset`; without one λ is
+            0.5, or what `CopilotConfig(strength=...)` says.
         copilot_predict (`bool`, defaults to `False`): With `predict_with_generate=True` (Seq2Seq), evaluation and
             prediction generate with the Copilot.
         copilot_start_fresh (`bool`, defaults to `False`): On resuming from a checkpoint that holds no Copilot, start a
@@ -120,7 +121,7 @@ class CopilotArguments:
         default=None,
         metadata={
             "help": "λ is the config's, or the best on eval_dataset when training ends: by NLL (the default with "
-            "an eval_dataset), or by token accuracy.",
+            "an eval_dataset), or by token accuracy. By default 0.5 without an eval_dataset.",
             "choices": ["config", *AUTO_STRENGTHS],
         },
     )
