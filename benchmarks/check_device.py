@@ -4,7 +4,8 @@
 
 Training, with the Copilot as it is and compiled, its draws in one batch and in two: the Pilot's weights are those
 without a learner, bit for bit. A run that is saved, loaded and goes on ends with the same Copilot as one that does not
-stop, and so does one that waits for every copy of its log. The losses of a compiled Copilot are those of another.
+stop, and so does one that waits for every copy of its log. On CUDA, so does one whose rounds have a stream of their
+own, and its Pilot is the same too. The losses of a compiled Copilot are those of another.
 Generation: f at every step is that of a teacher-forced pass on the text, in a padded batch, with greedy search, with
 beams and with a static cache, its steps run and recorded as CUDA graphs (pretended ones on a CPU); tokens of another
 run raise. Each line says what was compared, and the largest difference.
@@ -27,6 +28,7 @@ from transformers.utils import logging
 
 from benchmarks.taped import pretended_graphs
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotLogitsProcessor, copilot_for
+from hf_copilot.training import beside
 from hf_copilot.training.checkpoint import load_state, load_weights, save_state, save_weights
 from hf_copilot.training.teacher_forced import TeacherForced
 from hf_copilot.training.transfer import Transfer
@@ -72,9 +74,12 @@ def train(device: str, pilot: LlamaForCausalLM, learner: CopilotLearner | None, 
             learner.step()
 
 
-def make_learner(pilot: LlamaForCausalLM, memory: str, backend: str | None) -> CopilotLearner:
+def make_learner(
+    pilot: LlamaForCausalLM, memory: str, backend: str | None, own_stream: bool = False
+) -> CopilotLearner:
     copilot = copilot_for(pilot, CopilotConfig(memory=memory))
-    learner = CopilotLearner(copilot, pilot, STEPS, autocast_dtype=torch.bfloat16, compile_backend=backend)
+    settings = {"autocast_dtype": torch.bfloat16, "compile_backend": backend, "own_stream": own_stream}
+    learner = CopilotLearner(copilot, pilot, STEPS, **settings)
     learner.optimizer.room = 1  # of a draw from two micro-batches, no more than one's in a batch
     return learner
 
@@ -95,10 +100,11 @@ def check_training(device: str, memory: str) -> Iterator[tuple[str, float, float
 def check_backend(device: str, memory: str, backend: str | None) -> Iterator[Any]:
     """The loss of a whole run, and what is compared."""
     pilots, copilots, losses = [], [], []
-    for run in ("alone", "beside", "stopped", "waiting"):
+    runs = ("alone", "beside", "stopped", "waiting", *(("own stream",) if device == beside.KIND else ()))
+    for run in runs:
         pilot = make_pilot(device, torch.float32)
         optimizer = torch.optim.AdamW(pilot.parameters(), 1e-3)
-        learner = None if run == "alone" else make_learner(pilot, memory, backend)
+        learner = None if run == "alone" else make_learner(pilot, memory, backend, run == "own stream")
         stop = STEPS // 2 if run == "stopped" else STEPS
         with copies_at_once() if run == "waiting" else nullcontext():
             train(device, pilot, learner, optimizer, range(stop))
@@ -114,6 +120,9 @@ def check_backend(device: str, memory: str, backend: str | None) -> Iterator[Any
     yield "the Pilot with a learner and without", float((pilots[0] - pilots[1]).abs().max()), 0.0
     yield "the Copilot of a run that went on", float((copilots[0] - copilots[1]).abs().max()), 0.0
     yield "the Copilot whose log was waited for", float((copilots[0] - copilots[2]).abs().max()), 0.0
+    if "own stream" in runs:
+        yield "the Copilot with a stream of its own", float((copilots[0] - copilots[3]).abs().max()), 0.0
+        yield "the Pilot beside that stream", float((pilots[0] - pilots[4]).abs().max()), 0.0
 
 
 def copies_at_once() -> AbstractContextManager:

@@ -68,21 +68,23 @@ Batch = dict[str, torch.Tensor]
 
 class Copilot(NamedTuple):
     """One that is timed: its steps in a round, what it reads, and its size: two layers that are trained in full, as
-    `CopilotConfig()` has, or the paper's small decoder with LoRA; and whether it is compiled: in training its blocks,
-    in generation its step, as a CUDA graph."""
+    `CopilotConfig()` has, or the paper's small decoder with LoRA; whether it is compiled: in training its blocks, in
+    generation its step, as a CUDA graph; and whether its rounds have a CUDA stream of their own."""
 
     steps: int
     memory: str
     size: str = "default"
     compiled: bool = False
+    own_stream: bool = False
 
 
 STEPS = CopilotArguments.copilot_steps_per_round
 PAPERS = Copilot(1, "pilot", "decoder")  # the paper takes one step
 DEFAULTS = tuple(Copilot(STEPS, memory) for memory in MEMORIES)
 COMPILED = tuple(copilot._replace(compiled=True) for copilot in (PAPERS, *DEFAULTS))
-QUICK = (PAPERS, COMPILED[0], DEFAULTS[0], COMPILED[1])
-COPILOTS = (PAPERS, *DEFAULTS, *COMPILED, Copilot(STEPS, "tokens", "decoder"))
+BESIDE = tuple(copilot._replace(own_stream=True) for copilot in COMPILED[:2])
+QUICK = (PAPERS, COMPILED[0], BESIDE[0], DEFAULTS[0], COMPILED[1])
+COPILOTS = (PAPERS, *DEFAULTS, *COMPILED, *BESIDE, Copilot(STEPS, "tokens", "decoder"))
 COPILOTS_OF_CPU = (Copilot(1, "pilot"), *DEFAULTS)
 
 
@@ -149,9 +151,12 @@ class TrainingArms:
             steps_per_round=copilot.steps,
             autocast_dtype=torch.bfloat16 if self.device == "cuda" else None,
             compile_backend="inductor" if copilot.compiled else None,
+            own_stream=copilot.own_stream,
             peft_config=adapter,
         )
         learner.close()
+        if copilot.own_stream:
+            return learner
         adamw, name = learner.optimizer.adamw, (copilot, "optimizer")
         adamw.register_step_pre_hook(lambda *_: self.watch.start(name))
         adamw.register_step_post_hook(lambda *_: self.watch.stop(name))
@@ -172,11 +177,20 @@ class TrainingArms:
             self.watch.stop((copilot, "log"))
 
         with self.watch.time((copilot, "all")):
-            self._update(batches, observe)
-            with self.watch.time((copilot, "step")):
-                learner.step()
+            if copilot.own_stream:
+                self._beside_next(learner, batches)
+            else:
+                self._update(batches, observe)
+                with self.watch.time((copilot, "step")):
+                    learner.step()
         self.first.setdefault(copilot, self.watch.seconds[copilot, "all"][-1])
         learner.close()
+
+    def _beside_next(self, learner: CopilotLearner, batches: list[Batch]) -> None:
+        """The same work, but that the step is that of the turn before; no part of it is timed, which would wait."""
+        if learner.has_observed:
+            learner.step()
+        self._update(batches, learner.observe)
 
     def count(self, copilot: Copilot, batches: list[Batch]) -> None:
         """Operators and waits of one step in a round, untimed; what is compiled can't be counted."""
@@ -202,23 +216,32 @@ class TrainingArms:
     def row(self, copilot: Copilot, work: Work) -> dict[str, Any]:
         """What one Copilot takes, whole and by part."""
         watch = self.watch
-        pilot, step = watch.median("pilot"), watch.median((copilot, "step"))
-        updates = copilot.steps * watch.median((copilot, "optimizer"))
         return {
             "memory": copilot.memory,
             "size": copilot.size,
             "compiled": copilot.compiled,
+            "own_stream": copilot.own_stream,
             "labelled_share": work.labelled / work.length,
             "steps_per_round": copilot.steps,
-            "pilot_s": pilot,
+            "pilot_s": watch.median("pilot"),
             "pilot_and_copilot_s": watch.median((copilot, "all")),
             **spread(watch.ratios((copilot, "all"), "pilot")),
-            "share_log": work.accumulate * watch.median((copilot, "log")) / pilot,
-            "share_forward_backward": (step - updates) / pilot,
-            "share_optimizer": updates / pilot,
+            **self._parts(copilot, work),
             "first_s": self.first[copilot],
             **self.counts[copilot],
             "log_mb": self.learners[copilot].log.nbytes / 1e6,
+        }
+
+    def _parts(self, copilot: Copilot, work: Work) -> dict[str, float | None]:
+        """Of the Pilot's time; of what runs beside it there are none."""
+        if copilot.own_stream:
+            return dict.fromkeys(("share_log", "share_forward_backward", "share_optimizer"))
+        pilot, step = self.watch.median("pilot"), self.watch.median((copilot, "step"))
+        updates = copilot.steps * self.watch.median((copilot, "optimizer"))
+        return {
+            "share_log": work.accumulate * self.watch.median((copilot, "log")) / pilot,
+            "share_forward_backward": (step - updates) / pilot,
+            "share_optimizer": updates / pilot,
         }
 
 

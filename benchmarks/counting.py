@@ -142,7 +142,9 @@ def training_round(memory: str, count: int) -> tuple[int, int]:
     return look.operators - alone.operators, step.operators
 
 
-def waits_of_a_round(memory: str, count: int, is_frozen: bool = False) -> tuple[Counter, Counter, torch.Tensor]:
+def waits_of_a_round(
+    memory: str, count: int, is_frozen: bool = False, own_stream: bool = False
+) -> tuple[Counter, Counter, torch.Tensor]:
     """Waits of the same look and step on a pretended GPU, by name, and the Copilot's weights after them. With a frozen
     embedding the log leaves X̃ out, where a comparison on the device says that the tokens give it."""
     torch.manual_seed(0)
@@ -151,7 +153,8 @@ def waits_of_a_round(memory: str, count: int, is_frozen: bool = False) -> tuple[
         pilot = small_pilot().to(DEVICE)
         pilot.config.use_cache = False
         pilot.get_input_embeddings().weight.requires_grad_(not is_frozen)
-        learner = CopilotLearner(copilot_for(pilot, CopilotConfig(memory=memory)), pilot, 4, steps_per_round=1)
+        copilot = copilot_for(pilot, CopilotConfig(memory=memory))
+        learner = CopilotLearner(copilot, pilot, 4, steps_per_round=1, own_stream=own_stream)
         for batch in batches:
             inputs = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
             with gpu.counted() as alone:

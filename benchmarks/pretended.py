@@ -58,8 +58,13 @@ class Event:
 
 
 class Stream:
+    device = DEVICE
+
     def __init__(self, pretended: Pretended):
         self.pretended = pretended
+
+    def wait_stream(self, other: Stream) -> None:
+        """The CPU goes on. Who waits for whom is looked at in [`benchmarks.streams`]."""
 
     def record_event(self) -> Event:
         return Event(self.pretended)
@@ -140,7 +145,10 @@ def pretended_gpu() -> Iterator[Pretended]:
             patch(f"torch.{DEVICE.type}", SimpleNamespace(is_available=lambda: False), create=True),
             patch("hf_copilot.training.teacher_forced.TeacherForced.autocast", lambda *_: nullcontext()),
             patch("torch.is_autocast_enabled", lambda *_: False),  # it does not know the kind
+            patch("hf_copilot.training.beside.KIND", DEVICE.type),
             patch("torch.cuda.current_stream", lambda *_: Stream(device)),
+            patch("torch.cuda.Stream", lambda *_: Stream(device)),
+            patch("torch.cuda.stream", lambda _: nullcontext()),
             patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: [DEVICE.type]),
             sdpa_kernel(SDPBackend.MATH),
             device,

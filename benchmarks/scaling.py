@@ -183,12 +183,16 @@ def launch_s() -> dict[str, float]:
 
 
 def pilot_step(shape: dict[str, Any], length: int = LENGTH) -> float:
+    return max(launches_and_work(shape, length))
+
+
+def launches_and_work(shape: dict[str, Any], length: int = LENGTH) -> tuple[float, float]:
     """With an adapter there is no gradient of the weights: four FLOPs for each of them and token, and attention."""
     layers, positions = shape["num_hidden_layers"], ROWS * MICRO_BATCHES * length
     launched = MICRO_BATCHES * lines(None)["step"].at(layers) * launch_s()["step"]
     head = shape["vocab_size"] * shape["hidden_size"]
     attention = 6 * positions * length * layers * shape["num_attention_heads"] * shape.get("head_dim", 128)
-    return max(launched, (4 * positions * (block_parameters(shape) + head) + attention) / PEAK)
+    return launched, (4 * positions * (block_parameters(shape) + head) + attention) / PEAK
 
 
 def copilot_step(
@@ -206,6 +210,18 @@ def copilot_step(
         "forward and backward": kind.steps * max(launched, work),
         "optimizer": kind.steps * 7 * 4 * trained_parameters(kind, pilot) / BANDWIDTH,
     }
+
+
+def step_beside(kind: Kind, pilot: dict[str, Any]) -> float:
+    """Pilot and compiled Copilot, whose round has a stream of its own, at best: no launch waits for the GPU, and what
+    it does of both takes as long as one after the other."""
+    launched, work = launches_and_work(pilot)
+    counted, compiled = lines(kind)["step"], copilot_step(kind, pilot, compiled=True)
+    graph = counted.slope * copilot_shape(kind, pilot)["num_hidden_layers"] * IN_GRAPH_S
+    flops = copilot_flops(kind, pilot, ROWS * MICRO_BATCHES, LENGTH, LABELLED)
+    launched += compiled["log"] + kind.steps * counted.base * launch_s()["step"]
+    work += kind.steps * max(graph, flops / PEAK) + compiled["optimizer"]
+    return max(launched, work)
 
 
 def pilot_token(shape: dict[str, Any]) -> float:
@@ -240,6 +256,7 @@ def overheads() -> Iterator[dict[str, Any]]:
                 "pilot_step_s": alone,
                 "training": 1 + eager / alone,
                 "training_compiled": 1 + graphs / alone,
+                "training_beside": step_beside(kind, shape) / alone,
                 "training_paper": paper.get("training"),
                 "pilot_token_ms": 1e3 * one,
                 "generation": 1 + copilot_token(kind, shape, False) / one,

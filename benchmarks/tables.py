@@ -462,14 +462,14 @@ def scaled_training() -> str:
             row["pilot"],
             row["copilot"],
             f"{row['pilot_step_s']:.2f} s",
-            *(f"{row[name]:.2f}" for name in ("training", "training_compiled")),
+            *(f"{row[name]:.2f}" for name in ("training", "training_compiled", "training_beside")),
             "" if row["training_paper"] is None else f"{row['training_paper']:.3f}",
             f"{row['trained_gb']:.0f} GB",
             f"{row['exchange_s']:.2f} s",
         ]
         for row in read("scaling")["overheads"]
     ]
-    head = ("Pilot", "Copilot", "its step", "with the Copilot", "compiled", "the paper")
+    head = ("Pilot", "Copilot", "its step", "with the Copilot", "compiled", "and beside, at best", "the paper")
     return table((*head, "weights, gradients, moments", "gradients between nodes"), rows)
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import check_device, checkpoint, cost, expected, parameters, scaling, theorem, vocabulary
 from benchmarks.common import RESULTS, Stopwatch, table
 from benchmarks.equations import solves
+from benchmarks.streams import pretended_streams
 from hf_copilot import CopilotConfig
 from hf_copilot.generation.follower import Follower
 
@@ -27,7 +28,7 @@ def tiny_shape(monkeypatch):
 
 def test_cost_of_training():
     copilots = [cost.Copilot(2, "tokens"), cost.Copilot(1, "pilot")]
-    assert {*cost.QUICK} <= {*cost.COPILOTS} and sum(copilot.compiled for copilot in cost.QUICK) == 2
+    assert {*cost.QUICK} <= {*cost.COPILOTS} and sum(copilot.compiled for copilot in cost.QUICK) == 3
     work = cost.Work(labelled=26, rows=2, accumulate=2)
     rows = cost.measure_training("cpu", "cpu", work, 2, copilots)
     assert [row["memory"] for row in rows] == ["tokens", "pilot"] and rows[0]["pilot_s"] == rows[1]["pilot_s"]
@@ -35,6 +36,21 @@ def test_cost_of_training():
         assert row["pilot_and_copilot_s"] > row["share_optimizer"] > 0
         assert row["share_forward_backward"] > 0 and row["share_log"] > 0 and row["log_mb"] > 0
         assert row["ratio_least"] <= row["ratio"] <= row["ratio_largest"] and row["first_s"] > 0 < row["operators"]
+
+
+def test_cost_beside_a_stream_is_of_the_same_work():
+    copilot = cost.Copilot(2, "tokens", own_stream=True)
+    with pretended_streams() as streams:
+        arms = cost.TrainingArms("cpu", "cpu", [copilot])
+        work, steps = cost.Work(labelled=26, rows=2, accumulate=2), []
+        for _ in range(3):
+            batches = work.batches(cost.SHAPES["cpu"]["vocab_size"], "cpu")
+            arms.alone(batches)
+            arms.beside(copilot, batches)
+            steps.append(arms.learners[copilot].steps)
+        arms.count(copilot, batches)
+    assert steps == [0, 1, 2] and not streams.races
+    assert arms.row(copilot, work)["share_log"] is None
 
 
 def test_cost_of_generation():
@@ -50,6 +66,23 @@ def test_what_is_checked_on_a_device_holds_here(check, monkeypatch):
     monkeypatch.setattr(check_device, "BACKENDS", (None, "eager"))
     found = list(check("cpu", "pilot"))
     assert len(found) >= 2 and all(difference <= bound for _, difference, bound in found)
+
+
+def test_a_device_with_streams_is_asked_for_one(monkeypatch):
+    monkeypatch.setattr(check_device, "STEPS", 2)
+    with pretended_streams() as streams:
+        _, *found = check_device.check_backend("cpu", "tokens", None)
+    assert len(found) == 5 and all(difference <= bound for _, difference, bound in found)
+    assert not streams.races
+
+
+def test_on_paper_a_stream_hides_the_gpus_time_and_no_launch():
+    for row in json.loads((RESULTS / "scaling.json").read_text())["overheads"]:
+        assert 1 < row["training_beside"] <= row["training_compiled"]
+    kind, shape = scaling.KINDS[0], scaling.SHAPES["llama-3.2-1b"]
+    launched, log = scaling.launches_and_work(shape)[0], scaling.copilot_step(kind, shape, True)["log"]
+    outside = scaling.lines(kind)["step"].base * scaling.launch_s()["step"]
+    assert scaling.step_beside(kind, shape) == pytest.approx(launched + log + outside)
 
 
 def test_cost_of_the_vocabulary():

@@ -251,6 +251,36 @@ def check_trainer(trainer: Trainer, copilot_peft_config: PeftConfig | None) -> N
         )
 
 
+def check_own_stream(pilot: nn.Module, has_streams: bool, processes: int) -> None:
+    """Raise if the Copilot's rounds can't have a stream of their own beside this Pilot.
+
+    Raises:
+        ValueError: If the device has no streams.
+        NotImplementedError: With several processes, or a Pilot that is sharded or on several devices.
+    """
+    way_out = "set copilot_own_stream=False (own_stream=False of a CopilotLearner)"
+    if not has_streams:
+        raise ValueError(f"A stream of the Copilot's own would do nothing here, the Pilot is not on CUDA: {way_out}.")
+    if processes > 1 or is_sharded(pilot) or len({parameter.device for parameter in pilot.parameters()}) > 1:
+        raise NotImplementedError(
+            f"A stream of the Copilot's own is for one process and a Pilot that is whole, on one device: {way_out}."
+        )
+
+
+def check_own_stream_arguments(args: TrainingArguments, copilot_compiles: bool) -> None:
+    """Raise a `NotImplementedError` if the Copilot's rounds can't have a stream of their own in this training."""
+    if args.optim.startswith(("lomo", "adalomo", "schedule_free")):
+        raise NotImplementedError(
+            f"optim={args.optim.value!r} changes the Pilot's weights outside of its step, where the Copilot's stream "
+            "is not waited for: take another, or set copilot_own_stream=False."
+        )
+    if copilot_compiles and args.torch_compile and args.torch_compile_mode in ("reduce-overhead", "max-autotune"):
+        raise NotImplementedError(
+            "CUDA graphs of the Pilot and of the Copilot share memory, and must not run side by side: leave out "
+            f"torch_compile_mode={args.torch_compile_mode!r}, or set copilot_own_stream=False."
+        )
+
+
 def check_folding(pilot: nn.Module, args: TrainingArguments) -> None:
     """Raise if a Copilot can't be folded into this Pilot with these arguments.
 

@@ -23,6 +23,7 @@ from ..model.modeling_copilot import CopilotModel
 from ..pilot.compatibility import check_teacher_forced
 from ..pilot.inspect import eval_mode, isolated_rng
 from .adapter import add_adapter, merged_copy
+from .beside import BesideThePilot, OwnStream
 from .distributed import copy_from_main_process, process_index
 from .ledger import LedgerWriter
 from .metrics import (
@@ -45,9 +46,10 @@ NOTHING_OBSERVED = (
     "compute_loss of its own: call super().compute_loss, or put `with self.learner.observe(inputs):` around the "
     "model's forward. With CopilotCallback: the Pilot's own forward must be called, in training mode, with its labels."
 )
+NOT_STARTED = "The Copilot has no schedule yet: pass num_training_steps, or call start() with it first."
 
 
-class CopilotLearner:
+class CopilotLearner(BesideThePilot):
     """Owns the Copilot, its optimizer, scheduler, Mistake Log and random generator (Algorithm 1 of the paper).
 
     The Pilot is only read: its losses, weights and the global random state are what they were without a learner.
@@ -63,14 +65,14 @@ class CopilotLearner:
         num_training_steps: Steps of the schedule; or call `start` later.
         learning_rate, weight_decay, max_grad_norm: Of the Copilot's AdamW; a norm of 0 does not clip.
         warmup_steps, lr_scheduler_type, lr_scheduler_kwargs: Of its schedule, as in transformers.
-        log: Defaults to `MistakeLog()`.
-        log_dtype: Of the hidden states in the log.
+        log, log_dtype: Defaults to `MistakeLog()`; the type of the hidden states in it.
         steps_per_round: Optimizer steps of the Copilot in one round, each on documents of its own draw.
         seed: Of the draws from the log and of the Copilot's dropout.
         autocast_dtype: Runs the Copilot under autocast in this type; None for its own.
         compile_backend: Compiles the Copilot's blocks with this backend of `torch.compile`; None does not.
         peft_config: Trains the Copilot with this adapter; its new modules are trained in full.
         ledger: Written of every round; see [`LedgerWriter`].
+        own_stream: Runs rounds on a CUDA stream of their own, beside what comes next; see [`join`].
     """
 
     teacher_forced_class = TeacherForced
@@ -94,8 +96,10 @@ class CopilotLearner:
         compile_backend: str | None = None,
         peft_config: PeftConfig | None = None,
         ledger: LedgerWriter | None = None,
+        own_stream: bool = False,
     ):
         check_ranges(steps_per_round, learning_rate, weight_decay, max_grad_norm)
+        self.stream = OwnStream(own_stream)
         self.forced = self.teacher_forced_class(copilot, pilot, autocast_dtype, compile_backend)
         self.head, self.copilot = self.forced.head, copilot
         with isolated_rng(self.device, seed):
@@ -120,7 +124,7 @@ class CopilotLearner:
 
     @property
     def device(self) -> torch.device:
-        return self.forced.device
+        return self._forced.device
 
     @property
     def round(self) -> list[MistakeRecord]:
@@ -131,9 +135,9 @@ class CopilotLearner:
         """Begin with an empty log."""
         self.generator = torch.Generator().manual_seed(self.seed + process_index())
         self.pending: list[PendingRecords] = []  # of the round's forwards
-        self.steps, self.has_observed = 0, False  # whether the round has a forward, be it without a target
+        self.steps, self.max_positions = 0, 1  # of the Pilot's largest micro-batch
+        self.has_observed = False  # whether the round has a forward, be it without a target
         self.log.clear()
-        self.max_positions = 1  # of the Pilot's largest micro-batch
         self.metrics = RunningMetrics(self.strengths, self.device)
 
     def start(self, num_training_steps: int) -> None:
@@ -144,6 +148,7 @@ class CopilotLearner:
         self.copilot.vocabulary(self.forced.lent)  # raises where the Pilot can't lend its own
         self.forced.tap.open()
         self.forced.follow_pilot()
+        self.stream.start(self.head.trained, self.device)
         self._forget()
         self.copilot.config.forget_results()
         copy_from_main_process(self.copilot.parameters())
@@ -152,6 +157,7 @@ class CopilotLearner:
     def close(self) -> None:
         """Remove the hooks from the Pilot, which the next `observe` or `evaluate` puts back, and write the ledger."""
         self.forced.close()
+        self.stream.close()
         if self.optimizer is not None:
             self.optimizer.count_skips()  # warns
         if self.ledger is not None:
@@ -170,7 +176,7 @@ class CopilotLearner:
         Raises:
             ValueError: If there are no labels, or the Pilot's decoder does not run inside the block.
         """
-        with self.forced.watch(inputs):
+        with self._forced.watch(inputs):
             yield
         self.has_observed, note = True, None if self.ledger is None else self.ledger.collect
         self.pending.append(self._begin_records({**self.row_ids, **inputs}, note))
@@ -190,14 +196,14 @@ class CopilotLearner:
     def visit(self, inputs: Mapping[str, Any], forward: Callable[[], Any]) -> list[MistakeRecord]:
         """Records for [`step`], as the log holds them, of documents that the Pilot does not train on: it is run in
         [`eval_mode`], and the global random state is left as it was."""
-        with isolated_rng(self.device), eval_mode(self.head.trained), self.forced.watch(inputs):
+        with isolated_rng(self.device), eval_mode(self.head.trained), self._forced.watch(inputs):
             forward()
         return self._begin_records(inputs).records
 
     def _begin_records(self, inputs: Mapping[str, Any], note: Callable | None = None) -> PendingRecords:
-        self.max_positions = max(self.max_positions, self.forced.positions)
+        self.max_positions = max(self.max_positions, self._forced.positions)
         with self.head.gathered():
-            return self.forced.begin_records(inputs, self.log_dtype, "cpu", note)
+            return self._forced.begin_records(inputs, self.log_dtype, "cpu", note)
 
     # ---- learning --------------------------------------------------------------------------------------------------
 
@@ -216,15 +222,12 @@ class CopilotLearner:
         Raises:
             ValueError: Before `start`, or if no forward was observed since the last step.
         """
-        if self.optimizer is None:
-            raise ValueError(
-                "The Copilot has no schedule yet: pass num_training_steps, or call start() with it first."
-            )
-        if not self.has_observed:
-            raise ValueError(NOTHING_OBSERVED)
+        if self.optimizer is None or not self.has_observed:
+            raise ValueError(NOT_STARTED if self.optimizer is None else NOTHING_OBSERVED)
         records, self.pending, self.has_observed = self.round, [], False
         has_encoder = self.copilot.config.pilot_is_encoder_decoder
-        with self.head.gathered(), isolated_rng(self.device, self.seed + 1_000_003 * self.steps + process_index()):
+        seed = self.seed + 1_000_003 * self.steps + process_index()
+        with self.stream.beside(), self.head.gathered(), isolated_rng(self.device, seed):
             if records and measure:
                 self.metrics.add_round(self.forced, records, self.strengths, self.room)
             mistakes = records if mistakes is None else mistakes
@@ -233,8 +236,8 @@ class CopilotLearner:
             for _ in range(self.steps_per_round):
                 drawn = self.log.sample(len(records), self.generator)
                 self.update([random_start(record, self.generator, has_encoder) for record in drawn])
+            self.optimizer.scheduler.step()
         self.steps += 1
-        self.optimizer.scheduler.step()
         if self.ledger is not None:
             self.ledger.end_round()
 
@@ -270,8 +273,7 @@ class CopilotLearner:
             ValueError: If a λ is negative or not finite, the block measures no labelled token, or for another metric.
         """
         strengths = strengths_to_try(strengths, metric)
-        sums = empty_sums(strengths)
-        self.calibrating = strengths, sums
+        self.calibrating = strengths, (sums := empty_sums(strengths))
         try:
             yield
         finally:

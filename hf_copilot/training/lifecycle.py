@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
-from ..pilot.compatibility import check_pilot, describe_pilot
+from ..pilot.compatibility import check_own_stream_arguments, check_pilot, describe_pilot
 from ..pilot.copilot_for import copilot_for
 from .checkpoint import load_checkpoint
 from .learner import CopilotLearner
@@ -74,6 +74,8 @@ def make_learner(
         schedule_kwargs = {k: v * ratio if k in RATES and v is not None else v for k, v in schedule_kwargs.items()}
     if copilot_args.copilot_gradient_checkpointing:  # the second name is that of transformers before 5.23
         getattr(copilot, "activation_checkpointing_enable", copilot.gradient_checkpointing_enable)()
+    if copilot_args.copilot_own_stream:
+        check_own_stream_arguments(args, copilot_args.copilot_torch_compile)
     return learner_class(
         copilot,
         pilot,
@@ -88,6 +90,7 @@ def make_learner(
         seed=args.seed,
         autocast_dtype=torch.bfloat16 if args.bf16 else None,
         compile_backend=(args.torch_compile_backend or "inductor") if copilot_args.copilot_torch_compile else None,
+        own_stream=copilot_args.copilot_own_stream,
         peft_config=peft_config,
     )
 
@@ -146,6 +149,9 @@ class CopilotLifecycle(TrainerCallback):
     def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
         measure = may_log(args, state, control, has_length(train_dataloader))
         self.learner.step(measure, self.source.records(self.learner, state))
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.learner.join()  # Trainer may load its best model next
 
 
 class TrainerLifecycle(CopilotLifecycle):

@@ -99,7 +99,8 @@ class CopilotOptimizer:
         self.adamw.found_inf = failed.float()  # the fused step leaves all as it was where this is 1
         self.adamw.step()
         self.adamw.zero_grad()
-        self.skips = self.skips.to(failed.device) + failed
+        self.skips = self.skips.to(failed.device)
+        self.skips += failed  # in place, see OwnStream
         self.skips[1] *= failed
         return loss.masked_fill(failed, torch.nan)
 

@@ -44,6 +44,10 @@ class CopilotArguments:
         copilot_torch_compile (`bool`, defaults to `False`): Compile its blocks, with the Pilot's
             `torch_compile_backend` (inductor, which makes CUDA graphs of them). The first steps take far longer. Where
             it fails, training goes on without and says so.
+        copilot_own_stream (`bool`, defaults to `False`): Run its steps on a CUDA stream of their own, beside the
+            Pilot's next forward and backward pass, with the same results. The GPU's time is shared, that of launching
+            is not: use it with `copilot_torch_compile`. Memory is needed for both at a time. In one process, on CUDA
+            alone. It has not been run on a GPU yet.
         copilot_save_mistake_log (`bool`, defaults to `True`): Save the log in checkpoints. Without it the Pilot still
             resumes exactly, the Copilot with an empty log. It may be large, and holds token ids of the training data.
         copilot_mistake_ledger (`bool`, defaults to `True`): Write a ledger of the run into `output_dir`, 12 bytes for
@@ -100,6 +104,10 @@ class CopilotArguments:
     )
     copilot_torch_compile: bool = field(
         default=False, metadata={"help": "Compile the Copilot's blocks, with the Pilot's torch_compile_backend."}
+    )
+    copilot_own_stream: bool = field(
+        default=False,
+        metadata={"help": "Run the Copilot's steps on a CUDA stream of their own, beside the Pilot's next pass."},
     )
     copilot_save_mistake_log: bool = field(
         default=True,
