@@ -37,6 +37,7 @@ def trajectory(name: str) -> dict[str, list[float]]:
                 logging_steps=10,
                 learning_rate=1e-3,
                 copilot_learning_rate=1e-3,
+                copilot_strength="config",
                 **QUIET,
             ),
             train_dataset=addition(320),
