@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from benchmarks import tables
 from hf_copilot import CopilotCallback, CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer
-from hf_copilot.pilot.compatibility import check_trainer
+from hf_copilot.training.refusals import check_trainer
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent

@@ -25,12 +25,12 @@ from hf_copilot import (
     CopilotSFTConfig,
     CopilotTrainer,
 )
-from hf_copilot.pilot.compatibility import check_own_stream
 from hf_copilot.training.beside import BesideThePilot, OwnStream
 from hf_copilot.training.checkpoint import save_state, save_weights
 from hf_copilot.training.lifecycle import CopilotLifecycle
 from hf_copilot.training.metrics import RunningMetrics
 from hf_copilot.training.optimizer import CopilotOptimizer
+from hf_copilot.training.refusals import check_own_stream
 from hf_copilot.training.teacher_forced import TeacherForced
 
 # one look at what a round writes after each round but the first two

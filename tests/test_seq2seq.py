@@ -31,8 +31,8 @@ from hf_copilot import (
     check_pilot,
     copilot_for,
 )
-from hf_copilot.pilot.compatibility import check_trainer
 from hf_copilot.pilot.head import PilotHead
+from hf_copilot.training.refusals import check_trainer
 
 IDS = torch.tensor([[5, 15, 6, 17, 2, 0], [8, 15, 9, 9, 17, 2], [7, 15, 11, 17, 2, 0]])
 MASK = (IDS != 0).long()

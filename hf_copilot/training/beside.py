@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..pilot.compatibility import check_own_stream
 from .distributed import num_processes
+from .refusals import check_own_stream
 
 KIND = "cuda"  # of device that has streams
 

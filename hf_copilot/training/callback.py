@@ -12,12 +12,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
-from ..pilot.compatibility import check_callback, check_callback_arguments
 from ..pilot.forward_arguments import ForwardArguments
 from ..pilot.inspect import unwrap
 from .checkpoint import STATE_FOLDER, save_state, save_weights
 from .learner import CopilotLearner
 from .lifecycle import CopilotLifecycle, make_copilot, make_learner
+from .refusals import check_callback, check_callback_arguments
 from .training_args import CopilotArguments
 
 

@@ -21,9 +21,9 @@ from transformers.utils import logging
 from ..model.configuration_copilot import check_strength
 from ..model.discrepancy import fuse
 from ..model.modeling_copilot import CopilotModel
-from ..pilot.compatibility import check_folding
 from .metrics import calibrate_on_rows
 from .records import IGNORE
+from .refusals import check_folding
 from .teacher_forced import TeacherForced, padded, score
 
 logger = logging.get_logger(__name__)

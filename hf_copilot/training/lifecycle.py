@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
-from ..pilot.compatibility import check_own_stream_arguments, check_pilot, describe_pilot
+from ..pilot.compatibility import check_pilot, describe_pilot
 from ..pilot.copilot_for import copilot_for
 from .checkpoint import load_checkpoint
 from .learner import CopilotLearner
@@ -30,6 +30,7 @@ from .metrics import UNCHOSEN_STRENGTH
 from .mistake_log import MistakeLog
 from .mistake_source import FirstVisit, TrainingErrors
 from .preflight import Stopwatch, find_shortages
+from .refusals import check_own_stream_arguments
 from .report import describe_rounds, describe_start, show
 from .training_args import CopilotArguments
 

@@ -19,7 +19,6 @@ from trl import SFTTrainer
 from ..generation.logits_processor import CopilotLogitsProcessor
 from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
-from ..pilot.compatibility import check_data, check_trainer
 from .checkpoint import (
     STATE_FOLDER,
     WEIGHTS_FOLDER,
@@ -38,6 +37,7 @@ from .learner import CopilotLearner
 from .lifecycle import TrainerLifecycle, make_copilot, make_learner
 from .metrics import STRENGTHS, NothingMeasured, results_at_chosen
 from .mistake_source import hold_out
+from .refusals import check_data, check_trainer
 from .report import show, table_of_training
 from .row_ids import RowIdsMixin, has_row_ids, with_row_ids
 from .training_args import AUTO_STRENGTHS, CopilotArguments, least_is_best
