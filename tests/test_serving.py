@@ -14,8 +14,10 @@ from vllm_stub import FirstRunner, Job, SecondRunner, request_states, vllm_confi
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor
 from hf_copilot.pilot.compatibility import describe_pilot
+from hf_copilot.serving.batch_rectifier import BatchRectifier
 from hf_copilot.serving.paged_cache import BLOCK, PagedCache
 from hf_copilot.serving.refusals import strength_of
+from hf_copilot.serving.requests import Request, Turn
 
 SLOTS = 4
 RUNNERS = [(runner, fed) for runner in ("first", "async") for fed in ("both", "token", "discrepancy")]
@@ -89,6 +91,25 @@ def test_requests_get_what_generate_gives(module, tmp_path, pilot, kind, fed, se
         expected = teacher_forced(copilot, pilot, torch.tensor(job.tokens), len(job.prompt))[: job.new]
         f = torch.stack([seen[tuple(job.prompt + job.output[:i])] for i in range(job.new)])
         torch.testing.assert_close(f, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_tokens_that_an_engine_takes_back_are_forgotten(pilot):
+    """And their discrepancies: another token is in their place."""
+    copilot, prompt = trained_like(pilot), [5, 15, 6, 17]
+
+    def last(*texts):
+        def read(requests, starts, size):
+            return torch.tensor([text[starts[0] : starts[0] + size]])
+
+        rectifier, request = BatchRectifier(copilot, read, 1, 32), Request(len(prompt), 1.0, None)
+        for text in texts:
+            logits = pilot(torch.tensor([text])).logits[:, -1].float()
+            found = rectifier.rectify(logits, [Turn(0, request, len(text))])
+        return found
+
+    path = [prompt, [*prompt, 7], [*prompt, 7, 8], [*prompt, 7], [*prompt, 7, 9]]
+    torch.testing.assert_close(last(*path), last(*path[:2], path[-1]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["first", "second"])

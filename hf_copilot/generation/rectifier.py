@@ -40,7 +40,7 @@ class Rectifier:
     Args:
         copilot: Run in eval mode, whatever mode it is in.
         pilot: The model whose `generate` is followed.
-        record: Records the step of one more token for every row, as [`record_cuda_graph`] does; None does not.
+        record: Records the step of one more token for every row, as [`CudaGraph`] does; None does not.
 
     Raises:
         NotImplementedError: For a Pilot with virtual tokens (prompt, prefix or p-tuning).
