@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from benchmarks import tables
-from benchmarks.accuracy import moves, picture, run
+from benchmarks.accuracy import folding, moves, picture, run
 from benchmarks.accuracy.shares import share_of_gain
 from benchmarks.common import share_of
 
@@ -54,6 +54,18 @@ def test_shares_of_a_gain():
     value, error = share_of([1.0, 2.0], [4.0, 2.0])  # ½, ± the error of 1 − ½ · 4 and 2 − ½ · 2, over 3
     assert value == pytest.approx(0.5) and error == pytest.approx(1 / 3)
     assert share_of([1.0], [-1.0]) is share_of([0.0], [0.0]) is None
+
+
+def test_of_no_gain_a_folded_pilot_has_no_share():
+    arms = {"copilot": -0.4, "folded": -0.1, "labels": 0.2}
+
+    def kept(metric, **changes):
+        summary = {arm: {metric: {"difference": value}} for arm, value in (arms | changes).items()}
+        return folding.share_kept(summary, metric)
+
+    assert kept("nll") == {"folded": 0.25, "labels": -0.5}
+    assert kept("nll", copilot=0.0) == kept("nll", copilot=0.4) == kept("exact match") == {}
+    assert kept("exact match", copilot=0.4) == {"folded": -0.25, "labels": 0.5}
 
 
 @pytest.mark.parametrize("file", sorted(run.RESULTS.glob("moves_*.json")), ids=lambda file: file.stem)
