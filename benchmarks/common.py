@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -158,3 +158,20 @@ def paired_interval(gains: np.ndarray, weights: np.ndarray | None = None) -> tup
 def standard_error(values: Sequence[float]) -> float | None:
     """Of the mean over seeds; None for a single one."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+class Share(NamedTuple):
+    """What one arm has of what another has."""
+
+    value: float
+    error: float | None  # standard error over seeds
+
+
+def share_of(parts: Sequence[float], wholes: Sequence[float]) -> Share | None:
+    """Σ parts / Σ wholes over seeds, as large as it is; None where the whole is no gain."""
+    whole = statistics.mean(wholes)
+    if whole <= 0:
+        return None
+    value = statistics.mean(parts) / whole
+    error = standard_error([part - value * other for part, other in zip(parts, wholes, strict=True)])
+    return Share(value, None if error is None else error / whole)

@@ -15,7 +15,8 @@ from functools import partial
 from statistics import mean
 from typing import Any
 
-from benchmarks.common import RESULTS, table_of_cells
+from benchmarks.accuracy.shares import OWN, Runs, share_of_gain
+from benchmarks.common import RESULTS, Share, share_of, standard_error, table_of_cells
 
 ROOT = RESULTS.parent.parent
 PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md")))
@@ -107,7 +108,7 @@ def by_task(cell: Callable[[str, dict[str, Any]], str], arms: Iterable[str]) -> 
     return table(("", *(f"`{task}`, {'NLL' if m == 'nll' else m}" for task, (m, _) in TASKS.items())), rows)
 
 
-FOLDED = ("arithmetic",)
+RIGHT = {task: metric for task, (metric, _) in TASKS.items()} | {"text": "token accuracy"}
 FOLDING_ARMS = {
     "pilot": "Pilot",
     "copilot": "+ token Copilot",
@@ -117,17 +118,101 @@ FOLDING_ARMS = {
 }
 
 
+def tasks_of(bench: str) -> dict[str, dict[str, Any]]:
+    """What a bench of its own found, by task: of those that it has been run on."""
+    names = {task: f"accuracy/{bench}_{task}" for task in TASKS}
+    return {task: read(name) for task, name in names.items() if (RESULTS / f"{name}.json").is_file()}
+
+
+def seeds(task: str, number: int) -> str:
+    return f"`{task}`, {number} seed{'s' * (number > 1)}"
+
+
 def folding() -> str:
     """Of a Copilot's gain, what the folded Pilot has, and what labels give in the same time."""
     rows = []
-    for task in FOLDED:
-        found, metric = read(f"accuracy/folding_{task}"), TASKS[task][0]
+    for task, found in tasks_of("folding").items():
+        arms, metrics = found["arms"], (RIGHT[task], "nll")
         for arm, title in FOLDING_ARMS.items():
-            cells = [figure(name, found["arms"][arm][name]) for name in (metric, "nll")]
-            kept = [found["shares"][name].get(arm) for name in (metric, "nll")]
-            shares = ["" if part is None else f"{part:.0%}" for part in kept]
-            rows.append([task if arm == "pilot" else "", title, *cells, *shares])
-    return table(("task", "arm", "right", "NLL", "of the gain in right answers", "and in NLL"), rows)
+            steps = [f"{found['steps'][arm]:,.0f}" if arm in found["steps"] else ""]
+            cells = [figure(metric, arms[arm][metric]) for metric in metrics]
+            shares = [of_gain(arms, arm, metric) if arm in found["steps"] else "" for metric in metrics]
+            title_of_task = seeds(task, len(arms["pilot"]["nll"]["by_seed"])) if arm == "pilot" else ""
+            rows.append([title_of_task, title, *steps, *cells, *shares])
+    head = ("task", "arm", "further steps", "right", "NLL", "of the gain in right answers", "and in NLL")
+    return table(head, rows)
+
+
+def of_gain(arms: dict[str, Any], arm: str, metric: str) -> str:
+    """Of the Copilot's gain the share that an arm has."""
+    sign = -1 if metric == "nll" else 1
+    pilot, own, best = (arms[name][metric]["by_seed"] for name in ("pilot", arm, "copilot"))
+    gains = [[sign * (a - b) for a, b in zip(other, pilot, strict=True)] for other in (own, best)]
+    return percent(share_of(*gains))
+
+
+def percent(found: Share | None) -> str:
+    """A share with its standard error; of no gain there is none."""
+    if found is None:
+        return "no gain"
+    error = "" if found.error is None else f" ± {100 * found.error:.0f}"
+    return f"{100 * found.value:.0f}{error} %".replace("-", "−")
+
+
+MOVES_ARMS = {
+    "alone": "alone",
+    "moved, λ of home": "moved, λ of home",
+    "moved, λ chosen": "moved, λ chosen",
+    OWN: "trained there",
+    "small logits": "small logits",
+}
+
+
+def moves(metric: str) -> str:
+    """A table for each task: a row for each destination, a column for each arm, and the λ that were chosen for the
+    moved Copilot. In NLL with the share of the gain."""
+    tables = []
+    for task, found in tasks_of("moves").items():
+        runs, rows = found["runs"], []
+        for place, arms in runs[0].items():
+            cells = [moved(runs, place, arm, metric) if arm in arms else "" for arm in MOVES_ARMS]
+            chosen = ", ".join(f"{run[place]['moved, λ chosen']['strength']:g}" for run in runs)
+            rows.append([place, *cells, *([chosen] if metric == "nll" else [])])
+        head = [seeds(task, len(runs)), *MOVES_ARMS.values(), *(["chosen λ"] if metric == "nll" else [])]
+        tables.append(table(head, rows))
+    return "\n".join(tables)
+
+
+def moved(runs: Runs, place: str, arm: str, metric: str) -> str:
+    """A figure, and of the gain the share where there is one to have."""
+    values = [run[place][arm][metric] for run in runs]
+    cell = figure(metric, {"mean": mean(values), "standard_error": standard_error(values)})
+    if metric != "nll" or arm in ("alone", OWN):
+        return cell
+    return f"{cell} ({percent(share_of_gain(runs, place, arm))})"
+
+
+ENSEMBLE_ARMS = {
+    "pilot": "Pilot",
+    "copilot": "+ token Copilot",
+    "language model": "+ its network as a language model",
+    "second": "+ a second Pilot",
+}
+
+
+def ensembles() -> str:
+    """Other second networks in a Copilot's place, each with its two weights of every seed."""
+    rows = []
+    for task, found in tasks_of("ensembles").items():
+        for arm, title in ENSEMBLE_ARMS.items():
+            own = found["arms"][arm]
+            cells = [figure(metric, own[metric]) for metric in (RIGHT[task], "nll")]
+            cells.append("" if arm == "pilot" else gain("nll", own["nll"]))
+            weights = "; ".join(f"{a:g}, {b:g}" for a, b in own["weights"])
+            first = seeds(task, len(own["nll"]["by_seed"])) if arm == "pilot" else ""
+            rows.append([first, title, *cells, "" if arm == "pilot" else weights])
+    head = ("task", "arm", "right", "NLL", "NLL against the Pilot's", "weights of z and of the other")
+    return table(head, rows) if rows else "It has not been run.\n"
 
 
 def times() -> str:
@@ -595,6 +680,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling-check": scaling_check,
     "expected": expected,
     "folding": folding,
+    "moves": partial(moves, "nll"),
+    "moves-right": partial(moves, "answers right"),
+    "ensembles": ensembles,
 } | {f"expected-{name}": partial(curve, name) for name in read("expected")}
 
 

@@ -271,7 +271,7 @@ def test_the_tables_of_experiments_are_those_of_their_runs(file):
 def test_the_pictures_of_the_results_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["picture.py", "--pictures", str(tmp_path)])
     picture.main()
-    assert {file.name for file in tmp_path.iterdir()} == {"results.png", "learning.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"results.png", "learning.png", "moving.png"}
 
 
 def test_prompts_are_read_and_not_measured():

@@ -330,7 +330,7 @@ def test_check_pilot(pilot, tokenizer):
         check_pilot(copilot, tiny_pilot(hidden_size=16))
     with pytest.raises(ValueError, match="vocabulary rows"):
         check_pilot(copilot, tiny_pilot(vocab_size=VOCAB_SIZE + 1))
-    with pytest.warns(UserWarning, match="qwen3"):
+    with pytest.warns(UserWarning, match="qwen3.*hf-copilot calibrate"):
         check_pilot(copilot, tiny_pilot("qwen3"))
     assert copilot_for(pilot).config.tokenizer_fingerprint is None
     with pytest.warns(UserWarning, match="can't be told.*copilot_for"):
@@ -347,6 +347,17 @@ def test_check_pilot(pilot, tokenizer):
         check_pilot(copilot, torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no decoder"):
         check_pilot(copilot, BertForMaskedLM(BertConfig(**SHAPE)))
+
+
+@pytest.mark.parametrize("other", [{"num_hidden_layers": 1}, {"hidden_size": 64, "intermediate_size": 96}])
+def test_nothing_is_said_where_the_gain_stayed(pilot, tokenizer, other):
+    """Another depth and width at home's λ; a Copilot that does not know its Pilot, as older ones."""
+    copilot = copilot_for(pilot, None, tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_pilot(copilot, tiny_pilot(**other), tokenizer)
+        copilot.config.pilot_model_type = None
+        check_pilot(copilot, tiny_pilot("qwen3", **other), tokenizer)
 
 
 def test_modules_that_are_trained_whole_come_from_the_active_adapter(pilot):

@@ -16,13 +16,14 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
 from benchmarks.accuracy.arms import Arm, measure
-from benchmarks.accuracy.report import rows_of, summarise
+from benchmarks.accuracy.report import LOWER_IS_BETTER, rows_of, summarise
 from benchmarks.accuracy.run import metrics_of, run_seeds, variant_settings
 from benchmarks.accuracy.scoring import Rectified, beside
 from benchmarks.accuracy.training import Setting, Trained, Variant, copy_of
@@ -142,9 +143,11 @@ class Folding:
 
 
 def share_kept(summary: dict[str, Any], metric: str) -> dict[str, float]:
-    """Of the Copilot's gain over its Pilot, by arm: the quotient of mean gains over seeds."""
-    gain = summary["copilot"][metric]["difference"]
-    return {arm: summary[arm][metric]["difference"] / gain for arm in ("folded", "labels")}
+    """Of the Copilot's gain over its Pilot, by arm: the quotient of mean gains. Empty if it gains nothing."""
+    gains = {arm: summary[arm][metric]["difference"] for arm in ("copilot", "folded", "labels")}
+    gain = gains.pop("copilot")
+    is_gain = gain < 0 if metric in LOWER_IS_BETTER else gain > 0
+    return {arm: own / gain for arm, own in gains.items()} if is_gain else {}
 
 
 def report(setting: Setting, runs: list[dict[str, Arm]], settings: dict[str, Any], results: Path) -> None:
@@ -153,7 +156,7 @@ def report(setting: Setting, runs: list[dict[str, Arm]], settings: dict[str, Any
     shares = {metric: share_kept(summary, metric) for metric in metrics}
     steps = {arm: statistics.mean(run[arm]["steps"] for run in runs) for arm in ("folded", "labels")}
     text = table(rows_of(summary, TITLES, metrics, {}))
-    for metric, share in shares.items():
+    for metric, share in filter(itemgetter(1), shares.items()):
         text += f"\n\nOf the Copilot's gain in {metric}: folded {share['folded']:.0%}, labels {share['labels']:.0%}."
     text += f"\n\nSteps: folded {steps['folded']:.0f}, labels {steps['labels']:.0f}; {len(runs)} seeds."
     stem = results / f"folding_{setting.task.name}"

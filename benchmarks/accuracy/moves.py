@@ -33,6 +33,7 @@ from trl import DPOConfig, DPOTrainer
 from benchmarks.accuracy.experiments import measure
 from benchmarks.accuracy.run import run_seeds, variant_settings
 from benchmarks.accuracy.scoring import BATCH, Example, Rectified, beside
+from benchmarks.accuracy.shares import ALONE, OWN, Runs, share_of_gain
 from benchmarks.accuracy.training import Setting, Variant, copy_of
 from benchmarks.common import CHECKPOINTING, Row, standard_error, table
 from hf_copilot import CopilotLearner
@@ -47,7 +48,7 @@ BITS = {
     "4 bits": BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head"]),
 }
 METRICS = ("nll", "token accuracy", "answers right")
-ARMS = ("alone", "moved, λ of home", "moved, λ chosen", "trained there, λ chosen", "small logits")
+ARMS = (ALONE, "moved, λ of home", "moved, λ chosen", OWN, "small logits")
 Figures = dict[str, float]
 
 
@@ -124,14 +125,14 @@ class Moves:
     def compare(self, place: Place, home: Place, base: PreTrainedModel, strength: float) -> dict[str, Figures]:
         moved = self.calibrated(place.pilot, home.copilot)
         figures = {
-            "alone": measure(Rectified(place.pilot, self.tokenizer), self.test),
+            ALONE: measure(Rectified(place.pilot, self.tokenizer), self.test),
             "moved, λ of home": measure(replace(moved, strength=strength), self.test) | {"strength": strength},
             "moved, λ chosen": measure(moved, self.test) | {"strength": moved.strength},
             "small logits": self.with_small_logits(place.pilot, home.pilot, base.eval()),
         }
         if place.copilot is not None:
             own = self.calibrated(place.pilot, place.copilot)
-            figures["trained there, λ chosen"] = measure(own, self.test) | {"strength": own.strength}
+            figures[OWN] = measure(own, self.test) | {"strength": own.strength}
         return figures
 
     def calibrated(self, pilot: PreTrainedModel, copilot: Any) -> Rectified:
@@ -171,7 +172,7 @@ def quantised(pilot: PreTrainedModel, bits: BitsAndBytesConfig) -> PreTrainedMod
     return pilot.train()  # without dropout; in eval mode layers of bitsandbytes repack their weights on a CPU
 
 
-def table_of(runs: list[dict[str, dict[str, Figures]]]) -> str:
+def table_of(runs: Runs) -> str:
     """A row for every destination and arm: means and standard errors over seeds, and of its own Copilot's gain in NLL
     the share that the arm has."""
     rows = []
@@ -179,32 +180,25 @@ def table_of(runs: list[dict[str, dict[str, Figures]]]) -> str:
         for arm in filter(runs[0][place].__contains__, ARMS):
             row = {"Pilot": place, "arm": arm, "λ": ", ".join(strengths(runs, place, arm))}
             row |= {metric: cell(runs, place, arm, metric) for metric in METRICS}
-            rows.append(row | {"of the gain": share_of_gain(runs, place, arm)})
+            rows.append(row | {"of the gain": shown_share(runs, place, arm)})
     return table(rows)
 
 
-def strengths(runs, place: str, arm: str) -> list[str]:
+def strengths(runs: Runs, place: str, arm: str) -> list[str]:
     return [f"{run[place][arm]['strength']:g}" for run in runs if "strength" in run[place][arm]]
 
 
-def cell(runs, place: str, arm: str, metric: str) -> str:
+def cell(runs: Runs, place: str, arm: str, metric: str) -> str:
     values = [run[place][arm][metric] for run in runs]
     form = ".3f" if metric == "nll" else ".1%"
     error = standard_error(values)
     return f"{statistics.mean(values):{form}}" + (f" ± {error:{form}}" if error is not None else "")
 
 
-def share_of_gain(runs, place: str, arm: str) -> str:
-    """In NLL, beside the gain of the Copilot that was trained there; of none, of what the arm gains there is no
-    share."""
-    best = "trained there, λ chosen"
-    if arm == "alone" or best not in runs[0][place]:
-        return ""
-    gains = {
-        name: statistics.mean(run[place]["alone"]["nll"] - run[place][name]["nll"] for run in runs)
-        for name in (arm, best)
-    }
-    return f"{gains[arm] / gains[best]:.0%}" if gains[best] > 0 else ""
+def shown_share(runs: Runs, place: str, arm: str) -> str:
+    """Beside a Pilot that has a Copilot of its own."""
+    found = share_of_gain(runs, place, arm) if arm != ALONE and OWN in runs[0][place] else None
+    return "" if found is None else f"{found.value:.0%}"
 
 
 def run_seed(setting: Setting, seed: int) -> dict[str, dict[str, Figures]]:

@@ -89,6 +89,9 @@ def check_kind(pilot: nn.Module) -> None:
 def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Raise if the Copilot can't rectify this Pilot, warn if nobody can tell from here.
 
+    Nothing is said of another depth or fewer bits: there a token Copilot kept its gain at the λ of home
+    (docs/moving.md).
+
     Args:
         copilot: As trained or loaded.
         pilot: The model that it is to rectify; its weights may differ from those that it was trained beside.
@@ -119,8 +122,9 @@ def check_architecture(config: CopilotConfig, model_type: str) -> None:
     """Warn if a Pilot is of another architecture than the one that the Copilot was trained beside."""
     if config.pilot_model_type not in (None, model_type):
         warnings.warn(
-            f"The Copilot was trained beside a {config.pilot_model_type!r} and the Pilot is a "
-            f"{model_type!r}: measure whether it still helps before you rely on it.",
+            f"The Copilot was trained beside a {config.pilot_model_type!r} and the Pilot is a {model_type!r}: choose "
+            "λ anew (hf-copilot calibrate), and measure whether it still helps (hf-copilot eval) before you rely on "
+            "it.",
             stacklevel=3,
         )
 
