@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotConfig, CopilotModel, CopilotSFTConfig, CopilotTrainer
 from hf_copilot.training.checkpoint import find_fault
-from hf_copilot.training.metrics import choose_strength
+from hf_copilot.training.metrics import UNCHOSEN_STRENGTH, choose_strength
 
 PACKED = {"packing": True, "packing_strategy": "bfd", "max_length": 16}
 VARIANTS = {
@@ -294,7 +294,7 @@ def test_kills_lose_nothing(tmp_path):
     "name, saved, now",
     [
         ("hidden_state_lag", 1, 0),
-        ("strength", 1.0, 0.5),
+        ("strength", UNCHOSEN_STRENGTH, 0.3),
         ("position_embedding", "rotary", "none"),
         ("dropout", 0.1, 0.2),
     ],

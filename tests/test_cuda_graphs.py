@@ -151,8 +151,8 @@ def test_a_run_that_goes_on_outside_of_inference_mode(pilot, config, recorded):
         ({}, "static_cache", True),
         ({}, "beams", False),
         ({}, "several", False),
-    ]
-    + [({}, "beams", False), ({}, "several", False), (STATES, "greedy", False)],
+        (STATES, "greedy", False),
+    ],
     ids=["greedy", "sampling", "static_cache", "beams", "several", "states"],
 )
 def test_it_begins_beside_the_pilots_forward(pilot, config, decoding, begins, monkeypatch):

@@ -75,10 +75,11 @@ def test_memory_and_disk_are_what_was_said(kind, tmp_path, monkeypatch):
 def test_what_will_not_fit_is_said(short, way_out, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(lifecycle.logger, "warning", said.append)
-    run(tmp_path / "fits", copilot_log_rounds=24)
+    settings = {"copilot_log_rounds": 24, "copilot_strength": "config"}
+    run(tmp_path / "fits", **settings)
     assert not said
     monkeypatch.setattr(preflight, short, lambda where: 1000)
-    run(tmp_path, copilot_log_rounds=24)
+    run(tmp_path, **settings)
     assert [line for line in said if re.search(way_out, line)], said
 
 

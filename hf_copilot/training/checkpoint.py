@@ -30,6 +30,7 @@ from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
 from .distributed import process_index
 from .learner import CopilotLearner
+from .metrics import UNCHOSEN_STRENGTH
 
 logger = logging.getLogger(__name__)
 
@@ -239,8 +240,10 @@ def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None
     folder, config = Path(checkpoint) / WEIGHTS_FOLDER, learner.copilot.config
     saved = CopilotConfig.from_pretrained(folder)
     different = {name: (getattr(saved, name), getattr(config, name)) for name in saved.differences(config)}
-    if saved.calibration is None and config.calibration is None and saved.strength != config.strength:
-        different["strength"] = saved.strength, config.strength
+    strengths, was_chosen = (saved.strength, config.strength), (saved.calibration or config.calibration) is not None
+    is_careful = not was_chosen and strengths == (CopilotConfig.strength, UNCHOSEN_STRENGTH)  # what began was not
+    if not was_chosen and not is_careful and saved.strength != config.strength:
+        different["strength"] = strengths
     if different:
         raise ValueError(
             f"The Copilot in {checkpoint} has other settings than this run's (saved, now): {different}. Resume with "
@@ -248,7 +251,8 @@ def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None
         )
     if learner.peft_model is None:
         learner.copilot.load_state_dict(CopilotModel.from_pretrained(folder).state_dict())
-    config.strength, config.results, config.calibration = saved.strength, saved.results, saved.calibration
+    config.strength = config.strength if is_careful else saved.strength
+    config.results, config.calibration = saved.results, saved.calibration
 
 
 def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
