@@ -257,6 +257,17 @@ def test_the_calibrated_strength_is_resumed(tmp_path, straight):
     assert resumed.copilot.config.strength == 0.75
 
 
+def test_a_run_that_began_at_the_old_default_goes_on_at_the_careful_one(tmp_path, straight):
+    folder = copy_of(straight, tmp_path / "run")
+    config = folder / "checkpoint-4" / "copilot" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"strength": 1.0}))
+    (folder / "checkpoint-4" / "copilot_state" / "files.json").unlink()  # the file was changed by hand
+    resumed = make_trainer(folder)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert resumed.copilot.config.strength == UNCHOSEN_STRENGTH
+    assert_same(resumed.copilot, straight.copilot)
+
+
 def test_resuming_with_another_adapter_raises(tmp_path):
     make_trainer(tmp_path, copilot_peft_config=LoraConfig(r=4)).train()
     for other in (None, LoraConfig(r=2), LoraConfig(r=4, lora_alpha=3)):

@@ -72,6 +72,7 @@ def make_trainer(name: str, folder: Path):
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         copilot_learning_rate=1e-2,
+        copilot_strength="config",
         **(QUIET | {"save_strategy": "steps"}),
     )
     return trainer_class(model=make_pilot(), args=args, train_dataset=rows, processing_class=tiny_tokenizer(), **more)
