@@ -388,6 +388,19 @@ def test_a_prefix_cache_that_is_repeated(pilot, unseen, window):
     check_against_training_path(copilot, pilot, processor.calls, turn.shape[1], lambda row: 0)
 
 
+@pytest.mark.parametrize("rows", [[0, 1], [2, 0]], ids=["first", "others"])
+def test_a_batch_of_which_some_rows_go_on(pilot, unseen, rows):
+    copilot, refused = unseen
+    cache, selected = DynamicCache(config=pilot.config), torch.tensor(rows)
+    with Recorder(copilot, pilot) as processor:
+        text = generate(pilot, processor, cache=cache)
+        cache.batch_select_indices(selected)
+        text = torch.cat([text[selected], torch.tensor([[6], [9]])], dim=1)
+        processor.calls.clear()
+        generate(pilot, processor, text, cache=cache)
+    check_against_training_path(copilot, pilot, processor.calls, text.shape[1], lambda row: 0)
+
+
 def test_a_static_window_that_hides_an_unseen_cache_raises():
     """Which of the hidden tokens are padding nobody can tell."""
     pilot = tiny_pilot("mistral", sliding_window=4).eval()

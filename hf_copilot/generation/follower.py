@@ -277,7 +277,7 @@ class Follower:
         if rows is None or (len(rows) == 1 and len(self.ids) == 1):
             return None
         is_looked_at = self.unsettled is None  # else the order is known to the device alone
-        if is_looked_at and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+        if is_looked_at and torch.equal(rows, torch.arange(len(self.ids), device=rows.device)):
             return None
         self.visible, self.ids, self.group = self.visible[rows], self.ids[rows], self.group[rows]
         return rows

@@ -56,8 +56,8 @@ class StaticCache:
             self.held = grown
 
     def keep(self, length: int, rows: int) -> None:
-        """Forget all but the first entries, and everything of another number of rows."""
-        if self.held is not None and self.held.shape[2] != rows:
+        """Forget all but the first entries; without any, the rows may be others."""
+        if self.held is not None and not length and self.held.shape[2] != rows:
             self.held = None
         if self.held is not None and length < self.length:
             self.held[..., length : self.length, :] = 0  # what is not finite must reach no later run
