@@ -248,7 +248,7 @@ def test_several_processes_or_devices_raise(monkeypatch):
     for wrong, processes in ((pilot, 2), (in_parts, 1)):
         with pytest.raises(NotImplementedError, match="for one process and a Pilot that is whole, on one device"):
             check_own_stream(wrong, has_streams=True, processes=processes)
-    monkeypatch.setattr("hf_copilot.pilot.compatibility.is_sharded", lambda _: True)
+    monkeypatch.setattr("hf_copilot.training.refusals.is_sharded", lambda _: True)
     with pytest.raises(NotImplementedError, match="a Pilot that is whole"):
         check_own_stream(pilot, has_streams=True, processes=1)
 
