@@ -37,7 +37,7 @@ VARIANTS = {
 
 def make_trainer(folder, rows=64, copilot=None, pilot=None, callbacks=None, **changes):
     """Six steps, a checkpoint every second, dropout in Pilot and Copilot."""
-    adapters = {name: changes.pop(name, None) for name in ("peft_config", "copilot_peft_config")}
+    more = {name: changes.pop(name, None) for name in ("peft_config", "copilot_peft_config", "eval_dataset")}
     args = {"max_steps": 6, "logging_steps": 2, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
     args |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     return CopilotTrainer(
@@ -47,7 +47,7 @@ def make_trainer(folder, rows=64, copilot=None, pilot=None, callbacks=None, **ch
         processing_class=tiny_tokenizer(),
         copilot=copilot if copilot is not None else CopilotConfig(dropout=0.1),
         callbacks=callbacks,
-        **adapters,
+        **more,
     )
 
 
@@ -266,6 +266,15 @@ def test_a_run_that_began_at_the_old_default_goes_on_at_the_careful_one(tmp_path
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     assert resumed.copilot.config.strength == UNCHOSEN_STRENGTH
     assert_same(resumed.copilot, straight.copilot)
+
+
+@pytest.mark.parametrize("now", [{"copilot_strength": "config"}, {"eval_dataset": addition(8, seed=1)}])
+def test_a_run_at_the_careful_strength_goes_on_where_it_can_be_chosen(tmp_path, straight, now):
+    folder = copy_of(straight, tmp_path / "run")
+    resumed = make_trainer(folder, **now)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert (resumed.copilot.config.calibration is None) is ("copilot_strength" in now)
+    assert resumed.copilot.config.calibration or resumed.copilot.config.strength == 1.0
 
 
 def test_resuming_with_another_adapter_raises(tmp_path):

@@ -4,6 +4,8 @@ run. `test_fuzz.py` does so with every kind of Copilot and Pilot, `benchmarks/ch
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from test_generation import CONFIGS, DECODINGS, NEW_TOKENS, PROMPT, STATES, Recorder, generate, left_padded
@@ -13,8 +15,9 @@ from versions import CACHE
 
 from benchmarks import taped
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor
+from hf_copilot.generation.cuda_graphs import RecordedStep
 from hf_copilot.generation.follower import Follower
-from hf_copilot.generation.static_cache import LEAST
+from hf_copilot.generation.static_cache import LEAST, StaticCache
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +164,7 @@ def test_it_begins_beside_the_pilots_forward(pilot, config, decoding, begins, mo
     copilot, begun, settings = trained_like(pilot, CopilotConfig(**config)), [], DECODINGS[decoding]
     torch.manual_seed(0)
     with Recorder(copilot, pilot, cuda_graphs=True) as processor:
-        pilot.lm_head.register_forward_hook(lambda *_: begun.append(processor.rectifier.started is not None))
+        pilot.lm_head.register_forward_hook(lambda *_: begun.append(processor.rectifier.begun is not None))
         generate(pilot, processor, *left_padded(), **settings, disable_compile=True)
     assert begun == [False] + [begins] * (NEW_TOKENS - 1)
     monkeypatch.undo()
@@ -169,28 +172,146 @@ def test_it_begins_beside_the_pilots_forward(pilot, config, decoding, begins, mo
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+PREDICTED = {"objective": "rmse", "fusion": "probability", "error_feedback": "predicted"}
+
+
+class Loop:
+    """A decoding loop of one's own, as on an accelerator."""
+
+    def __init__(self, pilot, processor):
+        self.pilot, self.processor, self.cache = pilot, processor, DynamicCache(config=pilot.config)
+
+    def forward(self, *tokens):
+        ids = torch.tensor([tokens])
+        return self.pilot(ids, use_cache=True, **{CACHE: self.cache}).logits[:, -1].float()
+
+    def call(self, ids):
+        """On the tokens that are not in the cache yet."""
+        return self.processor(torch.tensor([ids]), self.forward(*ids[self.cache.get_seq_length() :]))
+
+
 @torch.no_grad()
-def test_what_was_begun_beside_another_forward_is_dropped(pilot, monkeypatch):
-    """One that nobody asked about, whose token was taken out of the cache again."""
+@pytest.mark.parametrize("config", [{}, PREDICTED], ids=["ours", "predicted"])
+@pytest.mark.parametrize("in_vain", ["cropped", "failed"])
+def test_what_was_begun_beside_another_forward_is_dropped(pilot, config, in_vain, monkeypatch):
+    """One that nobody asked about, whose token was taken out of the cache again, or that failed. f of the last call is
+    not what it left."""
     monkeypatch.setattr(Follower, "waits", False)
-    copilot, cache = trained_like(pilot), DynamicCache(config=pilot.config)
-
-    def call(processor, ids):
-        past = cache.get_seq_length()
-        logits = pilot(ids[:, past:], use_cache=True, **{CACHE: cache}).logits[:, -1]
-        return processor(ids, logits.float())
-
-    texts = [torch.cat([PROMPT[:1], torch.tensor([[token]])], dim=1) for token in (7, 9)]
+    copilot, begin = trained_like(pilot, CopilotConfig(**config)), PROMPT[0].tolist()
     with CopilotLogitsProcessor(copilot, pilot, cuda_graphs=True) as processor:
-        call(processor, PROMPT[:1])
-        pilot(texts[0][:, -1:], use_cache=True, **{CACHE: cache})
-        assert processor.rectifier.started is not None
-        cache.crop(-1)
-        found = call(processor, texts[1])
-        cache = DynamicCache(config=pilot.config)
-        with CopilotLogitsProcessor(copilot, pilot) as fresh:
-            call(fresh, PROMPT[:1])
-            torch.testing.assert_close(found, call(fresh, texts[1]), rtol=1e-4, atol=1e-4)
+        loop = Loop(pilot, processor)
+        loop.call(begin), loop.call([*begin, 7])
+        if in_vain == "cropped":
+            loop.forward(8)
+            loop.cache.crop(-1)
+        else:
+            handle = pilot.model.layers[0].register_forward_pre_hook(fails)
+            with pytest.raises(torch.OutOfMemoryError):
+                loop.forward(8)
+            handle.remove()
+        assert processor.rectifier.begun is not None
+        found = loop.call([*begin, 7, 9])
+    with CopilotLogitsProcessor(copilot, pilot) as processor:
+        loop = Loop(pilot, processor)
+        loop.call(begin), loop.call([*begin, 7])
+        torch.testing.assert_close(found, loop.call([*begin, 7, 9]), rtol=1e-4, atol=1e-4)
+
+
+def fails(module, args):
+    raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize("config", [{}, PREDICTED], ids=["ours", "predicted"])
+def test_forwards_of_another_thread_leave_alone_what_was_begun(pilot, config, monkeypatch):
+    """Two threads on one Pilot, each with its processor."""
+    monkeypatch.setattr(Follower, "waits", False)
+    copilot = trained_like(pilot, CopilotConfig(**config))
+    texts, starts = {}, []
+    start = RecordedStep.start
+    monkeypatch.setattr(RecordedStep, "start", lambda self, *args: starts.append(1) or start(self, *args))
+
+    def write(i):
+        with CopilotLogitsProcessor(copilot, pilot, cuda_graphs=True) as processor:
+            texts[i] = generate(pilot, processor, PROMPT[i : i + 1], max_new_tokens=20)
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(starts) == 2 * 19
+    with CopilotLogitsProcessor(copilot, pilot) as processor:
+        for i in range(2):
+            assert torch.equal(texts[i], generate(pilot, processor, PROMPT[i : i + 1], max_new_tokens=20))
+
+
+def test_another_tensor_in_the_same_place_is_recorded_anew():
+    """A cache that was freed, and one of another size."""
+    recorded, held = RecordedStep(lambda inputs: inputs["x"] * 2, taped.TapedGraph), torch.zeros(4, 4)
+    for written, count in ((held, 1), (held, 1), (held[:2], 1), (held.T, 1)):
+        recorded.start({"x": torch.ones(2)}, [written])
+        recorded.join()
+        assert len(recorded.recordings) == count
+        kept = recorded.recordings
+        recorded.start({"x": torch.ones(2)}, [written])
+        recorded.join()
+        assert recorded.recordings is kept
+    assert recorded.addresses[0][2] == (1, 4)  # strides
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_runs_of_another_type_and_under_autocast(pilot, recorded):
+    """Weights that change in place are seen by a step that was recorded under autocast."""
+    copilot, other = trained_like(pilot), trained_like(pilot, seed=5)
+    with Recorder(copilot, pilot, cuda_graphs=recorded) as processor:
+        with torch.autocast("cpu", torch.bfloat16):
+            generate(pilot, processor)
+        copilot.load_state_dict(other.state_dict())
+        processor.calls.clear()
+        generate(pilot, processor)
+        assert_close(processor.calls, calls(pilot, other, False))
+        copilot.to(torch.bfloat16)
+        processor.calls.clear()
+        generate(pilot, processor)
+        assert_close(processor.calls, calls(pilot, copilot, False), atol=2e-2)
+
+
+def assert_close(found, expected, atol=1e-4):
+    for one, another in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, another, rtol=0, atol=atol)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [{}, STATES], ids=["ours", "states"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_row_that_becomes_several_may_move(pilot, config, recorded, monkeypatch):
+    """As on an accelerator: copies of a row change places later."""
+    copilot, found = trained_like(pilot, CopilotConfig(**config)), []
+    for waits in (False, None):
+        monkeypatch.setattr(Follower, "waits", waits)
+        with CopilotLogitsProcessor(copilot, pilot, cuda_graphs=recorded) as processor:
+            cache, ids = DynamicCache(config=pilot.config), PROMPT[:1]
+            processor(ids, pilot(ids, use_cache=True, **{CACHE: cache}).logits[:, -1].float())
+            cache.batch_repeat_interleave(3)
+            for rows, new in (([0, 0, 0], [7, 8, 9]), ([0, 1, 2], [5, 6, 7]), ([2, 0, 0], [4, 3, 9])):
+                if len(ids) == 3:
+                    cache.reorder_cache(torch.tensor(rows))
+                ids = torch.cat([ids[rows], torch.tensor(new)[:, None]], dim=1)
+                logits = pilot(ids[:, -1:], use_cache=True, **{CACHE: cache}).logits[:, -1].float()
+                last = processor(ids, logits)
+        found.append(last)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_call_that_did_not_end_is_not_gone_on_from():
+    cache = StaticCache(1)
+    cache.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
+    cache.length = 3
+    with pytest.raises(RuntimeError, match="did not end"):
+        cache.keep(4)
+    cache.update(torch.full((1, 1, 1, 2), torch.nan), torch.ones(1, 1, 1, 2), 0)  # of a step that was dropped
+    cache.keep(0)
+    assert not cache.held.any()
 
 
 def test_without_a_gpu_it_is_refused(pilot, monkeypatch):

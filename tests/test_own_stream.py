@@ -248,6 +248,10 @@ def test_several_processes_or_devices_raise(monkeypatch):
     for wrong, processes in ((pilot, 2), (in_parts, 1)):
         with pytest.raises(NotImplementedError, match="for one process and a Pilot that is whole, on one device"):
             check_own_stream(wrong, has_streams=True, processes=processes)
+    learner = CopilotLearner(trained_like(pilot), pilot, own_stream=True)
+    with pytest.raises(ValueError, match="not on CUDA"):
+        learner.start(1)
+    assert not learner.forced.tap.handles
     monkeypatch.setattr("hf_copilot.training.refusals.is_sharded", lambda _: True)
     with pytest.raises(NotImplementedError, match="a Pilot that is whole"):
         check_own_stream(pilot, has_streams=True, processes=1)

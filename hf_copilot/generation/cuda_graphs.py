@@ -27,14 +27,14 @@ Record = Callable[[Callable[[], torch.Tensor]], Launch]
 
 
 class Recording(NamedTuple):
-    """A step of inputs of certain shapes."""
+    """A step of inputs of certain shapes and types."""
 
     inputs: dict[str, torch.Tensor]  # what it reads
     launch: Launch
 
 
 class RecordedStep:
-    """A function of tensors, recorded for every set of shapes that it is called with.
+    """A function of tensors, recorded for every set of shapes and types that it is called with.
 
     Args:
         run: Depends on what tensors hold on the device alone. It may be run twice on the same.
@@ -49,13 +49,13 @@ class RecordedStep:
     def forget(self) -> None:
         """Give back what is recorded."""
         self.join()
-        self.read: tuple[int, ...] = ()  # where the weights lie
-        self.places: tuple[int, ...] = ()  # where all lies that a recording has, beside its inputs
+        self.weights: tuple[Hashable, ...] = ()  # where they lie
+        self.addresses: tuple[Hashable, ...] = ()  # where all lies that a recording has, beside its inputs
         self.recordings: dict[Hashable, Recording] = {}
 
-    def reads(self, weights: Iterable[torch.Tensor]) -> None:
-        """The weights of the calls from now on."""
-        self.read = tuple(tensor.data_ptr() for tensor in weights)
+    def use(self, weights: Iterable[torch.Tensor]) -> None:
+        """These are the weights of the calls from now on."""
+        self.weights = tuple(map(address, weights))
 
     def start(self, inputs: Inputs, written: Iterable[torch.Tensor]) -> torch.Tensor:
         """Begin a call; gives what `run` gives, to be read after [`join`] and before the next call.
@@ -64,10 +64,10 @@ class RecordedStep:
             written: What else it writes to. Where that, or a weight, lies elsewhere now, all is recorded anew.
         """
         self.join()
-        places = (*self.read, *(tensor.data_ptr() for tensor in written))
-        if places != self.places:
-            self.places, self.recordings = places, {}
-        shapes = tuple((name, tensor.shape) for name, tensor in inputs.items())
+        addresses = (*self.weights, *map(address, written))
+        if addresses != self.addresses:
+            self.addresses, self.recordings = addresses, {}
+        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
         if shapes not in self.recordings:
             own = {name: tensor.clone() for name, tensor in inputs.items()}
             self.recordings[shapes] = Recording(own, self.record(lambda: self.run(own)))
@@ -83,6 +83,11 @@ class RecordedStep:
         if self.running is not None:
             self.running.join()
             self.running = None
+
+
+def address(tensor: torch.Tensor) -> Hashable:
+    """Where a tensor lies; another may lie there once it is gone."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def recorder(device: torch.device) -> Record:
@@ -106,7 +111,8 @@ class CudaGraph:
             with torch.cuda.stream(self.stream):
                 run()
             self.join()
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            recorded_on = torch.cuda.Stream()  # another, so that what cuBLAS works in belongs to the graph
+            with torch.cuda.graph(self.graph, stream=recorded_on, capture_error_mode="thread_local"):
                 self.output = run()
 
     def start(self) -> None:

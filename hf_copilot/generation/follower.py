@@ -66,6 +66,7 @@ class Step:
     next_logits: torch.Tensor | None  # [R, V], the Pilot's; None of a step that is foreseen
     visible: torch.Tensor  # [R, n] bool, False at padding
     encoder_visible: torch.Tensor | None  # [R, S] bool, likewise, of an encoder
+    forward: PilotStates  # the Pilot's last
 
 
 class Follower:
@@ -145,9 +146,9 @@ class Follower:
         encoder_visible = self._read_encoder(forwards[-1])
         if not continues:
             self.group, self.may_move = self._groups()
-        kept = self._kept(past, continues)
-        logits = forwards[-1].next_logits.to(self.device)  # [R, V]
-        return Step(ids, continues, rows, kept, self._pieces(forwards, kept), logits, visible, encoder_visible)
+        kept, logits = self._kept(past, continues), forwards[-1].next_logits.to(self.device)  # [R, V]
+        pieces = self._pieces(forwards, kept)
+        return Step(ids, continues, rows, kept, pieces, logits, visible, encoder_visible, forwards[-1])
 
     def foresee(self, states: PilotStates) -> Step | None:
         """How the next call goes on if it comes after a forward of the Pilot that has just begun: where that is on one
@@ -156,11 +157,11 @@ class Follower:
             return None
         (rows, n), read = self.ids.shape, states.input_ids
         goes_on = states.past_length == n and states.cache is not None and states.cache == self.cache
-        if not goes_on or self.thread != get_ident() or read is None or read.shape != (rows, 1):
+        if not goes_on or read is None or read.shape != (rows, 1):
             return None
         ids = torch.cat([self.ids, read.to(self.device)], dim=1)  # [R, n + 1]
         visible = torch.cat([self.visible, self._visible(states, n)], dim=1)  # [R, n + 1]
-        return Step(ids, True, None, n, [Piece(ids[:, n:], None, None, False)], None, visible, None)
+        return Step(ids, True, None, n, [Piece(ids[:, n:], None, None, False)], None, visible, None, states)
 
     def _waits(self, ids: torch.Tensor) -> bool:
         return ids.device.type == "cpu" if self.waits is None else self.waits
@@ -280,6 +281,7 @@ class Follower:
         if is_looked_at and torch.equal(rows, torch.arange(len(self.ids), device=rows.device)):
             return None
         self.visible, self.ids, self.group = self.visible[rows], self.ids[rows], self.group[rows]
+        self.may_move = True  # a row may be there twice
         return rows
 
     def _groups(self) -> tuple[torch.Tensor, bool]:

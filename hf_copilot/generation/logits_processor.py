@@ -33,8 +33,8 @@ class CopilotLogitsProcessor(LogitsProcessor):
         pilot: The model that generates, PEFT-wrapped or not.
         strength: λ, finite and >= 0; None for the one in the Copilot's config. 0 gives back the scores untouched.
         tokenizer: The Pilot's; lets [`check_pilot`] see that both share one vocabulary.
-        cuda_graphs: Record the Copilot's step of one more token as a CUDA graph, for each number of rows, and replay
-            it: one launch on the GPU instead of hundreds.
+        cuda_graphs: Record the Copilot's step of one more token as a CUDA graph, anew when the number of rows changes,
+            and replay it: one launch on the GPU instead of hundreds. The Copilot runs without autocast then.
 
     Raises:
         ValueError: If the Copilot does not fit the Pilot, if λ is negative or not finite, if it is on no GPU and

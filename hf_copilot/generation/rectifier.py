@@ -7,8 +7,8 @@ Copilot's hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Lock
+from contextlib import contextmanager, nullcontext
+from threading import Lock, get_ident
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,8 @@ class Rectifier:
 
     def reset(self) -> None:
         """Forget everything."""
+        if self.recorded is not None:
+            self.recorded.forget()
         self.follower.reset()
         self.lent: Vocabulary | None = None  # the Pilot's matrices, as they were when the run began
         # layers that keep the run of the queries, and that keep the memory of n positions
@@ -65,9 +67,7 @@ class Rectifier:
         self.caches = Caches(StaticCache(own), StaticCache(memory))
         self.last_logits: torch.Tensor | None = None  # [R, V] the Pilot's logits at the last call
         self.last_correction: torch.Tensor | None = None  # [R, V] f at the last call
-        self.started: torch.Tensor | None = None  # [R, V] f of the next call, which is on its way
-        if self.recorded is not None:
-            self.recorded.forget()
+        self.begun: tuple[PilotStates, torch.Tensor] | None = None  # a forward, and f `[R, V]`, which is on its way
 
     def close(self) -> None:
         """Remove the hooks from the Pilot and forget everything."""
@@ -84,7 +84,7 @@ class Rectifier:
     @torch.no_grad()
     def correction(self, input_ids: torch.Tensor) -> torch.Tensor:
         """f for the token after `input_ids` `[R, n]`: `[R, V]` float32. Where steps are recorded it lasts until the
-        next call.
+        Pilot's next forward.
 
         Raises:
             ValueError: If these are not the tokens that the Pilot has just been run on, or it was run with gradients.
@@ -99,11 +99,12 @@ class Rectifier:
     @torch.no_grad()
     def _begin_beside(self, states: PilotStates) -> None:
         """Start the step of the next call beside the Pilot's forward, where it is known what that reads."""
-        self.started = None  # what was begun beside a forward that nobody asked about
-        step = None if self.recorded is None else self.follower.foresee(states)
+        if self.recorded is None or self.follower.thread != get_ident():
+            return
+        step, self.begun = self.follower.foresee(states), None
         if step is not None:
             with self._all_or_nothing():
-                self.started = self._start(step)
+                self.begun = states, self._start(step)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -114,16 +115,19 @@ class Rectifier:
             raise
 
     def _rectify(self, step: Step) -> torch.Tensor:
-        started, self.started = self.started, None
+        begun, self.begun = self.begun, None
         if self.recorded is not None:
             self.recorded.join()
-        is_expected = started is not None and step.continues and step.rows is None
-        if not is_expected:
+        if begun is not None and begun[0] is step.forward and self._is_one_token(step) and step.rows is None:
+            correction = begun[1]  # [R, V]
+        else:
             self._keep(step)
-        correction = started if is_expected else self._next(step)  # [R, V]
+            correction = self._next(step)  # [R, V]
         own, memory = self.caches
         own.length, memory.length = own.length + 1, self._size(step, step.ids.shape[1])
-        self.last_logits, self.last_correction = step.next_logits, correction
+        is_fed_back = self.recorded is not None and self.config.error_feedback == "predicted"
+        self.last_correction = correction.clone() if is_fed_back else correction  # a step may be begun in vain
+        self.last_logits = step.next_logits
         return correction
 
     # ---- what is kept of the last call -----------------------------------------------------------------------------
@@ -137,15 +141,15 @@ class Rectifier:
             own.reorder(rows)
             self.last_logits, self.last_correction = self.last_logits[rows], self.last_correction[rows]
         if not step.continues:
-            own.keep(0, len(step.ids))
+            own.keep(0)
             self._begin_run()
-        memory.keep(self._size(step, step.kept) if step.kept else 0, len(step.ids))
+        memory.keep(self._size(step, step.kept) if step.kept else 0)
 
     def _begin_run(self) -> None:
         if self.config.vocab_projection == "pilot":
             self.lent = lent_vocabulary(self.tap.model, self.copilot.device)
         if self.recorded is not None:
-            self.recorded.reads([*self.copilot.parameters(), *(self.lent or ())])
+            self.recorded.use([*self.copilot.parameters(), *(self.lent or ())])
 
     def _size(self, step: Step, positions: int) -> int:
         """The memory's entries of so many positions."""
@@ -155,18 +159,21 @@ class Rectifier:
 
     def _next(self, step: Step) -> torch.Tensor:
         """One query for each row: f, `[R, V]` float32."""
-        is_one_token = step.continues and step.kept == step.ids.shape[1] - 1
-        if self.recorded is None or not is_one_token:
-            with self._eval_mode():
+        if self.recorded is None or not self._is_one_token(step):
+            with self._mode():
                 return self._run(self._inputs(step))
         correction = self._start(step)  # [R, V]
         self.recorded.join()
         return correction
 
+    def _is_one_token(self, step: Step) -> bool:
+        """Whether every row goes on by a token, and the memory by its entries."""
+        return step.continues and step.kept == step.ids.shape[1] - 1
+
     def _start(self, step: Step) -> torch.Tensor:
         """Begin a recorded step of one token for each row; gives where f will be, `[R, V]`."""
         inputs = self._inputs(step) | self._places(step)
-        with self._eval_mode():
+        with self._mode():
             return self.recorded.start(inputs, [cache.held for cache in self.caches if cache.held is not None])
 
     def _inputs(self, step: Step) -> dict[str, torch.Tensor]:
@@ -252,8 +259,10 @@ class Rectifier:
         return self.copilot.project_input(fed[:, None])
 
     @contextmanager
-    def _eval_mode(self) -> Iterator[None]:
-        with MODE:
+    def _mode(self) -> Iterator[None]:
+        """Eval mode; where steps are recorded without autocast, whose casts do not last."""
+        without = torch.autocast(self.copilot.device.type, enabled=False)
+        with MODE, nullcontext() if self.recorded is None else without:
             was_training = self.copilot.training
             if was_training:
                 self.copilot.eval()

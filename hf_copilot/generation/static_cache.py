@@ -41,7 +41,7 @@ class StaticCache:
                 held.index_copy_(2, self.places, new)
             return self.held[0, layer], self.held[1, layer]  # [R, kv_heads, C, head_dim]
         end = self.length + keys.shape[2]
-        if self.held is None:
+        if not self.length and not self._suits(keys):
             self.held = keys.new_zeros(2, self.layers, *keys.shape[:2], power_of_two(end), keys.shape[3])
         self.make_room(end)
         for held, new in zip(self.held[:, layer], (keys, values), strict=True):
@@ -55,12 +55,21 @@ class StaticCache:
             grown[..., : self.length, :] = self.held[..., : self.length, :]
             self.held = grown
 
-    def keep(self, length: int, rows: int) -> None:
-        """Forget all but the first entries; without any, the rows may be others."""
-        if self.held is not None and not length and self.held.shape[2] != rows:
-            self.held = None
-        if self.held is not None and length < self.length:
-            self.held[..., length : self.length, :] = 0  # what is not finite must reach no later run
+    def _suits(self, keys: torch.Tensor) -> bool:
+        """Whether there is room for as many rows, of this type."""
+        held = self.held
+        return held is not None and (held.shape[2], held.dtype, held.device) == (len(keys), keys.dtype, keys.device)
+
+    def keep(self, length: int) -> None:
+        """Forget all but the first entries.
+
+        Raises:
+            RuntimeError: If there are fewer.
+        """
+        if length > self.length:
+            raise RuntimeError(f"Of {length} entries only {self.length} are there: a call before did not end.")
+        if self.held is not None and (length < self.length or not length):
+            self.held[..., length:, :] = 0  # what is not finite must reach no later run
         self.length = length
 
     def reorder(self, rows: torch.Tensor) -> None:

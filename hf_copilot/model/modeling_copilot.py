@@ -92,7 +92,7 @@ class CopilotLayer(GradientCheckpointingLayer):
         rotations: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         """`[B, m, d]` -> `[B, m, d]`; see [`CopilotModel.forward`] for the other arguments."""
-        own, shared = cache or (None, None)
+        own, shared = (None, None) if cache is None else cache
         own_rotations = None if rotations is None else (rotations[0], rotations[0])
         normed = self.input_layernorm(hidden_states)  # [B, m, d]
         if self.layer_type == "cross":

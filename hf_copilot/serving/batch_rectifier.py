@@ -102,7 +102,7 @@ class BatchRectifier:
     # ---- what the queries are fed ----------------------------------------------------------------------------------
 
     def _inputs(self, turns: Sequence[Turn], ids: torch.Tensor, is_first: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As [`Rectifier._next_input`] has it: at the last of the prompt the start vector, then ℓ of the token at the
+        """As [`Rectifier._fed`] has it: at the last of the prompt the start vector, then ℓ of the token at the
         query, `ids` `[R, m]`; after one that the Copilot has no row for, the start vector."""
         is_start = is_first | (ids >= self.config.vocab_size)  # [R, m]
         ids = ids.clamp(max=self.config.vocab_size - 1)

@@ -241,8 +241,8 @@ def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None
     saved = CopilotConfig.from_pretrained(folder)
     different = {name: (getattr(saved, name), getattr(config, name)) for name in saved.differences(config)}
     strengths, was_chosen = (saved.strength, config.strength), (saved.calibration or config.calibration) is not None
-    is_careful = not was_chosen and strengths == (CopilotConfig.strength, UNCHOSEN_STRENGTH)  # what began was not
-    if not was_chosen and not is_careful and saved.strength != config.strength:
+    is_now = not was_chosen and {*strengths} == {CopilotConfig.strength, UNCHOSEN_STRENGTH}  # whether one is chosen
+    if not was_chosen and not is_now and saved.strength != config.strength:
         different["strength"] = strengths
     if different:
         raise ValueError(
@@ -251,7 +251,7 @@ def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None
         )
     if learner.peft_model is None:
         learner.copilot.load_state_dict(CopilotModel.from_pretrained(folder).state_dict())
-    config.strength = config.strength if is_careful else saved.strength
+    config.strength = config.strength if is_now else saved.strength
     config.results, config.calibration = saved.results, saved.calibration
 
 

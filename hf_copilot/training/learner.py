@@ -146,9 +146,9 @@ class CopilotLearner(BesideThePilot):
         check_teacher_forced(self.copilot, self.head.trained)  # the Pilot may have changed since it was given
         self.head.check()
         self.copilot.vocabulary(self.forced.lent)  # raises where the Pilot can't lend its own
-        self.forced.tap.open()
         self.forced.follow_pilot()
         self.stream.start(self.head.trained, self.device)
+        self.forced.tap.open()
         self._forget()
         self.copilot.config.forget_results()
         copy_from_main_process(self.copilot.parameters())
