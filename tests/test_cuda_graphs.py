@@ -5,6 +5,7 @@ run. `test_fuzz.py` does so with every kind of Copilot and Pilot, `benchmarks/ch
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -192,16 +193,16 @@ class Loop:
 
 @torch.no_grad()
 @pytest.mark.parametrize("config", [{}, PREDICTED], ids=["ours", "predicted"])
-@pytest.mark.parametrize("in_vain", ["cropped", "failed"])
+@pytest.mark.parametrize("in_vain", ["cropped", "failed", "in another thread"])
 def test_what_was_begun_beside_another_forward_is_dropped(pilot, config, in_vain, monkeypatch):
-    """One that nobody asked about, whose token was taken out of the cache again, or that failed. f of the last call is
-    not what it left."""
+    """One that nobody asked about, whose token was taken out of the cache again, or that failed; also where another
+    thread goes on. f of the last call is not what it left."""
     monkeypatch.setattr(Follower, "waits", False)
     copilot, begin = trained_like(pilot, CopilotConfig(**config)), PROMPT[0].tolist()
     with CopilotLogitsProcessor(copilot, pilot, cuda_graphs=True) as processor:
         loop = Loop(pilot, processor)
         loop.call(begin), loop.call([*begin, 7])
-        if in_vain == "cropped":
+        if in_vain != "failed":
             loop.forward(8)
             loop.cache.crop(-1)
         else:
@@ -210,7 +211,9 @@ def test_what_was_begun_beside_another_forward_is_dropped(pilot, config, in_vain
                 loop.forward(8)
             handle.remove()
         assert processor.rectifier.begun is not None
-        found = loop.call([*begin, 7, 9])
+        with ThreadPoolExecutor(1) as other:
+            go_on = torch.no_grad()(loop.call)
+            found = other.submit(go_on, [*begin, 7, 9]).result() if "thread" in in_vain else go_on([*begin, 7, 9])
     with CopilotLogitsProcessor(copilot, pilot) as processor:
         loop = Loop(pilot, processor)
         loop.call(begin), loop.call([*begin, 7])
@@ -273,7 +276,7 @@ def test_runs_of_another_type_and_under_autocast(pilot, recorded):
         copilot.to(torch.bfloat16)
         processor.calls.clear()
         generate(pilot, processor)
-        assert_close(processor.calls, calls(pilot, copilot, False), atol=2e-2)
+        assert_close(processor.calls, calls(pilot, copilot, False), atol=0.1)
 
 
 def assert_close(found, expected, atol=1e-4):
