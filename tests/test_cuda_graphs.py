@@ -262,9 +262,19 @@ def test_another_tensor_in_the_same_place_is_recorded_anew():
     assert recorded.addresses[0][2] == (1, 4)  # strides
 
 
+def test_a_step_that_is_recorded_under_autocast_sees_weights_that_change(pilot):
+    """Not the casts that autocast kept of them."""
+    copilot, other = trained_like(pilot), trained_like(pilot, seed=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        with Recorder(copilot, pilot, cuda_graphs=True) as processor:
+            generate(pilot, processor)
+            copilot.load_state_dict(other.state_dict())
+            generate(pilot, processor)
+        assert_close(processor.calls[NEW_TOKENS:], calls(pilot, other, True))
+
+
 @pytest.mark.parametrize("recorded", [False, True])
 def test_runs_of_another_type_and_under_autocast(pilot, recorded):
-    """Weights that change in place are seen by a step that was recorded under autocast."""
     copilot, other = trained_like(pilot), trained_like(pilot, seed=5)
     with Recorder(copilot, pilot, cuda_graphs=recorded) as processor:
         with torch.autocast("cpu", torch.bfloat16):
