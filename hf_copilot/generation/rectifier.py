@@ -261,8 +261,8 @@ class Rectifier:
     @contextmanager
     def _mode(self) -> Iterator[None]:
         """Eval mode; where steps are recorded without autocast, whose casts do not last."""
-        without = torch.autocast(self.copilot.device.type, enabled=False)
-        with MODE, nullcontext() if self.recorded is None else without:
+        is_recorded, kind = self.recorded is not None, self.copilot.device.type
+        with MODE, torch.autocast(kind, enabled=False) if is_recorded else nullcontext():
             was_training = self.copilot.training
             if was_training:
                 self.copilot.eval()
