@@ -92,3 +92,15 @@ def test_threads_of_a_pilot_that_is_compiled(memory, compiled):
     for texts, text in zip(together(pilot, copilots, PROMPTS[:2], 2, **settings), expected, strict=True):
         assert not isinstance(texts, ValueError), texts
         assert all(torch.equal(found, text) for found in texts)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_processor_that_goes_while_another_thread_runs_the_pilot(pilot, memory):
+    """PyTorch calls the hook once more then, without keyword arguments."""
+    with CopilotLogitsProcessor(trained_like(pilot, CopilotConfig(memory=memory)), pilot):
+        for module in (pilot.model, pilot.model.layers[0]):
+            module._forward_pre_hooks_with_kwargs.clear()
+        with torch.no_grad():
+            expected = pilot(PROMPT).logits
+    with torch.no_grad():
+        assert torch.equal(pilot(PROMPT).logits, expected)

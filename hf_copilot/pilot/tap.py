@@ -155,9 +155,10 @@ class PilotTap:
         held = ("sink", "cached", "states", "model", "decoder", "layers", "pooled")
         return self.__dict__ | dict.fromkeys(held) | {"listen": never, "handles": []}
 
-    def _begin_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin_forward(self, decoder: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        """Without `kwargs` if another thread takes the hook off just now."""
         self.states = None
-        if not self.listen():
+        if kwargs is None or not self.listen():
             return
         given = self.arguments.named(args, kwargs)
         cache = self.arguments.cache(given)
@@ -169,9 +170,9 @@ class PilotTap:
             states.encoder_attention_mask = given.get("encoder_attention_mask")
         self.states = states
 
-    def _read_embeddings(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _read_embeddings(self, layer: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         states = self.states
-        if states is not None and not states.is_over and states.embeddings is None:
+        if kwargs is not None and states is not None and not states.is_over and states.embeddings is None:
             states.embeddings = self.layer_arguments.first(args, kwargs).detach()
 
     def _pool(self, layer: nn.Module, args: tuple, output: Any) -> None:
@@ -235,7 +236,7 @@ class GenerationTap(PilotTap):
             del self.of_threads[get_ident()]
 
     @torch.compiler.disable
-    def _begin_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin_forward(self, decoder: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         super()._begin_forward(decoder, args, kwargs)
         if self.states is not None:
             self.begun(self.states)
