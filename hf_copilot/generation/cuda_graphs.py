@@ -97,7 +97,10 @@ def recorder(device: torch.device) -> Record:
         ValueError: If that is no GPU of CUDA.
     """
     if device.type != "cuda":
-        raise ValueError(f"cuda_graphs=True asks for a Copilot on a GPU of CUDA, and this one is on {device}.")
+        raise ValueError(
+            f"cuda_graphs=True asks for a Copilot on a GPU of CUDA, and this one is on {device}: move it there, "
+            "or leave cuda_graphs out."
+        )
     return partial(CudaGraph, device=device)
 
 

@@ -285,7 +285,7 @@ class Follower:
         return rows
 
     def _groups(self) -> tuple[torch.Tensor, bool]:
-        """Rows that begin with the same content have one number: `[R]`."""
+        """Rows that begin with the same content have one number, `[R]`; and whether two of them do."""
         content = self.ids.masked_fill(~self.visible, -1)  # [R, n]
         if self.encoder_output is not None:
             _, encoder = torch.unique(self.encoder_output.flatten(1), dim=0, return_inverse=True)  # [R]

@@ -135,7 +135,7 @@ class Rectifier:
     def _keep(self, step: Step) -> None:
         """The memory of the first positions, all of it in most calls; the run, where it goes on."""
         (own, memory), rows = self.caches, step.rows
-        if rows is not None:
+        if rows is not None and step.kept:
             memory.reorder(rows)
         if rows is not None and step.continues:
             own.reorder(rows)

@@ -67,7 +67,10 @@ class StaticCache:
             RuntimeError: If there are fewer.
         """
         if length > self.length:
-            raise RuntimeError(f"Of {length} entries only {self.length} are there: a call before did not end.")
+            raise RuntimeError(
+                f"Of {length} entries only {self.length} are there: a call before did not end. Generate anew, "
+                "without a kept cache."
+            )
         if self.held is not None and (length < self.length or not length):
             self.held[..., length:, :] = 0  # what is not finite must reach no later run
         self.length = length
