@@ -11,12 +11,13 @@ import torch
 from tiny import tiny_pilot
 
 from benchmarks.common import RESULTS
-from benchmarks.pretrained import arms, picture, report, training
+from benchmarks.pretrained import arms, picture, report, steps, training
 from benchmarks.pretrained.arms import FEATURES, FEATURES_OWN, LANGUAGE_MODEL, STATE_0, TOKEN, Arm, lora, plan
 from benchmarks.pretrained.measuring import ALONE, Model
 from benchmarks.pretrained.running import Bench, Limits
 from benchmarks.pretrained.tasks import MAWPS, Example, encode
-from benchmarks.pretrained.training import make_learner
+from benchmarks.pretrained.training import make_learner, train
+from benchmarks.taped import TapedGraph
 from hf_copilot.cli.scratch import train_tokenizer
 from hf_copilot.pilot.inspect import find_layers
 
@@ -56,8 +57,8 @@ def test_an_arm_runs(bench, copilot):
 def test_a_copilot_learns_on_from_the_log(bench, monkeypatch):
     """After the pass over the rows no forward of the Pilot is run; a chosen λ is no worse than the Pilot."""
     visits = []
-    usual = training.pilot_loss
-    monkeypatch.setattr(training, "pilot_loss", lambda *inputs: visits.append(1) or usual(*inputs))
+    usual = steps.pilot_loss
+    monkeypatch.setattr(steps, "pilot_loss", lambda *inputs: visits.append(1) or usual(*inputs))
     spec = replace(TOKEN, kind="token, on the log", log_epochs=4.0)
     once, more = (
         bench.run(Arm("mawps", training.PilotSpec("frozen", 0.0, 1.0), copilot)) for copilot in (TOKEN, spec)
@@ -69,6 +70,25 @@ def test_a_copilot_learns_on_from_the_log(bench, monkeypatch):
 def test_two_pilots_are_an_ensemble(bench):
     result = bench.run(Arm("mawps", lora(1e-3, 1.5), second=True))
     assert len(result["grid"]) > 1 and {row["weights"] for row in result["rows"]} >= {ALONE}
+
+
+METHODS = {"lora": (lora(1e-3, 1.0), TOKEN), "full": (training.PilotSpec("full", 1e-3), STATE_0)}
+METHODS |= {"dora": (training.PilotSpec("dora", 1e-3), FEATURES), "alone": (lora(1e-3, 1.0), None)}
+
+
+@pytest.mark.parametrize(("pilot", "copilot"), METHODS.values(), ids=METHODS)
+def test_a_recorded_step_trains_both_models_alike(bench, pilot, copilot):
+    """The Pilot's forward and backward played from a tape, batch after batch: the same weights, and the same logits of
+    both models."""
+    examples = bench.to_train("mawps")
+    found = []
+    for record in (None, TapedGraph):
+        trained = train(bench.base, bench.tokenizer, examples, pilot, copilot, 5, 0, record)
+        model = Model(trained.pilot, bench.tokenizer, trained.learner)
+        found.append([torch.cat([z, *([] if f is None else [f])]) for _, z, f, _ in model.logits(examples[:3])])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    before = [z for _, z, _, _ in Model(bench.base, bench.tokenizer).logits(examples[:3])]
+    assert not torch.allclose(before[0], found[1][0][: len(before[0])], atol=0.01)
 
 
 def untrained(bench, spec):

@@ -10,11 +10,9 @@ from benchmarks.pretrained.training import CopilotSpec, PilotSpec
 
 RATES = (3e-4, 1e-3, 2e-3, 3e-3)
 FIRST_LOOK = 3e-4  # the usual rate of LoRA
-FULL_RATES = (1e-4, 5e-5, 2e-4)
+FULL_RATES = (2e-4, 5e-4, 1e-4)
 SHORT, LONG = 1.5, 3.0  # epochs
 SEEDS = (1, 2)
-ENOUGH = 30  # Copilots of seed 0, to choose finalists among
-FIRST = 6  # of `OTHERS`, before the other task
 Result = dict[str, Any]
 
 
@@ -65,7 +63,6 @@ FEATURES_RANK = replace(FEATURES, kind="features, head of rank 16", features={"r
 LANGUAGE_MODEL = CopilotSpec(
     "language model", config={"copilot_input": "token"}, learner={"alone": True, "weight_decay": 0.1}
 )
-MAIN = (TOKEN, FEATURES, STATE_0)
 ON_THE_LOG = tuple(  # of a frozen Pilot that is run over the rows once
     replace(copilot, kind=f"{copilot.kind}, {epochs} epochs on the log", log_epochs=float(epochs))
     for epochs in (2, 7)
@@ -92,11 +89,14 @@ OTHERS = (
     replace(TOKEN, kind="token, weight decay 3", learner={"weight_decay": 3.0}),
     replace(FEATURES, kind="features, 4 layers", config=LENT | {"num_hidden_layers": 4}, shape="token, 4 layers"),
 )
+PAPERS = CopilotSpec(
+    "the paper's preset, 4 layers", steps=1, config={"num_hidden_layers": 4}, make="paper", shape="token, 4 layers"
+)
 TIMED_COPILOTS = (  # the first two on every task
     TOKEN,
-    FEATURES,
-    replace(TOKEN, steps=1),
     STATE_0,
+    replace(TOKEN, steps=1),
+    FEATURES,
     LENT_0,
     replace(TOKEN, config={"num_hidden_layers": 4}, shape="token, 4 layers"),
 )
@@ -131,8 +131,8 @@ def best_rates(results: list[Result], task: str, epochs: float, of: int, count: 
 
 def plan(results: list[Result], tasks: list[str]) -> Iterator[Arm]:
     """All arms that can be named now, most informative first; those that are done are named as well."""
-    first = (main_copilots, equal_time, ensembles, beside_longer_pilots, first_changes, frozen, better_pilots)
-    then = (other_changes, beside_best_pilot, seeds, other_rates)
+    first = (beside_best_rate, beside_longer_pilots, equal_time, frozen, better_pilots)
+    then = (seeds, more_kinds, other_changes, other_rates)
     if "mawps" in tasks:
         yield from alone("mawps")
         yield from beside_first_look()
@@ -151,47 +151,46 @@ def alone(task: str, rates: tuple[float, ...] = RATES) -> Iterator[Arm]:
         for rate in rates:
             yield Arm(task, lora(rate, epochs), samples=task == "mawps", answers=task == "mawps")
     if task == "mawps":
-        yield Arm(task, PilotSpec("frozen", 0.0, 0.0))  # zero-shot
+        yield Arm(task, PilotSpec("frozen", 0.0, 0.0))
+        yield Arm(task, PilotSpec("few-shot", 0.0, 0.0))
 
 
 def beside_first_look() -> Iterator[Arm]:
-    for copilot in (*MAIN, STATE):
+    for copilot in (TOKEN, STATE):
         yield Arm("mawps", lora(FIRST_LOOK, SHORT), copilot)
 
 
-def main_copilots(results: list[Result]) -> Iterator[Arm]:
+def beside_best_rate(results: list[Result]) -> Iterator[Arm]:
     for rate in best_rates(results, "mawps", SHORT, len(RATES)):
-        for copilot in (*MAIN, STATE, LENT_0, LENT_1, FEATURES_OWN):
-            yield Arm("mawps", lora(rate, SHORT), copilot, samples=copilot in MAIN)
-        for copilot in (TOKEN, replace(FEATURES, rate=5e-4), STATE_0):
-            yield Arm("mawps", lora(rate, SHORT), replace(copilot, rate=3e-4))
-        yield Arm("mawps", lora(rate, SHORT), replace(TOKEN, rate=1e-4))
-        yield Arm("mawps", lora(rate, SHORT), replace(FEATURES, rate=3e-3))
+        for copilot in (TOKEN, replace(TOKEN, steps=1), STATE, FEATURES, LANGUAGE_MODEL):
+            yield Arm("mawps", lora(rate, SHORT), copilot, samples=copilot in (TOKEN, STATE))
+        yield Arm("mawps", lora(rate, SHORT), second=True, samples=True)
+
+
+def beside_longer_pilots(results: list[Result]) -> Iterator[Arm]:
+    for rate in best_rates(results, "mawps", LONG, len(RATES)):
+        for copilot in (TOKEN, STATE, LANGUAGE_MODEL, replace(TOKEN, steps=1), FEATURES):
+            yield Arm("mawps", lora(rate, LONG), copilot, samples=copilot in (TOKEN, STATE))
+        yield Arm("mawps", lora(rate, LONG), second=True, samples=True)
 
 
 def equal_time(results: list[Result]) -> Iterator[Arm]:
-    """The Pilot alone for longer."""
+    """The Pilot alone for longer, and Copilots beside that."""
     for rate in best_rates(results, "mawps", LONG, len(RATES), count=2):
         for epochs in (4.5, 6.0):
             yield Arm("mawps", lora(rate, epochs), samples=True)
     for rate in best_rates(results, "mawps", LONG, len(RATES)):
         yield Arm("mawps", lora(rate, 9.0), samples=True)
-
-
-def ensembles(results: list[Result]) -> Iterator[Arm]:
-    for rate in best_rates(results, "mawps", SHORT, len(RATES)):
-        yield Arm("mawps", lora(rate, SHORT), LANGUAGE_MODEL, samples=True)
-        yield Arm("mawps", lora(rate, SHORT), second=True)
-    for rate in best_rates(results, "mawps", LONG, len(RATES)):
-        yield Arm("mawps", lora(rate, LONG), second=True)
+        for copilot in (TOKEN, STATE):
+            yield Arm("mawps", lora(rate, 6.0), copilot)
 
 
 def frozen(results: list[Result]) -> Iterator[Arm]:
     """No fine-tuning of the Pilot at all."""
+    for copilot in ON_THE_LOG:
+        yield Arm("mawps", PilotSpec("frozen", 0.0, 1.0), copilot)
     for epochs, copilot in ((SHORT, TOKEN), (LONG, TOKEN), (LONG, FEATURES)):
         yield Arm("mawps", PilotSpec("frozen", 0.0, epochs), copilot)
-    for copilot in ON_THE_LOG:
-        yield Arm("mawps", PilotSpec("frozen", 0.0, 1.0), copilot, samples=True)
 
 
 def better_pilots(results: list[Result]) -> Iterator[Arm]:
@@ -199,24 +198,43 @@ def better_pilots(results: list[Result]) -> Iterator[Arm]:
         for rate in FULL_RATES:
             yield Arm("mawps", PilotSpec("full", rate, epochs), samples=True)
     for rate in best_rates(results, "mawps", LONG, len(RATES)):
-        for method in ("dora", "rslora"):
-            yield Arm("mawps", PilotSpec(method, rate, LONG), samples=True)
-        yield Arm("mawps", PilotSpec("rslora", rate / 3, LONG), samples=True)
+        for method, own in (("rslora", rate), ("rslora", rate / 3), ("dora", rate)):
+            yield Arm("mawps", PilotSpec(method, own, LONG), samples=True)
 
 
 def gsm8k_copilots(results: list[Result]) -> Iterator[Arm]:
-    for epochs in (SHORT, LONG):
+    for epochs in (LONG, SHORT):
         for rate in best_rates(results, "gsm8k", epochs, 3):
-            for copilot in MAIN:
-                yield Arm("gsm8k", lora(rate, epochs), copilot, answers=False)
-            if epochs == SHORT:
-                yield Arm("gsm8k", lora(rate, epochs), replace(TOKEN, rate=1e-4), answers=False)
-                yield Arm("gsm8k", lora(rate, epochs), replace(FEATURES, rate=3e-4), answers=False)
-                yield Arm("gsm8k", lora(rate, epochs), LANGUAGE_MODEL, answers=False)
-            yield Arm("gsm8k", lora(rate, epochs), second=True, answers=False)
+            pilot = lora(rate, epochs)
+            for copilot in (TOKEN, STATE, LANGUAGE_MODEL):
+                yield Arm("gsm8k", pilot, copilot, answers=False)
+            yield Arm("gsm8k", pilot, second=True, answers=False)
     for rate in best_rates(results, "gsm8k", LONG, 3):
-        yield Arm("gsm8k", lora(rate, 4.5), answers=False)
         yield Arm("gsm8k", lora(rate, 6.0), answers=False)
+        for copilot in (replace(TOKEN, rate=1e-4), FEATURES, replace(FEATURES, rate=3e-4)):
+            yield Arm("gsm8k", lora(rate, LONG), copilot, answers=False)
+        for seed in SEEDS:
+            for copilot in (None, TOKEN, LANGUAGE_MODEL):
+                yield Arm("gsm8k", lora(rate, LONG), copilot, seed, answers=False)
+
+
+def seeds(results: list[Result]) -> Iterator[Arm]:
+    """More seeds of what decides: Pilots of both lengths alone and longer, beside them Copilots and ensembles."""
+    for seed in SEEDS:
+        for epochs in (LONG, SHORT):
+            for rate in best_rates(results, "mawps", epochs, len(RATES)):
+                for copilot in (None, TOKEN, STATE, LANGUAGE_MODEL):
+                    yield Arm("mawps", lora(rate, epochs), copilot, seed, samples=copilot in (None, TOKEN, STATE))
+                yield Arm("mawps", lora(rate, epochs), None, seed, second=True, samples=True)
+        for rate in best_rates(results, "mawps", LONG, len(RATES)):
+            yield Arm("mawps", lora(rate, 6.0), None, seed, samples=True)
+
+
+def more_kinds(results: list[Result]) -> Iterator[Arm]:
+    """Other Copilots beside the best Pilot of few epochs."""
+    kinds = (STATE_0, PAPERS, LENT_0, LENT_1, FEATURES_OWN)
+    rates = tuple(replace(copilot, rate=rate) for copilot, rate in ((TOKEN, 1e-4), (STATE, 1e-4), (FEATURES, 3e-4)))
+    yield from changed(results, kinds + rates)
 
 
 def changed(results: list[Result], copilots: tuple[CopilotSpec, ...]) -> Iterator[Arm]:
@@ -225,46 +243,8 @@ def changed(results: list[Result], copilots: tuple[CopilotSpec, ...]) -> Iterato
             yield Arm("mawps", lora(rate, SHORT), copilot)
 
 
-def first_changes(results: list[Result]) -> Iterator[Arm]:
-    yield from changed(results, OTHERS[:FIRST])
-
-
 def other_changes(results: list[Result]) -> Iterator[Arm]:
-    yield from changed(results, OTHERS[FIRST:])
-
-
-def beside_longer_pilots(results: list[Result]) -> Iterator[Arm]:
-    for rate in best_rates(results, "mawps", LONG, len(RATES)):
-        for copilot in (*MAIN[:2], replace(TOKEN, steps=1), replace(FEATURES, steps=1)):
-            yield Arm("mawps", lora(rate, LONG), copilot, samples=copilot in MAIN)
-
-
-def beside_best_pilot(results: list[Result]) -> Iterator[Arm]:
-    """Copilots beside the Pilot that is best of all, where that is one that is trained for longer."""
-    found = best(results, "mawps")
-    if found and found[0]["arm"]["pilot"]["epochs"] > LONG:
-        for copilot in (replace(TOKEN, steps=1), replace(FEATURES, steps=1)):
-            yield Arm("mawps", PilotSpec(**found[0]["arm"]["pilot"]), copilot, samples=True)
-    for rate in best_rates(results, "mawps", LONG, len(RATES)):
-        yield Arm("mawps", lora(rate, LONG), STATE_0)
-    for copilot in (TOKEN, FEATURES):
-        yield Arm("mawps", PilotSpec("frozen", 0.0, 6.0), copilot)
-
-
-def seeds(results: list[Result]) -> Iterator[Arm]:
-    """More seeds of the best Pilots alone, the default Copilot, and the best two others, once seed 0 is far enough."""
-    copilots = best(results, "mawps", alone=False, count=99)
-    if len(copilots) < ENOUGH:
-        return
-    chosen = [PilotSpec(**result["arm"]["pilot"]) for result in best(results, "mawps", count=2)]
-    pairs = [(pilot, None) for pilot in [*chosen, *(lora(r, SHORT) for r in best_rates(results, "mawps", SHORT, 1))]]
-    for result in copilots[:3]:
-        pairs.append((PilotSpec(**result["arm"]["pilot"]), CopilotSpec(**result["arm"]["copilot"])))
-    for rate in best_rates(results, "mawps", SHORT, 1):
-        pairs += [(lora(rate, SHORT), TOKEN), (lora(rate, SHORT), LANGUAGE_MODEL)]
-    for seed in SEEDS:
-        for pilot, copilot in pairs:
-            yield Arm("mawps", pilot, copilot, seed, samples=True)
+    yield from changed(results, OTHERS)
 
 
 def other_rates(results: list[Result]) -> Iterator[Arm]:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.pretrained.steps import collate
 from benchmarks.pretrained.tasks import Example, Row, Task
-from benchmarks.pretrained.training import collate
 from benchmarks.pretrained.variants import Learner, SecondModel
-from hf_copilot.model.discrepancy import row_chunks
+from hf_copilot.model.discrepancy import fuse, row_chunks
 from hf_copilot.training.records import IGNORE
 
 Weights = tuple[float, float]  # α, λ
@@ -82,13 +82,21 @@ class Model:
             picked = torch.tensor(order[start : start + batch_size], device=self.pilot.device)  # [B]
             for rows, z, f, labels in self.logits([examples[i] for i in picked.tolist()]):
                 at, label = picked[rows.to(picked.device)], labels[:, None]  # [c], [c, 1]
-                for i, (alpha, strength) in enumerate(grid):
-                    mixed = z if f is None else alpha * z + strength * f  # [c, V]
+                for i, weights in enumerate(grid):
+                    mixed = self.mixed(z, f, weights)  # [c, V]
                     chosen = mixed.gather(-1, label)[:, 0]  # [c]
                     sums[0, i].index_add_(0, at, mixed.logsumexp(-1) - chosen)
                     sums[1, i].index_add_(0, at, (mixed.argmax(-1) == labels).float())
         tokens = torch.tensor([float(len(example.completion)) for example in examples], dtype=torch.float64)
         return Likelihoods(grid, *sums.double().cpu(), tokens)
+
+    def mixed(self, z: torch.Tensor, f: torch.Tensor | None, weights: Weights) -> torch.Tensor:
+        """α z + λ f `[c, V]`, or Eq. 8 for a Copilot that was trained for it."""
+        if f is None:
+            return z
+        if self.learner is not None and self.learner.copilot.config.fusion == "probability":
+            return fuse(z.log_softmax(-1), f, weights[1], "probability")
+        return weights[0] * z + weights[1] * f
 
     def logits(self, examples: list[Example]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Chunks of c targets: their rows in the batch `[c]`, z `[c, V]`, f `[c, V]` or None, labels `[c]`."""

@@ -24,8 +24,9 @@ from benchmarks.paper.sets import COMMONSENSE
 from benchmarks.pretrained.arms import FIRST_LOOK, STATE
 from benchmarks.pretrained.measuring import Model
 from benchmarks.pretrained.pilot import load
+from benchmarks.pretrained.steps import collate
 from benchmarks.pretrained.tasks import GSM8K, MAWPS, encode
-from benchmarks.pretrained.training import PilotSpec, collate, train
+from benchmarks.pretrained.training import PilotSpec, train
 from hf_copilot.pilot.inspect import find_decoder
 from hf_copilot.plots import rectified_token
 

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.pretrained.arms import TIMED_COPILOTS, TIMED_PILOTS, Arm, Result, lora
 from benchmarks.pretrained.measuring import ALONE, Likelihoods, Model, Weights
 from benchmarks.pretrained.tasks import TASKS, Example, Row, Splits, encode
-from benchmarks.pretrained.training import CopilotSpec, PilotSpec, train
+from benchmarks.pretrained.training import CopilotSpec, PilotSpec, Trained, train
+from hf_copilot.generation.cuda_graphs import recorder
 
 OTHER_ROWS = 100  # of another task, to see harm
+SHOTS = 8  # training rows before each question
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Bench:
     def encoded(self, rows: list[Row]) -> list[Example]:
         return [encode(self.tokenizer, row) for row in rows]
 
+    def to_train(self, task: str) -> list[Example]:
+        found = self.encoded(self.splits[task].train)
+        return [row for row in found if len(row.prompt) + len(row.completion) <= TASKS[task].longest]
+
+    def train(self, examples: list[Example], *settings: Any) -> Trained:
+        """[`train`], with a recorded step of the Pilot on a GPU."""
+        device = self.base.device
+        record = recorder(device) if device.type == "cuda" else None
+        return train(self.base, self.tokenizer, examples, *settings, record)
+
     def run(self, arm: Arm) -> Result:
         try:
             return self._run(arm)
@@ -57,13 +69,13 @@ class Bench:
 
     def _run(self, arm: Arm) -> Result:
         begin, splits = time.perf_counter(), self.splits[arm.task]
-        steps = arm.pilot.steps(len(splits.train))
+        examples = self.to_train(arm.task)
+        steps = arm.pilot.steps(len(examples))
         steps = min(steps, self.limits.steps or steps)
-        examples = self.encoded(splits.train)
-        trained = train(self.base, self.tokenizer, examples, arm.pilot, arm.copilot, steps, arm.seed)
+        trained = self.train(examples, arm.pilot, arm.copilot, steps, arm.seed)
         model = Model(trained.pilot, self.tokenizer, trained.learner)
         if arm.second:
-            model.second = train(self.base, self.tokenizer, examples, arm.pilot, None, steps, arm.seed + 100).pilot
+            model.second = self.train(examples, arm.pilot, None, steps, arm.seed + 100).pilot
         result: Result = {"arm": arm.settings(), "name": arm.name, "steps": steps, "seconds": trained.seconds}
         if trained.learner is not None:
             result["copilot_parameters"] = sum(p.numel() for p in trained.learner.copilot.parameters())
@@ -76,6 +88,8 @@ class Bench:
         return result | {"training_seconds": after_training - begin, "measuring_seconds": end - after_training}
 
     def measure(self, arm: Arm, model: Model, splits: Splits) -> Result:
+        if arm.pilot.method == "few-shot":
+            splits = self.with_shots(splits)
         valid = model.likelihoods(self.encoded(splits.valid))
         chosen = {by: valid.best(by) for by in ("nll", "accuracy")}
         test_examples = self.encoded(splits.test)
@@ -95,6 +109,13 @@ class Bench:
             asked = [weights for weights in kept if not has_more or weights != ALONE or chosen["nll"] == ALONE]
             result |= self.answers(arm, model, splits.test, test_examples, asked, chosen["nll"])
         return result
+
+    def with_shots(self, splits: Splits) -> Splits:
+        """Questions that come after answered ones."""
+        end = f"{self.tokenizer.eos_token}\n"
+        shots = "".join(row["prompt"] + row["completion"] + end for row in splits.train[:SHOTS])
+        asked = ([row | {"prompt": shots + row["prompt"]} for row in rows] for rows in splits[1:])
+        return Splits(splits.train, *asked)
 
     def elsewhere(self, arm: Arm, model: Model, chosen: Weights) -> dict[str, Any]:
         """NLL on rows of other tasks, alone and at the chosen weights: what fine-tuning and Copilot do there."""
@@ -128,7 +149,7 @@ class Bench:
 
     def time(self, task: str, steps: int = 9, skip: int = 3) -> dict[str, Any]:
         """Seconds of a step by part, with nothing else on the machine, for every shape of Pilot and Copilot."""
-        examples = self.encoded(self.splits[task].train)
+        examples = self.to_train(task)
 
         def seconds(pilot: PilotSpec, copilot: CopilotSpec | None = None) -> dict[str, float]:
             arguments = (self.base, self.tokenizer, examples, pilot, copilot, steps, 0)

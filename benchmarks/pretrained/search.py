@@ -227,7 +227,7 @@ class Search:
 def work_of(arm: Arm) -> float:
     """About the seconds of an arm that has the machine to itself."""
     size = SIZES[arm.task]
-    step = 0.03 if arm.pilot.method == "frozen" else 0.08
+    step = 0.03
     if arm.copilot is not None:
         step += 0.01 + 0.03 * arm.copilot.steps
     twice = 2 if arm.second else 1

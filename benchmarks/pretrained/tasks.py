@@ -39,6 +39,7 @@ class Task:
         name: On the command line and in the results; also the folder of its data.
         instruction: Before every question.
         max_new_tokens: Of a generated answer.
+        longest: Tokens of a row that is trained on, at most.
         samples: Answers that are sampled for every test row.
         batch_size: Rows in one `generate`.
     """
@@ -46,6 +47,7 @@ class Task:
     name: str
     instruction: str
     max_new_tokens: int
+    longest: int
     samples: int
     batch_size: int
 
@@ -90,8 +92,8 @@ class Gsm8k(Task):
 
 SPLITS = ("train", "valid", "test")
 LONGEST = 900  # characters
-MAWPS = Mawps("mawps", "Write one equation in x that solves the problem.", 64, 4, 320)
-GSM8K = Gsm8k("gsm8k", "Solve the problem step by step. End with #### and the number.", 220, 0, 256)
+MAWPS = Mawps("mawps", "Write one equation in x that solves the problem.", 64, 128, 4, 320)
+GSM8K = Gsm8k("gsm8k", "Solve the problem step by step. End with #### and the number.", 220, 256, 0, 256)
 TASKS = {task.name: task for task in (MAWPS, GSM8K)}
 
 

@@ -6,23 +6,21 @@ All is float32 (TF32 matrix products on a GPU), without autocast: the model is s
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from benchmarks.pretrained.steps import Clock, GraphedPilot, SteppedPilot, longest, most_targets
 from benchmarks.pretrained.tasks import Example
 from benchmarks.pretrained.variants import FeatureTap, Learner, WeightedLog, feature_copilot, top_copilot
 from hf_copilot import CopilotConfig, MistakeLog, copilot_for
+from hf_copilot.generation.cuda_graphs import Record
 from hf_copilot.pilot.tap import PilotTap
-from hf_copilot.training.records import IGNORE
 
 BATCH, WARMUP, CLIP = 16, 10, 1.0
 LORA = {"r": 32, "lora_alpha": 64, "target_modules": "all-linear"}
@@ -32,16 +30,22 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "dora": {"use_dora": True},
     "full": None,
     "frozen": None,
+    "few-shot": None,
 }
 
 
 @dataclass(frozen=True)
 class PilotSpec:
-    """How a Pilot is fine-tuned: `"lora"`, `"rslora"`, `"dora"`, `"full"`, or `"frozen"`, that is not at all."""
+    """How a Pilot is fine-tuned: `"lora"`, `"rslora"`, `"dora"`, `"full"`, or not at all: `"frozen"`, and
+    `"few-shot"`, where training rows stand before each question."""
 
     method: str = "lora"
     rate: float = 3e-4
     epochs: float = 1.5
+
+    @property
+    def trains(self) -> bool:
+        return self.method not in ("frozen", "few-shot")
 
     def steps(self, rows: int) -> int:
         return round(self.epochs * rows / BATCH)
@@ -54,7 +58,8 @@ class CopilotSpec:
     Attributes:
         kind: Its name in the tables.
         config: Of [`CopilotConfig`].
-        make: `"plain"`, `"top"` (the Pilot's last layers), or `"features"`.
+        make: `"plain"`, `"paper"` (`config` is what differs from the paper's preset), `"top"` (the Pilot's last layers),
+            or `"features"`.
         features: Of `FeatureCopilot`.
         learner: Of `Learner`.
         weighted: Whether documents are drawn by what the Pilot still misses.
@@ -106,7 +111,7 @@ def adapted(base: PreTrainedModel, spec: PilotSpec) -> tuple[PreTrainedModel, Pe
 
 
 def make_learner(pilot: PreTrainedModel, spec: CopilotSpec, steps: int, seed: int) -> Learner:
-    config = CopilotConfig(**spec.config)
+    config = (CopilotConfig.paper if spec.make == "paper" else CopilotConfig)(**spec.config)
     is_features = spec.make == "features"
     if is_features:
         copilot = feature_copilot(pilot, config, seed, **spec.features)
@@ -127,28 +132,6 @@ def make_learner(pilot: PreTrainedModel, spec: CopilotSpec, steps: int, seed: in
     return learner
 
 
-def collate(examples: list[Example], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Padded on the right, labels on the completions: `input_ids`, `attention_mask`, `labels` `[B, T]`."""
-    length = max(len(prompt) + len(completion) for prompt, completion in examples)
-    rows = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, completion in examples:
-        extra = length - len(prompt) - len(completion)
-        rows["input_ids"].append([*prompt, *completion] + [pad] * extra)
-        rows["attention_mask"].append([1] * (length - extra) + [0] * extra)
-        rows["labels"].append([IGNORE] * len(prompt) + completion + [IGNORE] * extra)
-    return {name: torch.tensor(values).to(device) for name, values in rows.items()}
-
-
-def pilot_loss(pilot: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean cross-entropy over the targets; logits are made there alone."""
-    known = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    hidden = pilot.get_decoder()(**known, use_cache=False).last_hidden_state[:, :-1]  # [B, T - 1, d_P]
-    labels = inputs["labels"][:, 1:]
-    targets = labels != IGNORE
-    logits = pilot.get_output_embeddings()(hidden[targets])  # [M, V]
-    return F.cross_entropy(logits.float(), labels[targets])
-
-
 def batches(examples: list[Example], steps: int, seed: int) -> Iterator[list[Example]]:
     """`steps` batches, epoch after epoch in an order of its own; short ends are filled from the next epoch."""
     generator, order = torch.Generator().manual_seed(seed), []
@@ -159,22 +142,6 @@ def batches(examples: list[Example], steps: int, seed: int) -> Iterator[list[Exa
         yield [examples[i] for i in picked]
 
 
-class Clock:
-    """Seconds by part; `exact` waits for the device at the end of each."""
-
-    def __init__(self, device: torch.device, exact: bool):
-        self.wait = exact and device.type == "cuda"
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def end(self, part: str) -> None:
-        if self.wait:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
-        self.last = now
-
-
 def train(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -183,38 +150,38 @@ def train(
     copilot_spec: CopilotSpec | None,
     steps: int,
     seed: int,
+    record: Record | None = None,
     exact_clock: bool = False,
     skip_in_clock: int = 0,
 ) -> Trained:
     """Fine-tune a copy of the base. The Pilot's own training does not depend on the Copilot.
 
     Args:
+        record: Records the Pilot's forward and backward, see [`GraphedPilot`]; None runs them operator by operator.
         exact_clock: Wait for the device between parts: a little slower, and times that can be compared.
         skip_in_clock: Steps at the beginning that do not count.
     """
     torch.manual_seed(seed)
     pilot, wrapped = adapted(base, pilot_spec)
-    trains = pilot_spec.method != "frozen"
+    trains = pilot_spec.trains
     replays = copilot_spec.replays(len(examples)) if copilot_spec else 0
     learner = make_learner(pilot, copilot_spec, steps + replays, seed) if copilot_spec else None
     pilot.train(trains)
     optimizer, scheduler = _optimizer(pilot, pilot_spec.rate, steps) if trains else (None, None)
-    clock = Clock(pilot.device, exact_clock)
+    clock, pad = Clock(pilot.device, exact_clock), tokenizer.pad_token_id
+    if record is not None and trains:
+        shape = BATCH, longest(examples), most_targets(examples, BATCH)
+        compute = GraphedPilot(pilot, pad, optimizer, learner, shape, record)
+    else:
+        compute = SteppedPilot(pilot, pad, optimizer, learner, clock)
     for i, batch in enumerate(batches(examples, steps, seed)):
         if i == skip_in_clock:
-            clock = Clock(pilot.device, exact_clock)
-        inputs = collate(batch, tokenizer.pad_token_id, pilot.device)
-        observed = nullcontext() if learner is None else learner.observe(inputs)
-        with observed, nullcontext() if trains else torch.no_grad():
-            loss = pilot_loss(pilot, inputs)
-            clock.end("pilot")
-        clock.end("observe")
+            clock.reset()
+        compute(batch)
         if trains:
-            loss.backward()
             nn.utils.clip_grad_norm_([p for p in pilot.parameters() if p.requires_grad], CLIP)
             optimizer.step()
             scheduler.step()
-            optimizer.zero_grad()
         clock.end("pilot")
         if learner is not None:
             learner.step()
@@ -222,6 +189,8 @@ def train(
     for _ in range(replays):
         learner.replay(BATCH)
     clock.end("copilot")
+    del compute
+    pilot.zero_grad()
     if wrapped is not None:
         pilot = wrapped.merge_and_unload()
     if learner is not None:

@@ -209,7 +209,7 @@ class Learner(CopilotLearner):
 
 
 class Mixture(CopilotLogitsProcessor):
-    """α z + λ f in `generate`, with the learner's own tap; α is 1 for a Copilot."""
+    """α z + λ f in `generate`, with the learner's own tap; α is 1 for a Copilot. One of Eq. 8 stays what it is."""
 
     def __init__(self, learner: Learner, weights: tuple[float, float]):
         super().__init__(learner.copilot, learner.head.pilot, strength=weights[1])
@@ -222,8 +222,8 @@ class Mixture(CopilotLogitsProcessor):
             self.rectifier.tap.open()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.rectifier is None:
-            return self.weights[0] * scores
+        if self.rectifier is None or self.fusion == "probability":
+            return super().__call__(input_ids, scores)
         return self.weights[0] * scores.float() + self.weights[1] * self.rectifier.correction(input_ids)
 
 
