@@ -10,8 +10,10 @@ import pytest
 import torch
 from tiny import tiny_pilot
 
+from benchmarks.accuracy.moves import ARMS
+from benchmarks.accuracy.shares import OWN
 from benchmarks.common import RESULTS
-from benchmarks.pretrained import arms, picture, report, steps, training
+from benchmarks.pretrained import arms, moving, picture, report, steps, training
 from benchmarks.pretrained.arms import FEATURES, FEATURES_OWN, LANGUAGE_MODEL, STATE_0, TOKEN, Arm, lora, plan
 from benchmarks.pretrained.measuring import ALONE, Model
 from benchmarks.pretrained.running import Bench, Limits
@@ -70,6 +72,32 @@ def test_a_copilot_learns_on_from_the_log(bench, monkeypatch):
 def test_two_pilots_are_an_ensemble(bench):
     result = bench.run(Arm("mawps", lora(1e-3, 1.5), second=True))
     assert len(result["grid"]) > 1 and {row["weights"] for row in result["rows"]} >= {ALONE}
+
+
+def test_a_copilot_is_folded_after_its_arm(bench):
+    """Each arm has figures; λ is chosen for the fresh Copilot, and what is folded is another Pilot."""
+    result = bench.run(Arm("mawps", lora(1e-3, 1.5), replace(TOKEN, rate=3e-3), folds=True))
+    after = result["after"]
+    assert list(after) == ["folded", "labels", "again"] and after["labels"]["steps"] > after["folded"]["steps"] == 3
+    assert all(0 < found["nll"] < 10 and 0 <= found["right"] <= 1 for found in after.values())
+    assert after["folded"]["nll"] != result["test"]["nll"][0] and "rate" not in after["again"]
+
+
+def test_copilots_move_between_depths(bench, tmp_path, monkeypatch, capsys):
+    """A share for every destination; a λ that is chosen at home is that of home; a third of the layers goes."""
+    with monkeypatch.context() as patched:
+        patched.setitem(bench.splits, "gsm8k", bench.splits["mawps"])
+        found = moving.Moves(bench, 0).run()
+    assert len(found) == 7 and set(found["other rows"]) == {*ARMS}
+    assert found["home"][ARMS[1]]["nll"] == found["home"][ARMS[3]]["nll"]
+    assert set(found["from 20 layers to 30, not fine-tuned"]) == {*ARMS} - {OWN}
+    assert len(moving.shallower(bench.base).model.layers) == 2 < len(bench.base.model.layers)
+    for seed in (0, 1):
+        (tmp_path / f"moves_seed{seed}.json").write_text(json.dumps(found))
+    (tmp_path / "accuracy").mkdir()
+    monkeypatch.setattr(sys, "argv", ["moving", "--work", str(tmp_path), "--store", "--results", str(tmp_path)])
+    moving.main()
+    assert (tmp_path / "accuracy" / "moves_smollm2.md").read_text() == capsys.readouterr().out
 
 
 METHODS = {"lora": (lora(1e-3, 1.0), TOKEN), "full": (training.PilotSpec("full", 1e-3), STATE_0)}

@@ -25,7 +25,7 @@ from benchmarks.accuracy.experiments import ALONE
 from benchmarks.accuracy.groups import LEARNING
 from benchmarks.accuracy.report import LOWER_IS_BETTER
 from benchmarks.accuracy.run import RESULTS, TASKS
-from benchmarks.accuracy.shares import FINE_TUNED, Runs, share_of_gain
+from benchmarks.accuracy.shares import NOT_TUNED, Runs, share_of_gain
 from benchmarks.common import Share
 
 SHOWN = {
@@ -116,7 +116,7 @@ def plot_moves(axes: Axes, task: str, runs: Runs) -> None:
         axes.plot([], [], marker, color=colour, label=arm)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
-    axes.set_yticks(range(len(runs[0])), [f"{name}*" if name in FINE_TUNED else name for name in runs[0]])
+    axes.set_yticks(range(len(runs[0])), [f"{name}*" if name.endswith(NOT_TUNED) else name for name in runs[0]])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set(xlim=SHARES, ylim=(len(runs[0]) - 0.5, -0.5))
     above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(MOVED), "columnspacing": 1.0}

@@ -6,13 +6,14 @@ from benchmarks.common import Share, share_of
 
 Runs = list[dict[str, dict[str, dict[str, float]]]]  # by seed: figures by destination, arm and metric
 ALONE, OWN = "alone", "trained there, λ chosen"
-FINE_TUNED = {"twice as deep, not fine-tuned": "twice as deep"}  # the same Pilot, after its training
+NOT_TUNED = ", not fine-tuned"  # after the name of the same Pilot
 
 
 def share_of_gain(runs: Runs, place: str, arm: str) -> Share | None:
     """Of the gain that a Copilot has which was trained there; beside a Pilot that was not fine-tuned, of what
     fine-tuning gains. None where that gains nothing."""
-    best = (FINE_TUNED[place], ALONE) if place in FINE_TUNED else (place, OWN)
+    tuned = place.removesuffix(NOT_TUNED)
+    best = (place, OWN) if tuned == place else (tuned, ALONE)
     return share_of(*(gains(runs, place, other) for other in ((place, arm), best)))
 
 

@@ -22,6 +22,7 @@ class Arm:
 
     Attributes:
         second: Whether a second Pilot of another seed stands beside the first.
+        folds: Whether the Copilot is folded into its Pilot afterwards.
         samples: Whether answers are sampled as well.
         answers: Whether answers are generated at all.
     """
@@ -31,6 +32,7 @@ class Arm:
     copilot: CopilotSpec | None = None
     seed: int = 0
     second: bool = False
+    folds: bool = False
     samples: bool = False
     answers: bool = True
 
@@ -157,7 +159,7 @@ def alone(task: str, rates: tuple[float, ...] = RATES) -> Iterator[Arm]:
 
 def beside_first_look() -> Iterator[Arm]:
     for copilot in (TOKEN, STATE):
-        yield Arm("mawps", lora(FIRST_LOOK, SHORT), copilot)
+        yield Arm("mawps", lora(FIRST_LOOK, SHORT), copilot, folds=copilot == TOKEN)
 
 
 def beside_best_rate(results: list[Result]) -> Iterator[Arm]:
@@ -207,7 +209,8 @@ def gsm8k_copilots(results: list[Result]) -> Iterator[Arm]:
         for rate in best_rates(results, "gsm8k", epochs, 3):
             pilot = lora(rate, epochs)
             for copilot in (TOKEN, STATE, LANGUAGE_MODEL):
-                yield Arm("gsm8k", pilot, copilot, answers=False)
+                folds = copilot == TOKEN and epochs == LONG
+                yield Arm("gsm8k", pilot, copilot, folds=folds, answers=False)
             yield Arm("gsm8k", pilot, second=True, answers=False)
     for rate in best_rates(results, "gsm8k", LONG, 3):
         yield Arm("gsm8k", lora(rate, 6.0), answers=False)
@@ -221,6 +224,7 @@ def gsm8k_copilots(results: list[Result]) -> Iterator[Arm]:
 def seeds(results: list[Result]) -> Iterator[Arm]:
     """More seeds of what decides: Pilots of both lengths alone and longer, beside them Copilots and ensembles."""
     for seed in SEEDS:
+        yield Arm("mawps", lora(FIRST_LOOK, SHORT), TOKEN, seed, folds=True)
         for epochs in (LONG, SHORT):
             for rate in best_rates(results, "mawps", epochs, len(RATES)):
                 for copilot in (None, TOKEN, STATE, LANGUAGE_MODEL):

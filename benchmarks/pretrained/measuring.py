@@ -90,6 +90,10 @@ class Model:
         tokens = torch.tensor([float(len(example.completion)) for example in examples], dtype=torch.float64)
         return Likelihoods(grid, *sums.double().cpu(), tokens)
 
+    def nll(self, examples: list[Example]) -> float:
+        """The least of the grid's."""
+        return min(self.likelihoods(examples).means()[0])
+
     def mixed(self, z: torch.Tensor, f: torch.Tensor | None, weights: Weights) -> torch.Tensor:
         """α z + λ f `[c, V]`, or Eq. 8 for a Copilot that was trained for it."""
         if f is None:
@@ -104,13 +108,9 @@ class Model:
         if self.learner is not None:
             yield from self._with_copilot(inputs)
             return
-        rows, positions = (inputs["labels"][:, 1:] != IGNORE).nonzero(as_tuple=True)  # [Q], [Q]
-        labels = inputs["labels"][rows, positions + 1]  # [Q]
         models = [self.pilot] if self.second is None else [self.pilot, self.second]
-        hidden = [decoded(model, inputs)[rows, positions] for model in models]  # [Q, d_P] each
-        for chunk in row_chunks(len(rows), self.pilot.config.vocab_size):
-            z, *f = (m.get_output_embeddings()(h[chunk]).float() for m, h in zip(models, hidden, strict=True))
-            yield rows[chunk], z, f[0] if f else None, labels[chunk]
+        for rows, (z, *other), labels in logits_of(models, inputs):
+            yield rows, z, other[0] if other else None, labels
 
     def _with_copilot(self, inputs: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
         forced = self.learner.forced
@@ -170,6 +170,18 @@ class Model:
         return [
             sum(task.right(text, row) for text in texts) / len(texts) for texts, row in zip(answers, rows, strict=True)
         ]
+
+
+def logits_of(
+    models: list[PreTrainedModel], inputs: dict[str, torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]]:
+    """Chunks of c targets: their rows in the batch `[c]`, every model's logits `[c, V]`, labels `[c]`."""
+    rows, positions = (inputs["labels"][:, 1:] != IGNORE).nonzero(as_tuple=True)  # [Q], [Q]
+    labels = inputs["labels"][rows, positions + 1]  # [Q]
+    hidden = [decoded(model, inputs)[rows, positions] for model in models]  # [Q, d_P] each
+    for chunk in row_chunks(len(rows), models[0].config.vocab_size):
+        logits = [m.get_output_embeddings()(h[chunk]).float() for m, h in zip(models, hidden, strict=True)]
+        yield rows[chunk], logits, labels[chunk]
 
 
 def decoded(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

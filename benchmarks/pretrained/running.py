@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.pretrained.arms import TIMED_COPILOTS, TIMED_PILOTS, Arm, Result, lora
+from benchmarks.pretrained.folding import Folding
 from benchmarks.pretrained.measuring import ALONE, Likelihoods, Model, Weights
 from benchmarks.pretrained.tasks import TASKS, Example, Row, Splits, encode
 from benchmarks.pretrained.training import CopilotSpec, PilotSpec, Trained, train
@@ -55,11 +56,23 @@ class Bench:
         found = self.encoded(self.splits[task].train)
         return [row for row in found if len(row.prompt) + len(row.completion) <= TASKS[task].longest]
 
-    def train(self, examples: list[Example], *settings: Any) -> Trained:
-        """[`train`], with a recorded step of the Pilot on a GPU."""
-        device = self.base.device
-        record = recorder(device) if device.type == "cuda" else None
-        return train(self.base, self.tokenizer, examples, *settings, record)
+    def steps(self, arm: Arm) -> int:
+        steps = arm.pilot.steps(len(self.to_train(arm.task)))
+        return min(steps, self.limits.steps or steps)
+
+    def train(
+        self,
+        examples: list[Example],
+        pilot: PilotSpec,
+        copilot: CopilotSpec | None,
+        steps: int,
+        seed: int,
+        base: PreTrainedModel | None = None,
+    ) -> Trained:
+        """[`train`] from `base` or the bench's own, with a recorded step of the Pilot on a GPU."""
+        base = self.base if base is None else base
+        record = recorder(base.device) if base.device.type == "cuda" else None
+        return train(base, self.tokenizer, examples, pilot, copilot, steps, seed, record)
 
     def run(self, arm: Arm) -> Result:
         try:
@@ -69,9 +82,7 @@ class Bench:
 
     def _run(self, arm: Arm) -> Result:
         begin, splits = time.perf_counter(), self.splits[arm.task]
-        examples = self.to_train(arm.task)
-        steps = arm.pilot.steps(len(examples))
-        steps = min(steps, self.limits.steps or steps)
+        examples, steps = self.to_train(arm.task), self.steps(arm)
         trained = self.train(examples, arm.pilot, arm.copilot, steps, arm.seed)
         model = Model(trained.pilot, self.tokenizer, trained.learner)
         if arm.second:
@@ -84,6 +95,9 @@ class Bench:
         free_memory()
         after_training = time.perf_counter()
         result |= self.measure(arm, model, splits)
+        strength = result["chosen"]["nll"][1]
+        if arm.folds and strength > 0:
+            result["after"] = Folding(self, arm, model, strength).run()
         end = time.perf_counter()
         return result | {"training_seconds": after_training - begin, "measuring_seconds": end - after_training}
 

@@ -236,6 +236,9 @@ def work_of(arm: Arm) -> float:
         training += 0.03 * arm.copilot.steps * arm.copilot.replays(size.rows) * size.slower
     is_alone = arm.copilot is None and not arm.second
     measuring = size.likelihoods + (3.0 if is_alone else 6.0)
+    if arm.folds:  # two rates of folding, eager, two of labels, and a fresh Copilot
+        training += arm.pilot.steps(size.rows) * size.slower * (0.4 + 0.06 + 0.16)
+        measuring *= 4
     if arm.answers:
         measuring += 3.0 if is_alone else 8.0
     if arm.samples:

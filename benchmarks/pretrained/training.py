@@ -58,8 +58,8 @@ class CopilotSpec:
     Attributes:
         kind: Its name in the tables.
         config: Of [`CopilotConfig`].
-        make: `"plain"`, `"paper"` (`config` is what differs from the paper's preset), `"top"` (the Pilot's last layers),
-            or `"features"`.
+        make: `"plain"`, `"paper"` (`config` is what differs from its preset), `"top"` (the Pilot's last layers), or
+            `"features"`.
         features: Of `FeatureCopilot`.
         learner: Of `Learner`.
         weighted: Whether documents are drawn by what the Pilot still misses.
@@ -100,13 +100,17 @@ class Trained:
     seconds: dict[str, float]
 
 
+def lora_config(method: str) -> LoraConfig:
+    return LoraConfig(**(LORA | METHODS[method]))
+
+
 def adapted(base: PreTrainedModel, spec: PilotSpec) -> tuple[PreTrainedModel, PeftModel | None]:
     """A copy of the base to train in this way: the model itself, and its wrapper where it has an adapter."""
     pilot = copy.deepcopy(base)
     if METHODS[spec.method] is None:
         pilot.requires_grad_(spec.method == "full")
         return pilot, None
-    wrapped = get_peft_model(pilot, LoraConfig(**(LORA | METHODS[spec.method])))
+    wrapped = get_peft_model(pilot, lora_config(spec.method))
     return wrapped.get_base_model(), wrapped
 
 
