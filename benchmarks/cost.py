@@ -311,6 +311,14 @@ def spread(ratios: list[float]) -> dict[str, float]:
     return {"ratio": statistics.median(ratios), "ratio_least": ratios[0], "ratio_largest": ratios[-1]}
 
 
+def arms_of(shape: str, quick: bool) -> tuple[Sequence[Copilot], Sequence[Copilot]]:
+    """Those that are timed in training, and in generation, where a stream of their own is none."""
+    if shape == "cpu":
+        return COPILOTS_OF_CPU[:2] if quick else COPILOTS_OF_CPU, DEFAULTS
+    trained = QUICK if quick else COPILOTS
+    return trained, [copilot for copilot in trained if not copilot.own_stream]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
@@ -323,12 +331,11 @@ def main() -> None:
     logging.set_verbosity_error()
     shape, device, reps = arguments.shape, arguments.device, arguments.reps
     works = [Work(labelled, 8, 1) for labelled in (26, 128, 255)] if shape == "cpu" else [Work(10, 4, 4)]
-    trained, generating = (COPILOTS_OF_CPU, DEFAULTS) if shape == "cpu" else (COPILOTS, COPILOTS[:-1])
-    sizes = (1, 8)
+    (trained, generating), sizes = arms_of(shape, arguments.quick), (1, 8)
     if arguments.quick:
         reps, works, sizes = 3, works[:1], sizes[:1]
-        trained, generating = (trained[:2], generating) if shape == "cpu" else (QUICK, QUICK)
     training = [row for work in works for row in measure_training(shape, device, work, reps, trained)]
+    print(f"{device_name(device)}, {shape}\n\n{table(training)}\n", flush=True)
     generation = [
         row
         for rows in sizes
@@ -346,7 +353,7 @@ def main() -> None:
     }
     path = arguments.output or RESULTS / f"cost_{shape}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{result['device']}, {shape}\n\n{table(training)}\n\n{table(generation)}\n\nwritten to {path}")
+    print(f"{table(generation)}\n\nwritten to {path}")
 
 
 if __name__ == "__main__":
