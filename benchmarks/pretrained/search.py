@@ -160,6 +160,8 @@ class Search:
 
     def estimate(self, arm: Arm) -> float:
         """Seconds, by what the finished ones took."""
+        if self.options["steps"]:
+            return 0.0
         usual = sorted(self.ratios[-30:])
         ratio = usual[int(0.8 * (len(usual) - 1))] if usual else 1.5
         return ratio * work_of(arm)
