@@ -157,7 +157,7 @@ class Recorder(CopilotLogitsProcessor):
 
 def check_generation(device: str, memory: str) -> Iterator[tuple[str, float, float]]:
     pilot = make_pilot(device, torch.float32).eval()
-    copilot = copilot_for(pilot, CopilotConfig(memory=memory, dropout=0.0)).eval()
+    copilot = copilot_for(pilot, CopilotConfig(memory=memory, dropout=0.0)).eval().to(device)
     with torch.no_grad():
         torch.nn.init.normal_(copilot.lm_head.weight, std=0.1)
     ids = make_batch(device, 0)["input_ids"][:3, :9]

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.accuracy.shares import OWN, Runs, share_of_gain
 from benchmarks.common import RESULTS, Share, share_of, standard_error, table_of_cells
+from benchmarks.pretrained.report import Results, nll_gain
 
 ROOT = RESULTS.parent.parent
 PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md")))
@@ -255,20 +256,13 @@ class Search:
     """The arms of one search on MAWPS, by name."""
 
     def __init__(self, name: str):
-        found = read(f"pretrained/{name}")
-        self.timing = found["timings"]["mawps"]
-        self.arms = {arm["name"]: arm for arm in found["arms"]}
+        self.results = Results.read(RESULTS / "pretrained" / f"{name}.json")
+        self.arms = {arm["name"]: arm for arm in self.results.arms}
 
-    def seconds(self, found: dict[str, Any]) -> float:
-        """Steps times the seconds of a step that was timed with nothing else running: the Pilot's, and what a Copilot
-        adds."""
-        step = self.timing["pilots"][found["arm"]["pilot"]["method"]]["pilot"]
-        copilot = found["arm"]["copilot"]
-        if copilot is not None:
-            key = copilot["shape"], copilot["steps"]
-            (times,) = (t for t in self.timing["copilots"] if (t["shape"], t["steps"]) == key)
-            step += times["observe"] + times["copilot"]
-        return step * found["steps"]
+    def gain(self, pilot: str, copilot: str, other: str = "") -> str:
+        """In NLL over the Pilot of the same arm, or over another arm beside the same Pilot, with its interval."""
+        found, at = self.arms[f"mawps {pilot} {copilot} seed0"], None if other else (1.0, 0.0)
+        return nll_gain(found, self.arms[f"mawps {pilot} {other} seed0"] if other else found, at).replace("-", "−")
 
     def cells(self, pilot: str, copilot: str) -> list[str]:
         """Seconds; NLL at the λ that was chosen, that λ, and NLL at λ = 1; right answers at both."""
@@ -276,9 +270,11 @@ class Search:
         chosen, nll, right = found["chosen"]["nll"], found["test"]["nll"], {}
         for greedy in found["greedy"]:
             right[tuple(greedy["weights"])] = share(mean(greedy["right"]))
-        alone = [f"{self.seconds(found):.0f} s", f"{nll[found['grid'].index(chosen)]:.3f}"]
+        alone = [f"{self.results.seconds(found):.0f} s", f"{nll[found['grid'].index(chosen)]:.3f}"]
         if found["arm"]["copilot"] is None:
             return [*alone, "", "", right[tuple(chosen)], ""]
+        if [1.0, 1.0] not in found["grid"]:
+            return [*alone, ", ".join(f"{w:g}" for w in chosen), "", right[tuple(chosen)], ""]
         full = found["grid"].index([1.0, 1.0])
         return [*alone, f"{chosen[1]:g}", f"{nll[full]:.3f}", right[tuple(chosen)], right[1.0, 1.0]]
 
@@ -302,6 +298,33 @@ def pretrained() -> str:
                 rows.append(["", name, *found.cells(f"lora-{rate}-x1.5", copilot)])
         rows.append(["", "Pilot alone, 3 epochs", *found.cells(f"lora-{rate}-x3", "alone")])
     return table(("rate of the Pilot", "arm", *FIGURES_OF_SEARCH), rows)
+
+
+def pretrained_ways() -> str:
+    """What else there is to do, and what a Copilot adds: the second search."""
+    found, best = Search("search_h200"), "lora-0.002-x1.5"
+    ways = {
+        "8 training rows in the prompt": ("few-shot-0-x0", "alone"),
+        "Pilot frozen, + token Copilot": ("frozen-0-x1.5", "token-0.0005-s4"),
+        "LoRA at 3e-4": ("lora-0.0003-x1.5", "alone"),
+        "+ state Copilot": ("lora-0.0003-x1.5", "state, lag 1-0.0005-s4"),
+        "LoRA at 2e-3": (best, "alone"),
+        "+ token Copilot": (best, "token-0.0005-s4"),
+        "+ token Copilot, one step in a round": (best, "token-0.0005-s1"),
+        "+ reader of three layers' states": (best, "features-0.001-s4"),
+        "+ the Copilot's network, as a language model": (best, "language model-0.0005-s4"),
+        "full fine-tuning at 2e-4": ("full-0.0002-x1.5", "alone"),
+        "LoRA at 1e-3, 3 epochs": ("lora-0.001-x3", "alone"),
+        "full fine-tuning at 2e-4, 3 epochs": ("full-0.0002-x3", "alone"),
+    }
+    rows = [[title, *found.cells(*arm), "" if "alone" in arm else found.gain(*arm)] for title, arm in ways.items()]
+    return table(("", *FIGURES_OF_SEARCH, "less NLL than its Pilot"), rows)
+
+
+def pretrained_mistakes() -> str:
+    found, best = Search("search_h200"), "lora-0.002-x1.5"
+    both = found.gain(best, "token-0.0005-s4", "language model-0.0005-s4")
+    return table(("beside LoRA at 2e-3", "less NLL"), [["token Copilot, over its network as a language model", both]])
 
 
 def steps_beside_pretrained() -> str:
@@ -657,6 +680,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "strengths": strengths,
     "t5": t5,
     "pretrained": pretrained,
+    "pretrained-ways": pretrained_ways,
+    "pretrained-mistakes": pretrained_mistakes,
     "pretrained-steps": steps_beside_pretrained,
     "fixed-strengths": fixed_strengths,
     "cost-training": cost_of_training,

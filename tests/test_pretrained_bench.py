@@ -46,7 +46,7 @@ COPILOTS = {"alone": None, "token": TOKEN, "features": FEATURES, "language model
 
 @pytest.mark.parametrize("copilot", COPILOTS.values(), ids=COPILOTS)
 def test_an_arm_runs(bench, copilot):
-    result = bench.run(Arm("mawps", lora(1e-3, 1.5), copilot, samples=copilot is None))
+    (result,) = bench.run(Arm("mawps", lora(1e-3, 1.5), copilot, samples=copilot is None))
     assert result["steps"] == 3 and set(result["seconds"]) == {"pilot", "observe", "copilot"}
     assert len(result["rows"][0]["nll"]) == 6 and len(result["greedy"][0]["right"]) == 6
     grid, nll = result["grid"], result["valid"]["nll"]
@@ -62,22 +62,22 @@ def test_a_copilot_learns_on_from_the_log(bench, monkeypatch):
     usual = steps.pilot_loss
     monkeypatch.setattr(steps, "pilot_loss", lambda *inputs: visits.append(1) or usual(*inputs))
     spec = replace(TOKEN, kind="token, on the log", log_epochs=4.0)
-    once, more = (
-        bench.run(Arm("mawps", training.PilotSpec("frozen", 0.0, 1.0), copilot)) for copilot in (TOKEN, spec)
-    )
+    arms_of_log = (Arm("mawps", training.PilotSpec("frozen", 0.0, 1.0), copilot) for copilot in (TOKEN, spec))
+    once, more = (result for arm in arms_of_log for result in bench.run(arm))
     assert len(visits) == once["steps"] + more["steps"] == 4 and (once["replays"], more["replays"]) == (0, 8)
     assert once["valid"]["nll"][0] == more["valid"]["nll"][0] and min(more["valid"]["nll"]) < min(once["valid"]["nll"])
 
 
 def test_two_pilots_are_an_ensemble(bench):
-    result = bench.run(Arm("mawps", lora(1e-3, 1.5), second=True))
+    (result,) = bench.run(Arm("mawps", lora(1e-3, 1.5), second=True))
     assert len(result["grid"]) > 1 and {row["weights"] for row in result["rows"]} >= {ALONE}
 
 
 def test_a_copilot_is_folded_after_its_arm(bench):
     """Each arm has figures; λ is chosen for the fresh Copilot, and what is folded is another Pilot."""
-    result = bench.run(Arm("mawps", lora(1e-3, 1.5), replace(TOKEN, rate=3e-3), folds=True))
-    after = result["after"]
+    result, complete = bench.run(Arm("mawps", lora(1e-3, 1.5), replace(TOKEN, rate=3e-3), folds=True))
+    after = complete["after"]
+    assert complete == result | {"after": after}
     assert list(after) == ["folded", "labels", "again"] and after["labels"]["steps"] > after["folded"]["steps"] == 3
     assert all(0 < found["nll"] < 10 and 0 <= found["right"] <= 1 for found in after.values())
     assert after["folded"]["nll"] != result["test"]["nll"][0] and "rate" not in after["again"]
@@ -87,7 +87,7 @@ def test_copilots_move_between_depths(bench, tmp_path, monkeypatch, capsys):
     """A share for every destination; a λ that is chosen at home is that of home; a third of the layers goes."""
     with monkeypatch.context() as patched:
         patched.setitem(bench.splits, "gsm8k", bench.splits["mawps"])
-        found = moving.Moves(bench, 0).run()
+        found = dict(moving.Moves(bench, 0).run())
     assert len(found) == 7 and set(found["other rows"]) == {*ARMS}
     assert found["home"][ARMS[1]]["nll"] == found["home"][ARMS[3]]["nll"]
     assert set(found["from 20 layers to 30, not fine-tuned"]) == {*ARMS} - {OWN}
@@ -215,7 +215,7 @@ def test_results_are_stored_without_loss_for_the_tables(bench, tmp_path, monkeyp
     folder = tmp_path / "work"
     (folder / "arms").mkdir(parents=True)
     for i, copilot in enumerate((None, TOKEN)):
-        result = bench.run(Arm("mawps", lora(1e-3, 1.5), copilot, samples=True))
+        (result,) = bench.run(Arm("mawps", lora(1e-3, 1.5), copilot, samples=True))
         (folder / "arms" / f"{i}.json").write_text(json.dumps(result))
     (folder / "timing_mawps.json").write_text(json.dumps(bench.time("mawps", steps=2, skip=1)))
     monkeypatch.setattr(

@@ -5,7 +5,8 @@
 
 The training rows of MAWPS are cut in halves. The Pilot, with LoRA, and a third as many layers less of it, after some
 full training on GSM8K, learn one half, each with a token Copilot. Then the Copilots move to Pilots that learnt the
-other half, and to the Pilot as it came. Each seed is kept; --store writes benchmarks/results/accuracy/moves_smollm2.*
+other half, and to the Pilot as it came. Each destination is kept when it is done; --store writes
+benchmarks/results/accuracy/moves_smollm2.{json,md} of the seeds that have all.
 """
 
 from __future__ import annotations
@@ -64,23 +65,20 @@ class Moves:
         self.halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
         self.valid, self.test = bench.encoded(splits.valid[:CHOSEN_ON]), bench.encoded(splits.test)
 
-    def run(self) -> dict[str, dict[str, Figures]]:
-        """Figures of every arm, by destination."""
-        full = self.bench.base
-        shallow = self.train(shallower(full), HEALING, self.bench.to_train("gsm8k"), copilot=None).pilot
+    def run(self) -> Iterator[tuple[str, dict[str, Figures]]]:
+        """Figures of every arm, destination by destination."""
+        full, small = self.bench.base, "from 20 layers to 30"
         home, other = (self.train(full, TUNING, half) for half in self.halves)
+        yield "home", self.compare(home.pilot, home, home, full)
+        yield "other rows", self.compare(other.pilot, other, home, full)
+        shallow = self.train(shallower(full), HEALING, self.bench.to_train("gsm8k"), copilot=None).pilot
         small_home, small_other = (self.train(shallow, TUNING, half) for half in self.halves)
+        yield "20 layers, home", self.compare(small_home.pilot, small_home, small_home, shallow)
+        yield small, self.compare(other.pilot, other, small_home, shallow)
+        yield f"{small}, not fine-tuned", self.compare(full, None, small_home, shallow)
+        yield "from 30 layers to 20", self.compare(small_other.pilot, small_other, home, full)
         fully = self.train(full, FULL, self.halves[1])
-        small = "from 20 layers to 30"
-        return {
-            "home": self.compare(home.pilot, home, home, full),
-            "other rows": self.compare(other.pilot, other, home, full),
-            "other rows, full fine-tuning": self.compare(fully.pilot, fully, home, full),
-            "from 30 layers to 20": self.compare(small_other.pilot, small_other, home, full),
-            "20 layers, home": self.compare(small_home.pilot, small_home, small_home, shallow),
-            small: self.compare(other.pilot, other, small_home, shallow),
-            f"{small}, not fine-tuned": self.compare(full, None, small_home, shallow),
-        }
+        yield "other rows, full fine-tuning", self.compare(fully.pilot, fully, home, full)
 
     def train(self, base: PreTrainedModel, pilot: PilotSpec, rows: list, copilot=TOKEN) -> Trained:
         steps = pilot.steps(len(rows))
@@ -139,7 +137,8 @@ def shallower(base: PreTrainedModel) -> PreTrainedModel:
 
 
 def store(work: Path, results: Path) -> None:
-    runs = [json.loads(file.read_text()) for file in sorted(work.glob("moves_seed*.json"))]
+    found = [json.loads(file.read_text()) for file in sorted(work.glob("moves_seed*.json"))]
+    runs = [run for run in found if len(run) == max(map(len, found))]
     settings = {"seeds": len(runs), "rows": "halves of MAWPS", "pilot": "SmolLM2-135M-Instruct"}
     stem, text = results / "accuracy" / "moves_smollm2", table_of(runs)
     stem.with_suffix(".json").write_text(json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n")
@@ -164,10 +163,12 @@ def main() -> None:
     if arguments.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")
     bench = Bench(*load(arguments.pilot, arguments.device), arguments.data, Limits(steps=arguments.steps))
-    found = Moves(bench, arguments.seed).run()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    (arguments.work / f"moves_seed{arguments.seed}.json").write_text(json.dumps(found))
-    print(table_of([found]), flush=True)
+    found = {}
+    for name, figures in Moves(bench, arguments.seed).run():
+        found[name] = figures
+        (arguments.work / f"moves_seed{arguments.seed}.json").write_text(json.dumps(found))
+        print(f"{name}\n{table_of([{name: figures}])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -94,8 +94,10 @@ class Results:
 
 
 def compact(result: Result) -> Result:
-    """An arm without what no table shows: rows at other weights than the chosen ones, and single sampled answers."""
-    kept = {**result, "rows": [{"weights": chosen_of(result), "nll": rows_at(result, chosen_of(result))["nll"]}]}
+    """An arm without what no table shows: rows at other weights than the chosen ones and the Pilot's alone, and single
+    sampled answers."""
+    shown = dict.fromkeys([chosen_of(result), ALONE])
+    kept = {**result, "rows": [{"weights": w, "nll": rows_at(result, w)["nll"]} for w in shown]}
     if "sampled" in result:
         kept["sampled"] = [row | {"right": [statistics.mean(row["right"])]} for row in result["sampled"]]
     return kept
@@ -126,9 +128,10 @@ def chosen_of(result: Result) -> tuple[float, float]:
     return tuple(result["chosen"]["nll"])
 
 
-def nll_gain(result: Result, reference: Result) -> str:
-    tokens = np.array(result["test"]["tokens"])
-    ours, theirs = (np.array(rows_at(r, chosen_of(r))["nll"]) / tokens for r in (result, reference))
+def nll_gain(result: Result, reference: Result, of_reference: tuple[float, float] | None = None) -> str:
+    """Over another arm at its chosen weights, or at these."""
+    tokens, at = np.array(result["test"]["tokens"]), of_reference or chosen_of(reference)
+    ours, theirs = (np.array(rows_at(r, w)["nll"]) / tokens for r, w in ((result, chosen_of(result)), (reference, at)))
     return interval(paired_interval(theirs - ours, tokens), 1, 3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,14 @@ class Bench:
         record = recorder(base.device) if base.device.type == "cuda" else None
         return train(base, self.tokenizer, examples, pilot, copilot, steps, seed, record)
 
-    def run(self, arm: Arm) -> Result:
+    def run(self, arm: Arm) -> Iterator[Result]:
+        """The figures of an arm, and once more with those of folding, which takes long."""
         try:
-            return self._run(arm)
+            yield from self._run(arm)
         finally:
             free_memory()
 
-    def _run(self, arm: Arm) -> Result:
+    def _run(self, arm: Arm) -> Iterator[Result]:
         begin, splits = time.perf_counter(), self.splits[arm.task]
         examples, steps = self.to_train(arm.task), self.steps(arm)
         trained = self.train(examples, arm.pilot, arm.copilot, steps, arm.seed)
@@ -95,11 +97,12 @@ class Bench:
         free_memory()
         after_training = time.perf_counter()
         result |= self.measure(arm, model, splits)
+        end = time.perf_counter()
+        result |= {"training_seconds": after_training - begin, "measuring_seconds": end - after_training}
+        yield result
         strength = result["chosen"]["nll"][1]
         if arm.folds and strength > 0:
-            result["after"] = Folding(self, arm, model, strength).run()
-        end = time.perf_counter()
-        return result | {"training_seconds": after_training - begin, "measuring_seconds": end - after_training}
+            yield result | {"after": Folding(self, arm, model, strength).run()}
 
     def measure(self, arm: Arm, model: Model, splits: Splits) -> Result:
         if arm.pilot.method == "few-shot":

@@ -68,7 +68,8 @@ def worker(connection: Connection, options: dict[str, Any]) -> None:
     while (job := connection.recv()) is not None:
         try:
             if isinstance(job, Arm):
-                write(result_file(Path(options["work"]), job.name), bench.run(job))
+                for result in bench.run(job):
+                    write(result_file(Path(options["work"]), job.name), result)
             else:
                 write(Path(options["work"]) / f"timing_{job}.json", bench.time(job, **options["timing"]))
             connection.send(("done", ""))

@@ -23,6 +23,11 @@ from hf_copilot.training.records import IGNORE
 Inputs = dict[str, torch.Tensor]
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """Both models are trained in bf16 on a GPU, and in float32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def pilot_loss(pilot: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
     """Mean cross-entropy over the targets; logits are made there alone."""
     known = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -86,9 +91,8 @@ class GraphedPilot:
         self.ids = torch.zeros(rows, length, **like)  # [B, T]
         self.places = torch.zeros(targets, **like)  # [N], of the flattened positions
         self.labels = torch.full((targets,), IGNORE, **like)  # [N]
-        later = torch.ones(length, length, dtype=torch.bool, device=pilot.device).triu(1)
-        mask = torch.zeros(length, length, device=pilot.device).masked_fill(later, torch.finfo(torch.float32).min)
-        self.mask = mask.expand(rows, 1, length, length).contiguous()  # padding is on the right: nothing reads it
+        visible = torch.ones(length, length, dtype=torch.bool, device=pilot.device).tril()
+        self.mask = visible.expand(rows, 1, length, length)  # padding is on the right: nothing reads it
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
@@ -99,10 +103,10 @@ class GraphedPilot:
     def _run(self) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=False)
         decoder, head = self.pilot.get_decoder(), self.pilot.get_output_embeddings()
-        hidden = decoder(
-            input_ids=self.ids, attention_mask=self.mask, use_cache=False
-        ).last_hidden_state  # [B, T, d_P]
-        logits = head(hidden.flatten(0, 1)[self.places])  # [N, V]
+        with autocast(self.pilot.device):
+            out = decoder(input_ids=self.ids, attention_mask=self.mask, use_cache=False)
+            hidden = out.last_hidden_state  # [B, T, d_P]
+            logits = head(hidden.flatten(0, 1)[self.places])  # [N, V]
         loss = F.cross_entropy(logits.float(), self.labels, ignore_index=IGNORE)
         loss.backward()
         return loss.detach()
@@ -181,10 +185,11 @@ class SteppedPilot:
     def __call__(self, examples: list[Example]) -> None:
         inputs = collate(examples, self.pad, self.pilot.device)
         observed = nullcontext() if self.learner is None else self.learner.observe(inputs)
-        with observed, nullcontext() if self.optimizer is not None else torch.no_grad():
+        trains = self.optimizer is not None
+        with observed, torch.set_grad_enabled(trains), autocast(self.pilot.device):
             loss = pilot_loss(self.pilot, inputs)
             self.clock.end("pilot")
         self.clock.end("observe")
-        if self.optimizer is not None:
+        if trains:
             self.optimizer.zero_grad()
             loss.backward()

@@ -130,6 +130,7 @@ def make_learner(pilot: PreTrainedModel, spec: CopilotSpec, steps: int, seed: in
         steps_per_round=spec.steps,
         seed=seed,
         tap=FeatureTap if is_features else PilotTap,
+        autocast_dtype=torch.bfloat16 if pilot.device.type == "cuda" else None,
         **spec.learner,
     )
     learner.start(steps)
