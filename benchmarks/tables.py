@@ -381,6 +381,22 @@ def cost_of_generation() -> str:
     return table(head, ([key, *cells.values()] for key, cells in rows.items()))
 
 
+def cost_on_gpu() -> str:
+    """Of a step beside SmolLM2, from the second search: milliseconds, and the whole step beside the Pilot's own."""
+    timing, rows = Search("search_h200").results.timings["mawps"], []
+    alone = {name: 1e3 * sum(timing["pilots"][name].values()) for name in ("lora", "full")}
+    names = {"token": "token Copilot", "states": "state Copilot", "features": "reader of three layers' states"}
+    names["lent"] = "state Copilot, the Pilot's vocabulary"
+    for times in timing["copilots"]:
+        if times["shape"] in names:
+            own = [1e3 * times["observe"], 1e3 * times["copilot"]]
+            whole = [f"{1 + sum(own) / pilot:.2f}" for pilot in alone.values()]
+            title = f"{names[times['shape']]}, {times['steps']} step{'s' * (times['steps'] > 1)} in a round"
+            rows.append([title, *(f"{x:.0f} ms" for x in own), *whole])
+    beside = [f"beside {title} ({alone[name]:.0f} ms)" for name, title in (("lora", "LoRA"), ("full", "full training"))]
+    return table(("a training step", "observing", "its steps", *beside), rows)
+
+
 # ---- experiments ----------------------------------------------------------------------------------------------------
 
 
@@ -682,6 +698,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained": pretrained,
     "pretrained-ways": pretrained_ways,
     "pretrained-mistakes": pretrained_mistakes,
+    "cost-gpu": cost_on_gpu,
     "pretrained-steps": steps_beside_pretrained,
     "fixed-strengths": fixed_strengths,
     "cost-training": cost_of_training,
