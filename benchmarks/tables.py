@@ -393,7 +393,9 @@ def cost_on_gpu() -> str:
             whole = [f"{1 + sum(own) / pilot:.2f}" for pilot in alone.values()]
             title = f"{names[times['shape']]}, {times['steps']} step{'s' * (times['steps'] > 1)} in a round"
             rows.append([title, *(f"{x:.0f} ms" for x in own), *whole])
-    beside = [f"beside {title} ({alone[name]:.0f} ms)" for name, title in (("lora", "LoRA"), ("full", "full training"))]
+    beside = [
+        f"beside {title} ({alone[name]:.0f} ms)" for name, title in (("lora", "LoRA"), ("full", "full training"))
+    ]
     return table(("a training step", "observing", "its steps", *beside), rows)
 
 

@@ -24,6 +24,7 @@ from transformers import (
 from versions import CACHE
 
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor
+from hf_copilot.generation import logits_processor
 from hf_copilot.pilot import tap
 
 NEW_TOKENS = 8
@@ -669,3 +670,17 @@ def test_processors_in_threads_compile_nothing_anew(pilot, monkeypatch):
         thread.start()
         thread.join()
     assert resets == [1]
+
+
+@pytest.mark.parametrize(("device", "says"), [("cuda:0", True), ("cpu", False), ("meta", False)])
+def test_a_copilot_that_was_not_moved_to_its_pilot_is_told_of(device, says, monkeypatch):
+    """On another accelerator than the Pilot it may be, on the CPU it would be waited for at every token."""
+    told = []
+    monkeypatch.setattr(logits_processor.logger, "warning_once", lambda text, *args: told.append(text % args))
+    pilot = tiny_pilot()
+    copilot = trained_like(pilot)
+    monkeypatch.setattr(type(pilot), "device", torch.device(device))
+    CopilotLogitsProcessor(copilot, pilot, strength=0.0).detach()
+    assert not told
+    CopilotLogitsProcessor(copilot, pilot).detach()
+    assert [f"its Pilot on {device}" in text for text in told] == [True] * says

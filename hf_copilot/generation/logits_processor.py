@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..model.configuration_copilot import check_strength
 from ..model.discrepancy import fuse
 from ..model.modeling_copilot import CopilotModel
 from ..pilot.compatibility import check_pilot
+from ..pilot.inspect import unwrap
 from .cuda_graphs import recorder
 from .rectifier import Rectifier, pad_to_vocabulary
+
+logger = logging.get_logger(__name__)
 
 
 class CopilotLogitsProcessor(LogitsProcessor):
@@ -55,6 +59,8 @@ class CopilotLogitsProcessor(LogitsProcessor):
         self.fusion = copilot.config.fusion
         record = recorder(copilot.device) if cuda_graphs else None
         self.rectifier = Rectifier(copilot, pilot, record) if self.strength else None
+        if self.strength:
+            warn_if_left_behind(copilot.device, unwrap(pilot).device)
         self._finalizer = weakref.finalize(self, self.rectifier.close if self.rectifier else lambda: None)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -77,3 +83,13 @@ class CopilotLogitsProcessor(LogitsProcessor):
                 self.rectifier.follower.settle()
         finally:
             self.detach()
+
+
+def warn_if_left_behind(copilot: torch.device, pilot: torch.device) -> None:
+    """Where the Pilot is on an accelerator and the Copilot was not moved there."""
+    if copilot.type == "cpu" and pilot.type not in ("cpu", "meta"):
+        logger.warning_once(
+            "The Copilot is on the CPU and its Pilot on %s, so every token waits for the CPU. Move it before it is "
+            "given to a processor: copilot.to(pilot.device).",
+            pilot,
+        )
