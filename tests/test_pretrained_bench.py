@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import tiny_pilot
 from benchmarks.accuracy.moves import ARMS
 from benchmarks.accuracy.shares import OWN
 from benchmarks.common import RESULTS
-from benchmarks.pretrained import arms, moving, picture, report, steps, training
+from benchmarks.pretrained import arms, moving, picture, report, search, steps, training
 from benchmarks.pretrained.arms import FEATURES, FEATURES_OWN, LANGUAGE_MODEL, STATE_0, TOKEN, Arm, lora, plan
 from benchmarks.pretrained.measuring import ALONE, Model
 from benchmarks.pretrained.running import Bench, Limits
@@ -46,7 +47,7 @@ COPILOTS = {"alone": None, "token": TOKEN, "features": FEATURES, "language model
 
 @pytest.mark.parametrize("copilot", COPILOTS.values(), ids=COPILOTS)
 def test_an_arm_runs(bench, copilot):
-    (result,) = bench.run(Arm("mawps", lora(1e-3, 1.5), copilot, samples=copilot is None))
+    (result,) = bench.run([Arm("mawps", lora(1e-3, 1.5), copilot, samples=copilot is None)])
     assert result["steps"] == 3 and set(result["seconds"]) == {"pilot", "observe", "copilot"}
     assert len(result["rows"][0]["nll"]) == 6 and len(result["greedy"][0]["right"]) == 6
     grid, nll = result["grid"], result["valid"]["nll"]
@@ -63,19 +64,30 @@ def test_a_copilot_learns_on_from_the_log(bench, monkeypatch):
     monkeypatch.setattr(steps, "pilot_loss", lambda *inputs: visits.append(1) or usual(*inputs))
     spec = replace(TOKEN, kind="token, on the log", log_epochs=4.0)
     arms_of_log = (Arm("mawps", training.PilotSpec("frozen", 0.0, 1.0), copilot) for copilot in (TOKEN, spec))
-    once, more = (result for arm in arms_of_log for result in bench.run(arm))
+    once, more = (result for arm in arms_of_log for result in bench.run([arm]))
     assert len(visits) == once["steps"] + more["steps"] == 4 and (once["replays"], more["replays"]) == (0, 8)
     assert once["valid"]["nll"][0] == more["valid"]["nll"][0] and min(more["valid"]["nll"]) < min(once["valid"]["nll"])
 
 
 def test_two_pilots_are_an_ensemble(bench):
-    (result,) = bench.run(Arm("mawps", lora(1e-3, 1.5), second=True))
+    (result,) = bench.run([Arm("mawps", lora(1e-3, 1.5), second=True)])
     assert len(result["grid"]) > 1 and {row["weights"] for row in result["rows"]} >= {ALONE}
+
+
+def test_copilots_beside_one_pilot_do_not_know_of_each_other(bench):
+    """The same figures as each has by itself."""
+    alone, token, features = (Arm("mawps", lora(1e-3, 1.5), copilot) for copilot in (None, TOKEN, FEATURES))
+    assert features.goes_with(token) and not replace(token, seed=1).goes_with(token)
+    together = list(bench.run([alone, token, features]))
+    for arm, found in zip((alone, token, features), together, strict=True):
+        (expected,) = bench.run([arm])
+        for key in ("name", "valid", "test", "rows", "greedy", "other"):
+            assert found[key] == expected[key], (arm.name, key)
 
 
 def test_a_copilot_is_folded_after_its_arm(bench):
     """Each arm has figures; λ is chosen for the fresh Copilot, and what is folded is another Pilot."""
-    result, complete = bench.run(Arm("mawps", lora(1e-3, 1.5), replace(TOKEN, rate=3e-3), folds=True))
+    result, complete = bench.run([Arm("mawps", lora(1e-3, 1.5), replace(TOKEN, rate=3e-3), folds=True)])
     after = complete["after"]
     assert complete == result | {"after": after}
     assert list(after) == ["folded", "labels", "again"] and after["labels"]["steps"] > after["folded"]["steps"] == 3
@@ -111,8 +123,9 @@ def test_a_recorded_step_trains_both_models_alike(bench, pilot, copilot):
     examples = bench.to_train("mawps")
     found = []
     for record in (None, TapedGraph):
-        trained = train(bench.base, bench.tokenizer, examples, pilot, copilot, 5, 0, record)
-        model = Model(trained.pilot, bench.tokenizer, trained.learner)
+        copilots = [] if copilot is None else [LANGUAGE_MODEL, copilot]
+        trained = train(bench.base, bench.tokenizer, examples, pilot, copilots, 5, 0, record)
+        model = Model(trained.pilot, bench.tokenizer, trained.learners[-1] if copilots else None)
         found.append([torch.cat([z, *([] if f is None else [f])]) for _, z, f, _ in model.logits(examples[:3])])
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
     before = [z for _, z, _, _ in Model(bench.base, bench.tokenizer).logits(examples[:3])]
@@ -205,6 +218,21 @@ def test_the_plan_goes_on_from_what_is_known():
     assert rates_beside(plan(results, ["mawps"])) == {arms.FIRST_LOOK, max(arms.RATES)}
 
 
+def test_arms_beside_one_pilot_are_handed_out_together(tmp_path):
+    """Those that come soon, as long as there is time; one that has failed is tried by itself."""
+    options = {"work": tmp_path, "steps": None}
+    searching = search.Search(options, ["mawps"], time.monotonic() + 1000)
+    first = searching.next_arms()
+    assert [arm.name for arm in first][0] == next(plan([], ["mawps"])).name
+    assert len({(arm.pilot, arm.seed) for arm in first}) == 1 < len(first) <= search.TOGETHER
+    searching.tries[first[1].name] = 1
+    assert first[1] not in searching.next_arms()
+    searching.started |= {arm.name for arm in first}
+    assert not {arm.name for arm in searching.next_arms()} & searching.started
+    searching.deadline = time.monotonic() + search.work_of(first[:1]) / 2
+    assert all(arm.pilot.steps(1671) < first[0].pilot.steps(1671) for arm in searching.next_arms())
+
+
 def test_the_table_is_that_of_the_stored_results(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", str(STORED)])
     report.main()
@@ -215,7 +243,7 @@ def test_results_are_stored_without_loss_for_the_tables(bench, tmp_path, monkeyp
     folder = tmp_path / "work"
     (folder / "arms").mkdir(parents=True)
     for i, copilot in enumerate((None, TOKEN)):
-        (result,) = bench.run(Arm("mawps", lora(1e-3, 1.5), copilot, samples=True))
+        (result,) = bench.run([Arm("mawps", lora(1e-3, 1.5), copilot, samples=True)])
         (folder / "arms" / f"{i}.json").write_text(json.dumps(result))
     (folder / "timing_mawps.json").write_text(json.dumps(bench.time("mawps", steps=2, skip=1)))
     monkeypatch.setattr(

@@ -47,6 +47,11 @@ class Arm:
     def settings(self) -> dict[str, Any]:
         return asdict(self)
 
+    def goes_with(self, other: Arm) -> bool:
+        """Whether both can stand beside one and the same Pilot in its training."""
+        ours, theirs = ((arm.task, arm.pilot, arm.seed) for arm in (self, other))
+        return ours == theirs and not (self.second or other.second) and not (self.folds or other.folds)
+
 
 STATES = {"memory": "pilot"}
 AT_LAG_0 = STATES | {"hidden_state_lag": 0}

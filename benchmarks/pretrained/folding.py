@@ -43,7 +43,7 @@ class Folding:
         more = self.steps + math.ceil(FORWARD * len(self.examples) / BATCH)
         _, of_labels = self.best({rate: self.go_on(rate, more) for rate in RATES})
         frozen = PilotSpec("frozen", 0.0, self.arm.pilot.epochs)
-        again = self.bench.train(self.examples, frozen, self.arm.copilot, self.steps, self.arm.seed, folded)
+        again = self.bench.train(self.examples, frozen, [self.arm.copilot], self.steps, self.arm.seed, folded)
         return {
             "folded": found | {"steps": self.steps},
             "labels": of_labels | {"steps": more},
@@ -77,7 +77,7 @@ class Folding:
     def go_on(self, rate: float, steps: int) -> PreTrainedModel:
         """Trained further on the labels, likewise."""
         pilot = PilotSpec("lora", rate, self.arm.pilot.epochs)
-        return self.bench.train(self.examples, pilot, None, steps, self.arm.seed, self.model.pilot).pilot
+        return self.bench.train(self.examples, pilot, [], steps, self.arm.seed, self.model.pilot).pilot
 
     def best(self, found: dict[float, PreTrainedModel]) -> tuple[PreTrainedModel, dict[str, Any]]:
         """Of the rates, by NLL on validation rows."""

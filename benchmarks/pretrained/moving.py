@@ -71,7 +71,7 @@ class Moves:
         home, other = (self.train(full, TUNING, half) for half in self.halves)
         yield "home", self.compare(home.pilot, home, home, full)
         yield "other rows", self.compare(other.pilot, other, home, full)
-        shallow = self.train(shallower(full), HEALING, self.bench.to_train("gsm8k"), copilot=None).pilot
+        shallow = self.train(shallower(full), HEALING, self.bench.to_train("gsm8k"), []).pilot
         small_home, small_other = (self.train(shallow, TUNING, half) for half in self.halves)
         yield "20 layers, home", self.compare(small_home.pilot, small_home, small_home, shallow)
         yield small, self.compare(other.pilot, other, small_home, shallow)
@@ -80,9 +80,9 @@ class Moves:
         fully = self.train(full, FULL, self.halves[1])
         yield "other rows, full fine-tuning", self.compare(fully.pilot, fully, home, full)
 
-    def train(self, base: PreTrainedModel, pilot: PilotSpec, rows: list, copilot=TOKEN) -> Trained:
+    def train(self, base: PreTrainedModel, pilot: PilotSpec, rows: list, copilots=(TOKEN,)) -> Trained:
         steps = pilot.steps(len(rows))
-        return self.bench.train(rows, pilot, copilot, min(steps, self.bench.limits.steps or steps), self.seed, base)
+        return self.bench.train(rows, pilot, copilots, min(steps, self.bench.limits.steps or steps), self.seed, base)
 
     def compare(
         self, pilot: PreTrainedModel, own: Trained | None, home: Trained, untuned: PreTrainedModel

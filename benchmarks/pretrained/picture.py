@@ -95,7 +95,7 @@ def study(pilot: str, data: Path, steps: int, rows: int) -> dict[str, Any]:
     splits, test = MAWPS.splits(data), test_rows(data, rows)
     examples = [encode(tokenizer, row) for row in splits.train]
     start = time.perf_counter()
-    trained = train(base, tokenizer, examples, PilotSpec(rate=FIRST_LOOK), STATE, steps, seed=0)
+    trained = train(base, tokenizer, examples, PilotSpec(rate=FIRST_LOOK), [STATE], steps, seed=0)
     seconds = time.perf_counter() - start
     model = Model(trained.pilot, tokenizer, trained.learner)
     valid = model.likelihoods([encode(tokenizer, row) for row in splits.valid[:rows]], batch_size=8)

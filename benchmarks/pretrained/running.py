@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Bench:
         self,
         examples: list[Example],
         pilot: PilotSpec,
-        copilot: CopilotSpec | None,
+        copilots: Sequence[CopilotSpec],
         steps: int,
         seed: int,
         base: PreTrainedModel | None = None,
@@ -73,36 +73,41 @@ class Bench:
         """[`train`] from `base` or the bench's own, with a recorded step of the Pilot on a GPU."""
         base = self.base if base is None else base
         record = recorder(base.device) if base.device.type == "cuda" else None
-        return train(base, self.tokenizer, examples, pilot, copilot, steps, seed, record)
+        return train(base, self.tokenizer, examples, pilot, copilots, steps, seed, record)
 
-    def run(self, arm: Arm) -> Iterator[Result]:
-        """The figures of an arm, and once more with those of folding, which takes long."""
+    def run(self, arms: Sequence[Arm]) -> Iterator[Result]:
+        """The figures of arms beside one Pilot, arm by arm, and once more with those of folding, which takes long."""
         try:
-            yield from self._run(arm)
+            yield from self._run(arms)
         finally:
             free_memory()
 
-    def _run(self, arm: Arm) -> Iterator[Result]:
-        begin, splits = time.perf_counter(), self.splits[arm.task]
-        examples, steps = self.to_train(arm.task), self.steps(arm)
-        trained = self.train(examples, arm.pilot, arm.copilot, steps, arm.seed)
-        model = Model(trained.pilot, self.tokenizer, trained.learner)
-        if arm.second:
-            model.second = self.train(examples, arm.pilot, None, steps, arm.seed + 100).pilot
-        result: Result = {"arm": arm.settings(), "name": arm.name, "steps": steps, "seconds": trained.seconds}
-        if trained.learner is not None:
-            result["copilot_parameters"] = sum(p.numel() for p in trained.learner.copilot.parameters())
-            result["skipped_steps"] = trained.learner.skipped_steps
-            result["replays"] = arm.copilot.replays(len(examples))
+    def _run(self, arms: Sequence[Arm]) -> Iterator[Result]:
+        begin, one = time.perf_counter(), arms[0]
+        examples, steps = self.to_train(one.task), self.steps(one)
+        copilots = [arm.copilot for arm in arms if arm.copilot is not None]
+        trained = self.train(examples, one.pilot, copilots, steps, one.seed)
+        second = self.train(examples, one.pilot, [], steps, one.seed + 100).pilot if one.second else None
+        learners = iter(trained.learners)
+        models = [
+            Model(trained.pilot, self.tokenizer, next(learners) if arm.copilot else None, second) for arm in arms
+        ]
         free_memory()
         after_training = time.perf_counter()
-        result |= self.measure(arm, model, splits)
-        end = time.perf_counter()
-        result |= {"training_seconds": after_training - begin, "measuring_seconds": end - after_training}
-        yield result
-        strength = result["chosen"]["nll"][1]
-        if arm.folds and strength > 0:
-            yield result | {"after": Folding(self, arm, model, strength).run()}
+        for arm, model in zip(arms, models, strict=True):
+            start = time.perf_counter()
+            result: Result = {"arm": arm.settings(), "name": arm.name, "steps": steps, "seconds": trained.seconds}
+            if model.learner is not None:
+                result["copilot_parameters"] = sum(p.numel() for p in model.learner.copilot.parameters())
+                result["skipped_steps"] = model.learner.skipped_steps
+                result["replays"] = arm.copilot.replays(len(examples))
+            result |= self.measure(arm, model, self.splits[arm.task])
+            result |= {"together": len(arms), "training_seconds": after_training - begin}
+            result["measuring_seconds"] = time.perf_counter() - start
+            yield result
+            strength = result["chosen"]["nll"][1]
+            if arm.folds and strength > 0:
+                yield result | {"after": Folding(self, arm, model, strength).run()}
 
     def measure(self, arm: Arm, model: Model, splits: Splits) -> Result:
         if arm.pilot.method == "few-shot":
@@ -169,7 +174,8 @@ class Bench:
         examples = self.to_train(task)
 
         def seconds(pilot: PilotSpec, copilot: CopilotSpec | None = None) -> dict[str, float]:
-            arguments = (self.base, self.tokenizer, examples, pilot, copilot, steps, 0)
+            copilots = [] if copilot is None else [copilot]
+            arguments = (self.base, self.tokenizer, examples, pilot, copilots, steps, 0)
             found = train(*arguments, exact_clock=True, skip_in_clock=skip).seconds
             return {part: value / (steps - skip) for part, value in found.items()}
 

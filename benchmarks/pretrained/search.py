@@ -2,8 +2,9 @@
 
     python -m benchmarks.pretrained.search --pilot FOLDER --data DIR --work DIR --device cuda --processes 8 --minutes 9
 
-Writes one JSON file for every arm as soon as it is done, and at the end timing.json, measured with nothing else
-running. Arms whose files are there already are not run again. `report.py` makes the tables.
+First steps are timed with nothing else running. Then arms are run; those of several Copilots beside the same Pilot
+share its training. Each has its JSON file as soon as it is done, and arms whose files are there are not run again.
+`report.py` makes the tables.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import re
 import statistics
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +38,12 @@ class Size(NamedTuple):
     likelihoods: float
 
 
-TIMING_SECONDS = {"mawps": 18.0, "gsm8k": 9.0}  # what the solo timing takes about
 SIZES = {"mawps": Size(1671, 1.0, 0.0), "gsm8k": Size(1000, 1.6, 5.0)}
 GRACE = 20.0  # seconds after the time is up until a process is ended
 RETRIES = 1
-AT_ONCE = {"gsm8k": 4}  # arms of a task with long rows, for the device's memory
+AT_ONCE = {"gsm8k": 4}  # processes with a task of long rows, for the device's memory
+TOGETHER = 3  # arms beside one Pilot in one process
+SOON = 12  # arms after the first that are looked at for that
 
 
 def result_file(work: Path, name: str) -> Path:
@@ -67,9 +71,9 @@ def worker(connection: Connection, options: dict[str, Any]) -> None:
     connection.send(("ready", ""))
     while (job := connection.recv()) is not None:
         try:
-            if isinstance(job, Arm):
+            if isinstance(job, list):
                 for result in bench.run(job):
-                    write(result_file(Path(options["work"]), job.name), result)
+                    write(result_file(Path(options["work"]), result["name"]), result)
             else:
                 write(Path(options["work"]) / f"timing_{job}.json", bench.time(job, **options["timing"]))
             connection.send(("done", ""))
@@ -83,7 +87,7 @@ class Worker:
 
     process: multiprocessing.Process
     connection: Connection
-    job: Arm | str | None = None
+    job: list[Arm] | str | None = None
     is_ready: bool = False
     begin: float = 0.0
 
@@ -109,12 +113,6 @@ class Search:
             self.results.append(json.loads(file.read_text()))
             self.started.add(self.results[-1]["name"])
 
-    @property
-    def arms_end(self) -> float:
-        """When the arms must be done, so that there is time for the timing."""
-        share = 0.5 if self.options["steps"] else 1.0
-        return self.deadline - share * sum(TIMING_SECONDS[task] for task in self.tasks)
-
     def start_worker(self) -> Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -124,48 +122,62 @@ class Search:
         return Worker(process, ours)
 
     def run(self, processes: int) -> None:
-        self.workers = [self.start_worker() for _ in range(processes)]
+        self.workers = [self.start_worker()]
+        self.time_alone(self.workers[0])
+        self.workers += [self.start_worker() for _ in range(processes - 1)]
         while True:
             self.hand_out()
             busy = [w for w in self.workers if w.job is not None or not w.is_ready]
-            if not busy or time.monotonic() > self.arms_end + GRACE:
+            if not busy or time.monotonic() > self.deadline + GRACE:
                 break
             by_connection = {w.connection: w for w in busy}
             for connection in wait(by_connection, timeout=1.0):
                 self.hear(by_connection[connection])
-        self.time_alone()
+        for w in self.workers:
+            w.process.terminate()
 
     def hand_out(self) -> None:
-        """Give every idle process the first arm that can end in time."""
+        """Give every idle process the first arms that can end in time."""
         idle = [w for w in self.workers if w.is_ready and w.job is None]
         for w in idle:
-            arm = self.next_arm()
-            if arm is None:
+            arms = self.next_arms()
+            if not arms:
                 return
-            self.started.add(arm.name)
-            self.give(w, arm)
+            self.started |= {arm.name for arm in arms}
+            self.give(w, arms)
 
-    def give(self, w: Worker, job: Arm | str) -> None:
+    def give(self, w: Worker, job: list[Arm] | str) -> None:
         w.job, w.begin = job, time.monotonic()
         w.connection.send(job)
 
-    def next_arm(self) -> Arm | None:
-        left = self.arms_end - time.monotonic()
-        running = [w.job.task for w in self.workers if isinstance(w.job, Arm)]
+    def next_arms(self) -> list[Arm]:
+        """The first that there is time for, and of those that come soon some beside the same Pilot."""
+        left = self.deadline - time.monotonic()
+        running = [w.job[0].task for w in self.workers if isinstance(w.job, list)]
         full = {task for task, most in AT_ONCE.items() if running.count(task) >= most}
-        for arm in plan([*self.results, *self.failed.values()], self.tasks):
-            is_new = arm.name not in self.started and arm.name not in self.failed
-            if is_new and self.only in arm.name and arm.task not in full and self.estimate(arm) <= left:
-                return arm
-        return None
+        arms = self.open_arms(full)
+        found = list(islice((arm for arm in arms if self.estimate([arm]) <= left), 1))
+        for arm in islice(arms, SOON if found else 0):
+            fits = len(found) < TOGETHER and arm.goes_with(found[0]) and arm.name not in self.tries
+            if fits and self.estimate([*found, arm]) <= left:
+                found.append(arm)
+        return found
 
-    def estimate(self, arm: Arm) -> float:
+    def open_arms(self, full: set[str]) -> Iterator[Arm]:
+        """Those that are to be run, in their order, but for tasks that run often enough."""
+        known = {*self.started, *self.failed}
+        for arm in plan([*self.results, *self.failed.values()], self.tasks):
+            if arm.name not in known and self.only in arm.name and arm.task not in full:
+                known.add(arm.name)
+                yield arm
+
+    def estimate(self, arms: list[Arm]) -> float:
         """Seconds, by what the finished ones took."""
         if self.options["steps"]:
             return 0.0
         usual = sorted(self.ratios[-30:])
         ratio = usual[int(0.8 * (len(usual) - 1))] if usual else 1.5
-        return ratio * work_of(arm)
+        return ratio * work_of(arms)
 
     def hear(self, w: Worker) -> None:
         """Take a process's report; replace a process that died."""
@@ -178,22 +190,24 @@ class Search:
             w.is_ready = True
             return
         seconds = time.monotonic() - w.begin
-        if isinstance(job, Arm):
-            self.close_arm(job, kind, text, seconds)
+        if isinstance(job, list):
+            self.ratios.append(seconds / work_of(job))
+            for arm in job:
+                self.close_arm(arm, kind, text, seconds)
         if kind == "died":
             w.process.join(1)
             print(f"a process ended with {w.process.exitcode}", flush=True)
-            if time.monotonic() < self.arms_end - 30 and sum(self.tries.values()) < 30:
+            if time.monotonic() < self.deadline - 30 and sum(self.tries.values()) < 30:
                 self.workers[self.workers.index(w)] = self.start_worker()
             else:
                 self.workers.remove(w)
 
     def close_arm(self, arm: Arm, kind: str, text: str, seconds: float) -> None:
         left = self.deadline - time.monotonic()
-        if kind == "done":
-            result = json.loads(result_file(self.work, arm.name).read_text())
+        file = result_file(self.work, arm.name)
+        if kind == "done" or file.is_file():
+            result = json.loads(file.read_text())
             self.results.append(result)
-            self.ratios.append(seconds / work_of(arm))
             print(f"{left:5.0f} s left | {seconds:5.1f} s | {summary(result)}", flush=True)
             return
         print(f"{left:5.0f} s left | {kind} after {seconds:.1f} s: {arm.name}\n{text[-1500:]}", flush=True)
@@ -205,48 +219,32 @@ class Search:
         else:
             self.failed[arm.name] = {"name": arm.name, "arm": arm.settings(), "valid": {"nll": [math.inf]}}
 
-    def time_alone(self) -> None:
-        """The solo timing, with every other process idle or gone."""
-        for w in self.workers:
-            if w.job is not None or not w.is_ready:
-                w.process.terminate()
-        free = [w for w in self.workers if w.job is None and w.is_ready]
-        for w in free[1:]:
-            w.connection.send(None)
-        for w in free[1:]:
-            w.process.join(5)
-        for task in self.tasks if free else ():
-            self.give(free[0], task)
-            left = self.deadline + GRACE - time.monotonic()
-            if not free[0].connection.poll(max(left, 1.0)):
-                free[0].process.terminate()
-                print(f"no time for the timing of {task}", flush=True)
-                return
-            print(f"timing {task}: {free[0].connection.recv()[0]}", flush=True)
-        if free:
-            free[0].connection.send(None)
+    def time_alone(self, w: Worker) -> None:
+        """Steps of each task, if none are timed yet; no other process has been started."""
+        self.hear(w)
+        for task in self.tasks:
+            if not (self.work / f"timing_{task}.json").is_file():
+                self.give(w, task)
+                print(f"timing {task}: {w.connection.recv()[0]}", flush=True)
+                w.job = None
 
 
-def work_of(arm: Arm) -> float:
-    """About the seconds of an arm that has the machine to itself."""
-    size = SIZES[arm.task]
-    step = 0.03
-    if arm.copilot is not None:
-        step += 0.01 + 0.03 * arm.copilot.steps
-    twice = 2 if arm.second else 1
-    training = twice * arm.pilot.steps(size.rows) * size.slower * step
-    if arm.copilot is not None:
-        training += 0.03 * arm.copilot.steps * arm.copilot.replays(size.rows) * size.slower
-    is_alone = arm.copilot is None and not arm.second
-    measuring = size.likelihoods + (3.0 if is_alone else 6.0)
-    if arm.folds:  # two rates of folding, eager, two of labels, and a fresh Copilot
-        training += arm.pilot.steps(size.rows) * size.slower * (0.4 + 0.06 + 0.16)
-        measuring *= 4
-    if arm.answers:
-        measuring += 3.0 if is_alone else 8.0
-    if arm.samples:
-        measuring += 3.0 if is_alone else 6.0
-    return training + twice * measuring
+def work_of(arms: list[Arm]) -> float:
+    """About the seconds of arms beside one Pilot, which have the machine to themselves."""
+    one, size = arms[0], SIZES[arms[0].task]
+    steps = one.pilot.steps(size.rows) * size.slower
+    copilots = [arm.copilot for arm in arms if arm.copilot is not None]
+    rounds = sum(0.01 + 0.02 * copilot.steps for copilot in copilots)
+    seconds = (0.05 if one.second else 0.025) * steps + rounds * steps
+    seconds += sum(0.02 * copilot.steps * copilot.replays(size.rows) for copilot in copilots)
+    for arm in arms:
+        mixes = arm.copilot is not None or arm.second
+        measuring = size.likelihoods + (6.0 if mixes else 3.0)
+        measuring += (8.0 if mixes else 3.0) * arm.answers + (6.0 if mixes else 3.0) * arm.samples
+        if arm.folds:  # two rates of folding, operator by operator, two of labels, and a fresh Copilot
+            measuring = 4 * measuring + 0.6 * steps
+        seconds += measuring
+    return seconds
 
 
 def summary(result: Result) -> str:

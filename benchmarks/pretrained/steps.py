@@ -6,9 +6,10 @@ Shapes: B rows, T positions, N targets, d_P the Pilot's hidden size, V vocabular
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -64,14 +65,14 @@ def most_targets(examples: list[Example], rows: int) -> int:
 
 
 class GraphedPilot:
-    """Gradients of [`pilot_loss`] for batches of one size, from a recording. What a Copilot's tap reads in a forward
-    is recorded as well, and shown to it after each replay.
+    """Gradients of [`pilot_loss`] for batches of one size, from a recording. What the taps of Copilots read in a
+    forward is recorded as well, and shown to them after each replay.
 
     Args:
         pilot: In training mode, without dropout.
         pad: The token that rows are padded with.
         optimizer: Of the parameters that are trained, whose gradients are zeroed at the start of each replay.
-        learner: Of the Copilot beside it, if there is one.
+        learners: Of the Copilots beside it.
         shape: B, and T and N at most.
         record: Records a call, as `hf_copilot.generation.cuda_graphs.recorder` has it.
     """
@@ -81,11 +82,11 @@ class GraphedPilot:
         pilot: PreTrainedModel,
         pad: int,
         optimizer: torch.optim.Optimizer,
-        learner: CopilotLearner | None,
+        learners: Sequence[CopilotLearner],
         shape: tuple[int, int, int],
         record: Record,
     ):
-        self.pilot, self.pad, self.optimizer, self.learner = pilot, pad, optimizer, learner
+        self.pilot, self.pad, self.optimizer, self.learners = pilot, pad, optimizer, learners
         rows, length, targets = shape
         like = {"device": pilot.device, "dtype": torch.int64}
         self.ids = torch.zeros(rows, length, **like)  # [B, T]
@@ -96,7 +97,7 @@ class GraphedPilot:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
-        self.states: PilotStates | None = None  # of the recorded forward: a replay writes into its tensors
+        self.states: dict[int, PilotStates] = {}  # of the recorded forward: a replay writes into their tensors
         with self._catching():
             self.launch = record(self._run)
 
@@ -113,15 +114,14 @@ class GraphedPilot:
 
     @contextmanager
     def _catching(self) -> Iterator[None]:
-        """Keep what the learner's tap reads, instead of giving it to the learner."""
-        if self.learner is None:
-            yield
-            return
-        tap = self.learner.forced.tap
-        usual = tap.sink, tap.listen
-        tap.sink, tap.listen = (lambda states: setattr(self, "states", states)), (lambda: True)
+        """Keep what the learners' taps read, instead of giving it to the learners."""
+        taps = [learner.forced.tap for learner in self.learners]
+        usual = [(tap.sink, tap.listen) for tap in taps]
+        for i, tap in enumerate(taps):
+            tap.sink, tap.listen = partial(self.states.__setitem__, i), lambda: True
         yield
-        tap.sink, tap.listen = usual
+        for tap, (sink, listen) in zip(taps, usual, strict=True):
+            tap.sink, tap.listen = sink, listen
 
     def __call__(self, examples: list[Example]) -> None:
         """The gradients of B examples, and their records."""
@@ -139,15 +139,16 @@ class GraphedPilot:
         self.labels.copy_(torch.tensor(labels + [IGNORE] * unused))
         self.launch.start()
         self.launch.join()
-        if self.learner is not None:
-            self._show(inputs)
+        for learner, states in zip(self.learners, self.states.values(), strict=True):
+            with learner.observe(inputs):
+                learner.forced.tap.sink(copy_of(states, inputs))
 
-    def _show(self, inputs: Inputs) -> None:
-        read = {field.name: getattr(self.states, field.name) for field in fields(PilotStates)}
-        copies = {name: value.clone() for name, value in read.items() if isinstance(value, torch.Tensor)}
-        copies |= {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        with self.learner.observe(inputs):
-            self.learner.forced.tap.sink(replace(self.states, **copies))
+
+def copy_of(states: PilotStates, inputs: Inputs) -> PilotStates:
+    """What a replay has written, of this batch."""
+    read = {field.name: getattr(states, field.name) for field in fields(PilotStates)}
+    copies = {name: value.clone() for name, value in read.items() if isinstance(value, torch.Tensor)}
+    return replace(states, **(copies | {name: inputs[name] for name in ("input_ids", "attention_mask")}))
 
 
 class Clock:
@@ -177,16 +178,19 @@ class SteppedPilot:
         pilot: PreTrainedModel,
         pad: int,
         optimizer: torch.optim.Optimizer | None,
-        learner: CopilotLearner | None,
+        learners: Sequence[CopilotLearner],
         clock: Clock,
     ):
-        self.pilot, self.pad, self.optimizer, self.learner, self.clock = pilot, pad, optimizer, learner, clock
+        self.pilot, self.pad, self.optimizer, self.learners, self.clock = pilot, pad, optimizer, learners, clock
 
     def __call__(self, examples: list[Example]) -> None:
         inputs = collate(examples, self.pad, self.pilot.device)
-        observed = nullcontext() if self.learner is None else self.learner.observe(inputs)
         trains = self.optimizer is not None
-        with observed, torch.set_grad_enabled(trains), autocast(self.pilot.device):
+        with ExitStack() as observed:
+            for learner in self.learners:
+                observed.enter_context(learner.observe(inputs))
+            observed.enter_context(torch.set_grad_enabled(trains))
+            observed.enter_context(autocast(self.pilot.device))
             loss = pilot_loss(self.pilot, inputs)
             self.clock.end("pilot")
         self.clock.end("observe")

@@ -6,7 +6,7 @@ All is float32 (TF32 matrix products on a GPU), without autocast: the model is s
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,14 +90,19 @@ class Trained:
 
     Attributes:
         pilot: In eval mode, adapters merged.
-        learner: With the Copilot, or None.
-        seconds: Of the Pilot's steps, of observing, and of the Copilot's steps.
+        learners: With the Copilots.
+        seconds: Of the Pilot's steps, of observing, and of the Copilots' steps.
     """
 
     pilot: PreTrainedModel
-    learner: Learner | None
+    learners: list[Learner]
     steps: int
     seconds: dict[str, float]
+
+    @property
+    def learner(self) -> Learner | None:
+        """The first."""
+        return self.learners[0] if self.learners else None
 
 
 def lora_config(method: str) -> LoraConfig:
@@ -115,6 +120,7 @@ def adapted(base: PreTrainedModel, spec: PilotSpec) -> tuple[PreTrainedModel, Pe
 
 
 def make_learner(pilot: PreTrainedModel, spec: CopilotSpec, steps: int, seed: int) -> Learner:
+    torch.manual_seed(seed)  # whatever was made before it
     config = (CopilotConfig.paper if spec.make == "paper" else CopilotConfig)(**spec.config)
     is_features = spec.make == "features"
     if is_features:
@@ -152,14 +158,14 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     examples: list[Example],
     pilot_spec: PilotSpec,
-    copilot_spec: CopilotSpec | None,
+    copilots: Sequence[CopilotSpec],
     steps: int,
     seed: int,
     record: Record | None = None,
     exact_clock: bool = False,
     skip_in_clock: int = 0,
 ) -> Trained:
-    """Fine-tune a copy of the base. The Pilot's own training does not depend on the Copilot.
+    """Fine-tune a copy of the base. The Pilot's own training does not depend on the Copilots, nor these on each other.
 
     Args:
         record: Records the Pilot's forward and backward, see [`GraphedPilot`]; None runs them operator by operator.
@@ -168,17 +174,16 @@ def train(
     """
     torch.manual_seed(seed)
     pilot, wrapped = adapted(base, pilot_spec)
-    trains = pilot_spec.trains
-    replays = copilot_spec.replays(len(examples)) if copilot_spec else 0
-    learner = make_learner(pilot, copilot_spec, steps + replays, seed) if copilot_spec else None
+    trains, replays = pilot_spec.trains, [spec.replays(len(examples)) for spec in copilots]
+    learners = [make_learner(pilot, spec, steps + more, seed) for spec, more in zip(copilots, replays, strict=True)]
     pilot.train(trains)
     optimizer, scheduler = _optimizer(pilot, pilot_spec.rate, steps) if trains else (None, None)
     clock, pad = Clock(pilot.device, exact_clock), tokenizer.pad_token_id
     if record is not None and trains:
         shape = BATCH, longest(examples), most_targets(examples, BATCH)
-        compute = GraphedPilot(pilot, pad, optimizer, learner, shape, record)
+        compute = GraphedPilot(pilot, pad, optimizer, learners, shape, record)
     else:
-        compute = SteppedPilot(pilot, pad, optimizer, learner, clock)
+        compute = SteppedPilot(pilot, pad, optimizer, learners, clock)
     for i, batch in enumerate(batches(examples, steps, seed)):
         if i == skip_in_clock:
             clock.reset()
@@ -188,22 +193,23 @@ def train(
             optimizer.step()
             scheduler.step()
         clock.end("pilot")
-        if learner is not None:
+        for learner in learners:
             learner.step()
         clock.end("copilot")
-    for _ in range(replays):
-        learner.replay(BATCH)
+    for learner, more in zip(learners, replays, strict=True):
+        for _ in range(more):
+            learner.replay(BATCH)
     clock.end("copilot")
     del compute
     pilot.zero_grad()
     if wrapped is not None:
         pilot = wrapped.merge_and_unload()
-    if learner is not None:
+    for learner in learners:
         learner.close()
         learner.optimizer = None  # its memory
         learner.log.clear()
         learner.copilot.eval()
-    return Trained(pilot.eval().requires_grad_(False), learner, steps, clock.seconds)
+    return Trained(pilot.eval().requires_grad_(False), learners, steps, clock.seconds)
 
 
 def _optimizer(pilot: nn.Module, rate: float, steps: int):
