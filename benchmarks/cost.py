@@ -2,7 +2,8 @@
 
     python -m benchmarks.cost                                  # CPU shape, writes benchmarks/results/cost_cpu.json
     python -m benchmarks.cost --device cuda --shape llama-3.2-1b
-    python -m benchmarks.cost --device cuda --shape llama-3.2-1b --quick    # within four minutes, fewer arms
+    python -m benchmarks.cost --device cuda --shape llama-3.2-1b --quick eager  # within two minutes: compiles nothing
+    python -m benchmarks.cost --device cuda --shape llama-3.2-1b --quick        # what is compiled as well
 
 Random weights in the exact shapes: timing needs no pretrained ones. Each repetition times the one Pilot alone and with
 every Copilot, in turn from the first and from the last, so that a slow minute of the machine hits all; ratios are
@@ -83,7 +84,7 @@ PAPERS = Copilot(1, "pilot", "decoder")  # the paper takes one step
 DEFAULTS = tuple(Copilot(STEPS, memory) for memory in MEMORIES)
 COMPILED = tuple(copilot._replace(compiled=True) for copilot in (PAPERS, *DEFAULTS))
 BESIDE = tuple(copilot._replace(own_stream=True) for copilot in COMPILED[:2])
-QUICK = (PAPERS, COMPILED[0], BESIDE[0], DEFAULTS[0], COMPILED[1])
+QUICK = {"eager": (PAPERS, DEFAULTS[0]), "compiled": (PAPERS, COMPILED[0], BESIDE[0], DEFAULTS[0], COMPILED[1])}
 COPILOTS = (PAPERS, *DEFAULTS, *COMPILED, *BESIDE, Copilot(STEPS, "tokens", "decoder"))
 COPILOTS_OF_CPU = (Copilot(1, "pilot"), *DEFAULTS)
 
@@ -139,13 +140,16 @@ class TrainingArms:
         trained = [parameter for parameter in self.pilot.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
         self.learners = {copilot: self._learner(copilot) for copilot in copilots}
+        print(f"{device_name(device)}, {shape}: {len(copilots)} Copilots are made", flush=True)
         self.counts: dict[Copilot, dict[str, int | None]] = {}
         self.first: dict[Copilot, float] = {}  # seconds of the first step, which compiles
 
     def _learner(self, copilot: Copilot) -> CopilotLearner:
         adapter = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear") if copilot.size == "decoder" else None
+        with torch.device(self.device):  # random weights are made there
+            model = copilot_for(self.pilot, copilot_config(copilot.memory, copilot.size))
         learner = CopilotLearner(
-            copilot_for(self.pilot, copilot_config(copilot.memory, copilot.size)),
+            model,
             self.pilot,
             num_training_steps=1000,
             steps_per_round=copilot.steps,
@@ -183,7 +187,9 @@ class TrainingArms:
                 self._update(batches, observe)
                 with self.watch.time((copilot, "step")):
                     learner.step()
-        self.first.setdefault(copilot, self.watch.seconds[copilot, "all"][-1])
+        if copilot not in self.first:
+            self.first[copilot] = self.watch.seconds[copilot, "all"][-1]
+            print(f"first step of {copilot}: {self.first[copilot]:.1f} s", flush=True)
         learner.close()
 
     def _beside_next(self, learner: CopilotLearner, batches: list[Batch]) -> None:
@@ -311,11 +317,11 @@ def spread(ratios: list[float]) -> dict[str, float]:
     return {"ratio": statistics.median(ratios), "ratio_least": ratios[0], "ratio_largest": ratios[-1]}
 
 
-def arms_of(shape: str, quick: bool) -> tuple[Sequence[Copilot], Sequence[Copilot]]:
+def arms_of(shape: str, quick: str | None) -> tuple[Sequence[Copilot], Sequence[Copilot]]:
     """Those that are timed in training, and in generation, where a stream of their own is none."""
     if shape == "cpu":
         return COPILOTS_OF_CPU[:2] if quick else COPILOTS_OF_CPU, DEFAULTS
-    trained = QUICK if quick else COPILOTS
+    trained = QUICK[quick] if quick else COPILOTS
     return trained, [copilot for copilot in trained if not copilot.own_stream]
 
 
@@ -324,7 +330,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--reps", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="Three repetitions of the first arms.")
+    quick = {"nargs": "?", "choices": list(QUICK), "const": "compiled"}
+    parser.add_argument("--quick", **quick, help="Three repetitions of the first arms, or of those that are eager.")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/cost_<shape>.json")
     arguments = parser.parse_args()

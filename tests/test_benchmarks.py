@@ -28,7 +28,9 @@ def tiny_shape(monkeypatch):
 
 def test_cost_of_training():
     copilots = [cost.Copilot(2, "tokens"), cost.Copilot(1, "pilot")]
-    assert {*cost.QUICK} <= {*cost.COPILOTS} and sum(copilot.compiled for copilot in cost.QUICK) == 3
+    (eager, generating), (compiled, _) = (cost.arms_of("llama-3.2-1b", quick) for quick in cost.QUICK)
+    assert {*eager} < {*compiled} < {*cost.COPILOTS} and generating == [*eager]
+    assert sum(copilot.compiled for copilot in compiled) == 3 and not any(copilot.compiled for copilot in eager)
     work = cost.Work(labelled=26, rows=2, accumulate=2)
     rows = cost.measure_training("cpu", "cpu", work, 2, copilots)
     assert [row["memory"] for row in rows] == ["tokens", "pilot"] and rows[0]["pilot_s"] == rows[1]["pilot_s"]

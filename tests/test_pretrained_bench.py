@@ -18,7 +18,7 @@ from benchmarks.pretrained import arms, moving, picture, report, search, steps, 
 from benchmarks.pretrained.arms import FEATURES, FEATURES_OWN, LANGUAGE_MODEL, STATE_0, TOKEN, Arm, lora, plan
 from benchmarks.pretrained.measuring import ALONE, Model
 from benchmarks.pretrained.running import Bench, Limits
-from benchmarks.pretrained.tasks import MAWPS, Example, encode
+from benchmarks.pretrained.tasks import MAWPS, MIXTURE, SETS, Example, encode
 from benchmarks.pretrained.training import make_learner, train
 from benchmarks.taped import TapedGraph
 from hf_copilot.cli.scratch import train_tokenizer
@@ -231,6 +231,28 @@ def test_arms_beside_one_pilot_are_handed_out_together(tmp_path):
     assert not {arm.name for arm in searching.next_arms()} & searching.started
     searching.deadline = time.monotonic() + search.work_of(first[:1]) / 2
     assert all(arm.pilot.steps(1671) < first[0].pilot.steps(1671) for arm in searching.next_arms())
+
+
+def test_a_mixture_of_sets_in_equal_parts(tmp_path):
+    for name in SETS:
+        (tmp_path / name).mkdir()
+        labels = [word for word in SETS[name].words if word != "answer5"]
+        for split in ("train", "test"):
+            rows = [
+                {"instruction": f"{name} {split} {i}", "output": f"the correct answer is {label}", "answer": label}
+                for i in range(600)
+                for label in [labels[i % len(labels)]]
+            ]
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert MIXTURE.is_in(tmp_path) and not MAWPS.is_in(tmp_path)
+    splits = MIXTURE.splits(tmp_path)
+    assert [len(rows) for rows in splits] == [2000, 300, 1200]
+    for rows in splits:
+        assert len({row["prompt"] for row in rows}) == len(rows) == 4 * sum(row["set"] == "piqa" for row in rows)
+    assert not {row["prompt"] for row in splits.train} & {row["prompt"] for row in splits.valid}
+    row = next(row for row in splits.test if row["set"] == "boolq")
+    other = {"true": "false", "false": "true"}[row["final"]]
+    assert MIXTURE.right(row["completion"], row) and not MIXTURE.right(f"the correct answer is {other}", row)
 
 
 def test_the_table_is_that_of_the_stored_results(monkeypatch, capsys):

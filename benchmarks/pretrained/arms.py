@@ -145,9 +145,10 @@ def plan(results: list[Result], tasks: list[str]) -> Iterator[Arm]:
         yield from beside_first_look()
         for part in first:
             yield from part(results)
-    if "gsm8k" in tasks:
-        yield from alone("gsm8k", RATES[:3])
-        yield from gsm8k_copilots(results)
+    for task in ("gsm8k", "commonsense"):
+        if task in tasks:
+            yield from alone(task, RATES[:3])
+            yield from other_task(results, task)
     if "mawps" in tasks:
         for part in then:
             yield from part(results)
@@ -156,7 +157,7 @@ def plan(results: list[Result], tasks: list[str]) -> Iterator[Arm]:
 def alone(task: str, rates: tuple[float, ...] = RATES) -> Iterator[Arm]:
     for epochs in (SHORT, LONG):
         for rate in rates:
-            yield Arm(task, lora(rate, epochs), samples=task == "mawps", answers=task == "mawps")
+            yield Arm(task, lora(rate, epochs), samples=task == "mawps", answers=task != "gsm8k")
     if task == "mawps":
         yield Arm(task, PilotSpec("frozen", 0.0, 0.0))
         yield Arm(task, PilotSpec("few-shot", 0.0, 0.0))
@@ -209,21 +210,24 @@ def better_pilots(results: list[Result]) -> Iterator[Arm]:
             yield Arm("mawps", PilotSpec(method, own, LONG), samples=True)
 
 
-def gsm8k_copilots(results: list[Result]) -> Iterator[Arm]:
+def other_task(results: list[Result], task: str) -> Iterator[Arm]:
+    """Of GSM8K the likelihood alone: the Pilot is too small for right answers."""
+    answers = task != "gsm8k"
     for epochs in (LONG, SHORT):
-        for rate in best_rates(results, "gsm8k", epochs, 3):
+        for rate in best_rates(results, task, epochs, 3):
             pilot = lora(rate, epochs)
             for copilot in (TOKEN, STATE, LANGUAGE_MODEL):
-                folds = copilot == TOKEN and epochs == LONG
-                yield Arm("gsm8k", pilot, copilot, folds=folds, answers=False)
-            yield Arm("gsm8k", pilot, second=True, answers=False)
-    for rate in best_rates(results, "gsm8k", LONG, 3):
-        yield Arm("gsm8k", lora(rate, 6.0), answers=False)
-        for copilot in (replace(TOKEN, rate=1e-4), FEATURES, replace(FEATURES, rate=3e-4)):
-            yield Arm("gsm8k", lora(rate, LONG), copilot, answers=False)
+                folds = task == "gsm8k" and epochs == LONG and copilot == TOKEN
+                yield Arm(task, pilot, copilot, folds=folds, answers=answers)
+            yield Arm(task, pilot, second=True, answers=answers)
+    for rate in best_rates(results, task, LONG, 3):
+        yield Arm(task, lora(rate, 6.0), answers=answers)
         for seed in SEEDS:
             for copilot in (None, TOKEN, LANGUAGE_MODEL):
-                yield Arm("gsm8k", lora(rate, LONG), copilot, seed, answers=False)
+                yield Arm(task, lora(rate, LONG), copilot, seed, answers=answers)
+        yield Arm(task, PilotSpec("full", FULL_RATES[0], LONG), answers=answers)
+        for copilot in (replace(TOKEN, rate=1e-4), FEATURES, replace(FEATURES, rate=3e-4)):
+            yield Arm(task, lora(rate, LONG), copilot, answers=answers)
 
 
 def seeds(results: list[Result]) -> Iterator[Arm]:

@@ -46,7 +46,7 @@ class Bench:
     def __post_init__(self):
         self.splits: dict[str, Splits] = {}
         for name, task in TASKS.items():
-            if (self.data / name).is_dir():
+            if task.is_in(self.data):
                 train_rows, valid, test = task.splits(self.data)
                 self.splits[name] = Splits(train_rows, self.limits.cut(valid), self.limits.cut(test))
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.common import Row, read
 from benchmarks.equations import solves
+from benchmarks.paper.sets import COMMONSENSE, find_file, instruction_of, read_rows
 
 ASKS = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"  # the Pilot's own chat form
 
@@ -50,6 +51,9 @@ class Task:
     longest: int
     samples: int
     batch_size: int
+
+    def is_in(self, data: Path) -> bool:
+        return (data / self.name).is_dir()
 
     def splits(self, data: Path) -> Splits:
         raise NotImplementedError
@@ -90,11 +94,42 @@ class Gsm8k(Task):
         return found is not None and float(found[1].replace(",", "")) == float(row["final"])
 
 
+class Commonsense(Task):
+    """A mixture of four sets in equal parts, in the words of LLM-Adapters; right is the right label."""
+
+    def is_in(self, data: Path) -> bool:
+        return all((data / name).is_dir() for name in SETS)
+
+    def splits(self, data: Path) -> Splits:
+        parts: list[list[Row]] = [[], [], []]
+        for name in SETS:
+            train, test = (self.shuffled(data, name, split) for split in ("train", "test"))
+            parts[0] += train[:500]
+            parts[1] += train[500:575]
+            parts[2] += test[:300]
+        return Splits(*parts)
+
+    def shuffled(self, data: Path, name: str, split: str) -> list[Row]:
+        forms = map(instruction_of, read_rows(find_file(data / name, [split])))
+        rows = [
+            self.row({"question": question, "final": answer}, output) | {"set": name}
+            for question, output, answer in forms
+            if len(question) <= LONGEST
+        ]
+        random.Random(f"{name} {split}").shuffle(rows)
+        return rows
+
+    def right(self, answer: str, row: Row) -> bool:
+        return SETS[row["set"]].right(answer, row["final"])
+
+
+SETS = {one.name: one for one in COMMONSENSE if one.name in ("boolq", "piqa", "winogrande", "openbookqa")}
 SPLITS = ("train", "valid", "test")
 LONGEST = 900  # characters
 MAWPS = Mawps("mawps", "Write one equation in x that solves the problem.", 64, 128, 4, 320)
 GSM8K = Gsm8k("gsm8k", "Solve the problem step by step. End with #### and the number.", 220, 256, 0, 256)
-TASKS = {task.name: task for task in (MAWPS, GSM8K)}
+MIXTURE = Commonsense("commonsense", "Answer in the given format.", 16, 256, 0, 400)
+TASKS = {task.name: task for task in (MAWPS, GSM8K, MIXTURE)}
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
