@@ -138,13 +138,15 @@ def best_rates(results: list[Result], task: str, epochs: float, of: int, count: 
 
 def plan(results: list[Result], tasks: list[str]) -> Iterator[Arm]:
     """All arms that can be named now, most informative first; those that are done are named as well."""
-    first = (beside_best_rate, beside_longer_pilots, equal_time, frozen, better_pilots)
-    then = (seeds, more_kinds, other_changes, other_rates)
+    first = (beside_best_rate, beside_longer_pilots)
+    then = (equal_time, frozen, better_pilots, seeds, more_kinds, other_changes, other_rates)
     if "mawps" in tasks:
         yield from alone("mawps")
         yield from beside_first_look()
         for part in first:
             yield from part(results)
+    if "gsm8k-all" in tasks:
+        yield from many_rows(results)
     for task in ("gsm8k", "commonsense"):
         if task in tasks:
             yield from alone(task, RATES[:3])
@@ -180,6 +182,17 @@ def beside_longer_pilots(results: list[Result]) -> Iterator[Arm]:
         for copilot in (TOKEN, STATE, LANGUAGE_MODEL, replace(TOKEN, steps=1), FEATURES):
             yield Arm("mawps", lora(rate, LONG), copilot, samples=copilot in (TOKEN, STATE))
         yield Arm("mawps", lora(rate, LONG), second=True, samples=True)
+
+
+def many_rows(results: list[Result]) -> Iterator[Arm]:
+    """All of GSM8K once: a Pilot that never sees a row again, so that no row's mistakes are known by heart."""
+    for rate in RATES[1:]:
+        yield Arm("gsm8k-all", lora(rate, 1.0), answers=False)
+    for rate in best_rates(results, "gsm8k-all", 1.0, len(RATES[1:])):
+        for copilot in (TOKEN, STATE, LANGUAGE_MODEL):
+            yield Arm("gsm8k-all", lora(rate, 1.0), copilot, answers=False)
+        yield Arm("gsm8k-all", lora(rate, 1.0), second=True, answers=False)
+        yield Arm("gsm8k-all", lora(rate, 2.0), answers=False)
 
 
 def equal_time(results: list[Result]) -> Iterator[Arm]:

@@ -143,7 +143,7 @@ class Bench:
         """NLL on rows of other tasks, alone and at the chosen weights: what fine-tuning and Copilot do there."""
         found = {}
         for name, splits in self.splits.items():
-            if name != arm.task:
+            if name.partition("-")[0] != arm.task.partition("-")[0]:
                 likelihoods = model.likelihoods(self.encoded(splits.test[:OTHER_ROWS]))
                 nll = likelihoods.means()[0]
                 found[name] = {"alone": nll[0], "chosen": nll[likelihoods.grid.index(chosen)]}

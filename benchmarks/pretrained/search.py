@@ -38,10 +38,11 @@ class Size(NamedTuple):
     likelihoods: float
 
 
-SIZES = {"mawps": Size(1641, 1.0, 0.0), "gsm8k": Size(964, 1.6, 5.0), "commonsense": Size(2000, 1.6, 2.0)}
+SIZES = {"mawps": Size(1633, 1.0, 0.0), "gsm8k": Size(963, 1.6, 5.0)}
+SIZES |= {"gsm8k-all": Size(6373, 1.6, 5.0), "commonsense": Size(2000, 1.6, 2.0)}
 GRACE = 20.0  # seconds after the time is up until a process is ended
 RETRIES = 1
-AT_ONCE = {"gsm8k": 4, "commonsense": 6}  # processes with a task of long rows, for the device's memory
+AT_ONCE = {"gsm8k": 4, "gsm8k-all": 4, "commonsense": 6}  # processes with a task of long rows, for the device's memory
 TOGETHER = 3  # arms beside one Pilot in one process
 SOON = 12  # arms after the first that are looked at for that
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,18 +76,28 @@ class Mawps(Task):
         return answer.strip() == row["completion"] or solves(answer, float(row["final"]))
 
 
+@dataclass(frozen=True)
 class Gsm8k(Task):
-    """A rationale and the number behind "####"; 1,000 rows to train on and 300 to choose on, of the training set's
-    that are not long."""
+    """A rationale and the number behind "####". Of the training set's rows that are not long, 300 to choose on.
+
+    Attributes:
+        rows: To train on, at most.
+    """
+
+    rows: int
+
+    def is_in(self, data: Path) -> bool:
+        return (data / "gsm8k").is_dir()
 
     def splits(self, data: Path) -> Splits:
         train, test = (
-            [self.row(row, f"{row['answer']}\n#### {row['final']}") for row in read(data / self.name, split)]
+            [self.row(row, f"{row['answer']}\n#### {row['final']}") for row in read(data / "gsm8k", split)]
             for split in ("train", "test")
         )
         train = [row for row in train if len(row["prompt"] + row["completion"]) <= LONGEST]
         random.Random("gsm8k").shuffle(train)
-        return Splits(train[:1000], train[1000:1300], test)
+        rest = train[:1000] + train[1300:]
+        return Splits(rest[: self.rows], train[1000:1300], test)
 
     def right(self, answer: str, row: Row) -> bool:
         found = re.search(r"####\s*(-?[\d,]*\.?\d+)", answer)
@@ -127,9 +137,10 @@ SETS = {one.name: one for one in COMMONSENSE if one.name in ("boolq", "piqa", "w
 SPLITS = ("train", "valid", "test")
 LONGEST = 900  # characters
 MAWPS = Mawps("mawps", "Write one equation in x that solves the problem.", 64, 128, 4, 320)
-GSM8K = Gsm8k("gsm8k", "Solve the problem step by step. End with #### and the number.", 220, 256, 0, 256)
+GSM8K = Gsm8k("gsm8k", "Solve the problem step by step. End with #### and the number.", 220, 256, 0, 256, 1000)
+ALL_OF_GSM8K = replace(GSM8K, name="gsm8k-all", rows=10_000)
 MIXTURE = Commonsense("commonsense", "Answer in the given format.", 16, 256, 0, 400)
-TASKS = {task.name: task for task in (MAWPS, GSM8K, MIXTURE)}
+TASKS = {task.name: task for task in (MAWPS, GSM8K, ALL_OF_GSM8K, MIXTURE)}
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
