@@ -207,6 +207,7 @@ def train(
     for learner in learners:
         learner.close()
         learner.optimizer = None  # its memory
+        learner.forced.autocast_dtype = None  # both are measured as they are
         learner.log.clear()
         learner.copilot.eval()
     return Trained(pilot.eval().requires_grad_(False), learners, steps, clock.seconds)
