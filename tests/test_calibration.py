@@ -77,6 +77,21 @@ def test_the_most_right_tokens_are_another_choice():
     assert by["token_accuracy"] == by["nll"] | {"strength": 2.0, "metric": "token_accuracy"}
 
 
+@pytest.mark.parametrize(
+    ("nll", "metric", "said"),
+    [
+        ((9.0, 9.1), "nll", "No λ beats the Pilot alone on these 10 tokens"),
+        ((9.0, 8.95), "nll", "The best λ, 0.5, takes the NLL of these 10 tokens from 0.9000 to 0.8950"),
+        ((9.0, 8.5), "nll", ""),
+        ((9.0, 9.5), "token_accuracy", ""),  # what is chosen is more hits, and there are
+    ],
+)
+def test_a_gain_that_may_be_chance_is_said(nll, metric, said, caplog):
+    with caplog.at_level(logging.WARNING):
+        choose_strength(torch.tensor([[nll[0], 4], [nll[1], 5], [0, 10]]), (0.0, 0.5), "rows", metric)
+    assert bool(caplog.text) == bool(said) and said in caplog.text
+
+
 @pytest.mark.parametrize("strength, best", [(None, "nll"), ("auto", "nll"), ("auto_accuracy", "token_accuracy")])
 def test_the_argument_names_the_metric(tmp_path, strength, best):
     trainer = make_trainer(tmp_path, addition(8, seed=1), copilot_strength=strength)

@@ -16,7 +16,7 @@ from torch import nn
 from ..model.configuration_copilot import check_strength
 from ..model.modeling_copilot import CopilotModel
 from ..pilot.inspect import eval_mode
-from .distributed import num_processes, sum_over_processes
+from .distributed import num_processes, process_index, sum_over_processes
 from .mistake_log import MistakeRecord
 from .teacher_forced import TeacherForced, label_figures, score
 
@@ -28,6 +28,7 @@ METRICS_OF_STRENGTH = ("nll", "token_accuracy")
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
 # λ where nobody can choose it: docs/results.md ("Which λ?") has what it keeps of the best one, and what it costs
 UNCHOSEN_STRENGTH = 0.5
+LITTLE = 0.01  # of the Pilot's NLL
 
 
 class NothingMeasured(ValueError):
@@ -152,7 +153,31 @@ def choose_strength(sums: torch.Tensor, strengths: Sequence[float], data: str, m
         raise NothingMeasured("No labelled token was measured: calibrate on a data set with labels.")
     nll, accuracy = (sums[:-1] / targets).T.tolist()
     found = {"metric": metric, "strengths": list(strengths), "nll": nll, "token_accuracy": accuracy}
-    return {"strength": best_strength(found, metric), **found, "targets": targets, "data": data}
+    chosen = {"strength": best_strength(found, metric), **found, "targets": targets, "data": data}
+    say_if_little(chosen)
+    return chosen
+
+
+def say_if_little(calibration: dict[str, Any]) -> None:
+    """Where the Copilot is off, or gains so little that it may be chance; in one of the processes."""
+    if process_index():
+        return
+    strength, on = calibration["strength"], f"{calibration['targets']:,} tokens"
+    if strength == 0:
+        logger.warning(
+            "No λ beats the Pilot alone on these %s: λ is 0, and the Copilot is off. What to try is in "
+            "docs/it_does_not_help.md.",
+            on,
+        )
+        return
+    at_chosen = results_at_chosen(calibration)
+    pilot, rectified = (at_chosen[f"{name}_nll"] for name in ("pilot", "rectified"))
+    if calibration["metric"] == "nll" and pilot - rectified < LITTLE * pilot:
+        logger.warning(
+            "The best λ, %g, takes the NLL of these %s from %.4f to %.4f, so little that it may be chance: hf-copilot eval "
+            "shows an interval. What to try is in docs/it_does_not_help.md.",
+            *(strength, on, pilot, rectified),
+        )
 
 
 def best_strength(calibration: dict[str, Any], metric: str) -> float:
