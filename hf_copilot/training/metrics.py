@@ -174,8 +174,8 @@ def say_if_little(calibration: dict[str, Any]) -> None:
     pilot, rectified = (at_chosen[f"{name}_nll"] for name in ("pilot", "rectified"))
     if calibration["metric"] == "nll" and pilot - rectified < LITTLE * pilot:
         logger.warning(
-            "The best λ, %g, takes the NLL of these %s from %.4f to %.4f, so little that it may be chance: hf-copilot eval "
-            "shows an interval. What to try is in docs/it_does_not_help.md.",
+            "The best λ, %g, takes the NLL of these %s from %.4f to %.4f, so little that it may be chance: "
+            "hf-copilot eval shows an interval. What to try is in docs/it_does_not_help.md.",
             *(strength, on, pilot, rectified),
         )
 
