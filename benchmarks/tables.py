@@ -304,6 +304,7 @@ def pretrained_ways() -> str:
     """What else there is to do, and what a Copilot adds: the second search."""
     found, best = Search("search_h200"), "lora-0.002-x1.5"
     ways = {
+        "not trained": ("frozen-0-x0", "alone"),
         "8 training rows in the prompt": ("few-shot-0-x0", "alone"),
         "Pilot frozen, + token Copilot": ("frozen-0-x1.5", "token-0.0005-s4"),
         "LoRA at 3e-4": ("lora-0.0003-x1.5", "alone"),
