@@ -276,7 +276,8 @@ def measure_generation(
     pilot = make_pilot(shape, device).eval()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     kinds = {(copilot.memory, copilot.size) for copilot in copilots}
-    made = {kind: copilot_for(pilot, copilot_config(*kind)).to(device, dtype).eval() for kind in kinds}
+    with torch.device(device):  # random weights are made there
+        made = {kind: copilot_for(pilot, copilot_config(*kind)).to(device, dtype).eval() for kind in kinds}
     models = {copilot: made[copilot.memory, copilot.size] for copilot in copilots}
     watch = Stopwatch(device)
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}

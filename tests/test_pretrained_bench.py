@@ -60,8 +60,8 @@ def test_an_arm_runs(bench, copilot):
 def test_a_copilot_learns_on_from_the_log(bench, monkeypatch):
     """After the pass over the rows no forward of the Pilot is run; a chosen λ is no worse than the Pilot."""
     visits = []
-    usual = steps.pilot_loss
-    monkeypatch.setattr(steps, "pilot_loss", lambda *inputs: visits.append(1) or usual(*inputs))
+    usual = steps.decoded
+    monkeypatch.setattr(steps, "decoded", lambda *inputs: visits.append(1) or usual(*inputs))
     spec = replace(TOKEN, kind="token, on the log", log_epochs=4.0)
     arms_of_log = (Arm("mawps", training.PilotSpec("frozen", 0.0, 1.0), copilot) for copilot in (TOKEN, spec))
     once, more = (result for arm in arms_of_log for result in bench.run([arm]))
@@ -87,9 +87,8 @@ def test_copilots_beside_one_pilot_do_not_know_of_each_other(bench):
 
 def test_a_copilot_is_folded_after_its_arm(bench):
     """Each arm has figures; λ is chosen for the fresh Copilot, and what is folded is another Pilot."""
-    result, complete = bench.run([Arm("mawps", lora(1e-3, 1.5), replace(TOKEN, rate=3e-3), folds=True)])
-    after = complete["after"]
-    assert complete == result | {"after": after}
+    (result,) = bench.run([Arm("mawps", lora(1e-3, 1.5), replace(TOKEN, rate=3e-3), folds=True)])
+    after = result["after"]
     assert list(after) == ["folded", "labels", "again"] and after["labels"]["steps"] > after["folded"]["steps"] == 3
     assert all(0 < found["nll"] < 10 and 0 <= found["right"] <= 1 for found in after.values())
     assert after["folded"]["nll"] != result["test"]["nll"][0] and "rate" not in after["again"]
@@ -227,6 +226,8 @@ def test_arms_beside_one_pilot_are_handed_out_together(tmp_path):
     assert len({(arm.pilot, arm.seed) for arm in first}) == 1 < len(first) <= search.TOGETHER
     searching.tries[first[1].name] = 1
     assert first[1] not in searching.next_arms()
+    searching.tries[first[0].name] = 1
+    assert searching.next_arms() == first[:1]
     searching.started |= {arm.name for arm in first}
     assert not {arm.name for arm in searching.next_arms()} & searching.started
     searching.deadline = time.monotonic() + search.work_of(first[:1]) / 2
@@ -246,6 +247,7 @@ def test_a_mixture_of_sets_in_equal_parts(tmp_path):
             (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert MIXTURE.is_in(tmp_path) and not MAWPS.is_in(tmp_path)
     splits = MIXTURE.splits(tmp_path)
+    assert {row["set"] for row in splits.test[:20]} == {*SETS}
     assert [len(rows) for rows in splits] == [2000, 300, 1200]
     for rows in splits:
         assert len({row["prompt"] for row in rows}) == len(rows) == 4 * sum(row["set"] == "piqa" for row in rows)

@@ -41,7 +41,7 @@ class Arm:
         pilot = f"{self.pilot.method}-{self.pilot.rate:g}-x{self.pilot.epochs:g}"
         beside = "alone"
         if self.copilot is not None:
-            beside = f"{self.copilot.kind}-{self.copilot.rate:g}-s{self.copilot.steps}"
+            beside = f"{self.copilot.kind}-{self.copilot.rate:g}-s{self.copilot.steps}" + " folded" * self.folds
         return f"{self.task} {pilot} {'pair' if self.second else beside} seed{self.seed}"
 
     def settings(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def best_rates(results: list[Result], task: str, epochs: float, of: int, count: 
 def plan(results: list[Result], tasks: list[str]) -> Iterator[Arm]:
     """All arms that can be named now, most informative first; those that are done are named as well."""
     first = (beside_best_rate, beside_longer_pilots)
-    then = (equal_time, frozen, better_pilots, seeds, more_kinds, other_changes, other_rates)
+    then = (equal_time, frozen, better_pilots, seeds, folded, more_kinds, other_changes, other_rates)
     if "mawps" in tasks:
         yield from alone("mawps")
         yield from beside_first_look()
@@ -167,7 +167,7 @@ def alone(task: str, rates: tuple[float, ...] = RATES) -> Iterator[Arm]:
 
 def beside_first_look() -> Iterator[Arm]:
     for copilot in (TOKEN, STATE):
-        yield Arm("mawps", lora(FIRST_LOOK, SHORT), copilot, folds=copilot == TOKEN)
+        yield Arm("mawps", lora(FIRST_LOOK, SHORT), copilot)
 
 
 def beside_best_rate(results: list[Result]) -> Iterator[Arm]:
@@ -230,8 +230,7 @@ def other_task(results: list[Result], task: str) -> Iterator[Arm]:
         for rate in best_rates(results, task, epochs, 3):
             pilot = lora(rate, epochs)
             for copilot in (TOKEN, STATE, LANGUAGE_MODEL):
-                folds = task == "gsm8k" and epochs == LONG and copilot == TOKEN
-                yield Arm(task, pilot, copilot, folds=folds, answers=answers)
+                yield Arm(task, pilot, copilot, answers=answers)
             yield Arm(task, pilot, second=True, answers=answers)
     for rate in best_rates(results, task, LONG, 3):
         yield Arm(task, lora(rate, 6.0), answers=answers)
@@ -246,7 +245,6 @@ def other_task(results: list[Result], task: str) -> Iterator[Arm]:
 def seeds(results: list[Result]) -> Iterator[Arm]:
     """More seeds of what decides: Pilots of both lengths alone and longer, beside them Copilots and ensembles."""
     for seed in SEEDS:
-        yield Arm("mawps", lora(FIRST_LOOK, SHORT), TOKEN, seed, folds=True)
         for epochs in (LONG, SHORT):
             for rate in best_rates(results, "mawps", epochs, len(RATES)):
                 for copilot in (None, TOKEN, STATE, LANGUAGE_MODEL):
@@ -254,6 +252,14 @@ def seeds(results: list[Result]) -> Iterator[Arm]:
                 yield Arm("mawps", lora(rate, epochs), None, seed, second=True, samples=True)
         for rate in best_rates(results, "mawps", LONG, len(RATES)):
             yield Arm("mawps", lora(rate, 6.0), None, seed, samples=True)
+
+
+def folded(results: list[Result]) -> Iterator[Arm]:
+    """Beside the poor Pilot, where there is a gain to fold, and beside the best one of GSM8K."""
+    for seed in (0, *SEEDS):
+        yield Arm("mawps", lora(FIRST_LOOK, SHORT), TOKEN, seed, folds=True)
+    for rate in best_rates(results, "gsm8k", LONG, 3):
+        yield Arm("gsm8k", lora(rate, LONG), TOKEN, folds=True, answers=False)
 
 
 def more_kinds(results: list[Result]) -> Iterator[Arm]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.pretrained.steps import collate
+from benchmarks.pretrained.steps import collate, decoded
 from benchmarks.pretrained.tasks import Example, Row, Task
 from benchmarks.pretrained.variants import Learner, SecondModel
 from hf_copilot.model.discrepancy import fuse, row_chunks
@@ -182,9 +182,3 @@ def logits_of(
     for chunk in row_chunks(len(rows), models[0].config.vocab_size):
         logits = [m.get_output_embeddings()(h[chunk]).float() for m, h in zip(models, hidden, strict=True)]
         yield rows[chunk], logits, labels[chunk]
-
-
-def decoded(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The decoder's output `[B, T, d_P]`."""
-    known = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    return model.get_decoder()(**known, use_cache=False).last_hidden_state

@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,9 +89,10 @@ class Moves:
         self, pilot: PreTrainedModel, own: Trained | None, home: Trained, untuned: PreTrainedModel
     ) -> dict[str, Figures]:
         tokenizer = self.bench.tokenizer
-        at_home = self.beside(home.pilot, home).likelihoods(self.valid).best("nll")
-        moved = self.beside(pilot, home)
-        found, chosen = moved.likelihoods(self.test), moved.likelihoods(self.valid).best("nll")
+        with self.beside(home.pilot, home) as model:
+            at_home = model.likelihoods(self.valid).best("nll")
+        with self.beside(pilot, home) as moved:
+            found, chosen = moved.likelihoods(self.test), moved.likelihoods(self.valid).best("nll")
         figures = {
             ALONE: figures_at(found, (1.0, 0.0)),
             MOVED_AS_IT_WAS: figures_at(found, at_home),
@@ -98,14 +100,17 @@ class Moves:
             SMALL: at_best(Changed(pilot, tokenizer, tuned=home.pilot, untuned=untuned), self.valid, self.test),
         }
         if own is not None:
-            figures[OWN] = at_best(self.beside(pilot, own), self.valid, self.test)
+            with self.beside(pilot, own) as model:
+                figures[OWN] = at_best(model, self.valid, self.test)
         figures[ALONE].pop("strength")
         return figures
 
-    def beside(self, pilot: PreTrainedModel, trained: Trained) -> Model:
-        """A trained Copilot beside some Pilot."""
+    @contextmanager
+    def beside(self, pilot: PreTrainedModel, trained: Trained) -> Iterator[Model]:
+        """A trained Copilot beside some Pilot, inside the block."""
         learner = type(trained.learner)(copy.deepcopy(trained.learner.copilot), pilot)
-        return Model(pilot, self.bench.tokenizer, learner)
+        yield Model(pilot, self.bench.tokenizer, learner)
+        learner.close()
 
 
 def at_best(model: Model, valid: list, test: list) -> Figures:

@@ -71,9 +71,10 @@ class Results:
 
     def seconds(self, result: Result) -> float:
         """Training time of an arm by the solo timing, or without one as it was among the others."""
-        arm, timing = result["arm"], self.timings.get(result["arm"]["task"])
+        arm = result["arm"]
+        timing = self.timings.get(arm["task"]) or self.timings.get(arm["task"].partition("-")[0])
         if timing is None:
-            return sum(result["seconds"].values()) * (2 if arm["second"] else 1)
+            return seconds_among_others(result)
         per_step = _pilot_seconds(timing, arm["pilot"]["method"]) * (2 if arm["second"] else 1)
         if arm["copilot"] is None:
             return per_step * result["steps"]
@@ -91,6 +92,13 @@ class Results:
         same_seed = [r for r in in_time if r["arm"]["seed"] == arm["seed"]]
         found = same_seed or in_time
         return found[0] if found else None
+
+
+def seconds_among_others(result: Result) -> float:
+    """As long as training took, with a share of what the Copilots beside the same Pilot took together."""
+    parts, arm = dict(result["seconds"]), result["arm"]
+    pilot = parts.pop("pilot", 0.0) * (2 if arm["second"] else 1)
+    return pilot if arm["copilot"] is None else pilot + sum(parts.values()) / result.get("copilots", 1)
 
 
 def compact(result: Result) -> Result:

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.pretrained.arms import TIMED_COPILOTS, TIMED_PILOTS, Arm, Result, lora
 from benchmarks.pretrained.folding import Folding
 from benchmarks.pretrained.measuring import ALONE, Likelihoods, Model, Weights
+from benchmarks.pretrained.steps import longest
 from benchmarks.pretrained.tasks import TASKS, Example, Row, Splits, encode
 from benchmarks.pretrained.training import CopilotSpec, PilotSpec, Trained, train
-from hf_copilot.generation.cuda_graphs import recorder
+from hf_copilot.generation.cuda_graphs import Record, recorder
 
 OTHER_ROWS = 100  # of another task, to see harm
 SHOTS = 8  # training rows before each question
@@ -45,6 +46,7 @@ class Bench:
 
     def __post_init__(self):
         self.splits: dict[str, Splits] = {}
+        self.kept: dict[str, list[Example]] = {}  # to train on
         for name, task in TASKS.items():
             if task.is_in(self.data):
                 train_rows, valid, test = task.splits(self.data)
@@ -54,8 +56,10 @@ class Bench:
         return [encode(self.tokenizer, row) for row in rows]
 
     def to_train(self, task: str) -> list[Example]:
-        found = self.encoded(self.splits[task].train)
-        return [row for row in found if len(row.prompt) + len(row.completion) <= TASKS[task].longest]
+        if task not in self.kept:
+            found = self.encoded(self.splits[task].train)
+            self.kept[task] = [row for row in found if longest([row]) <= TASKS[task].longest]
+        return self.kept[task]
 
     def steps(self, arm: Arm) -> int:
         steps = arm.pilot.steps(len(self.to_train(arm.task)))
@@ -76,7 +80,7 @@ class Bench:
         return train(base, self.tokenizer, examples, pilot, copilots, steps, seed, record)
 
     def run(self, arms: Sequence[Arm]) -> Iterator[Result]:
-        """The figures of arms beside one Pilot, arm by arm, and once more with those of folding, which takes long."""
+        """The figures of arms beside one Pilot, arm by arm."""
         try:
             yield from self._run(arms)
         finally:
@@ -99,15 +103,14 @@ class Bench:
             result: Result = {"arm": arm.settings(), "name": arm.name, "steps": steps, "seconds": trained.seconds}
             if model.learner is not None:
                 result["copilot_parameters"] = sum(p.numel() for p in model.learner.copilot.parameters())
-                result["skipped_steps"] = model.learner.skipped_steps
+                result["skipped_steps"] = trained.skipped[copilots.index(arm.copilot)]
                 result["replays"] = arm.copilot.replays(len(examples))
             result |= self.measure(arm, model, self.splits[arm.task])
-            result |= {"together": len(arms), "training_seconds": after_training - begin}
-            result["measuring_seconds"] = time.perf_counter() - start
-            yield result
             strength = result["chosen"]["nll"][1]
             if arm.folds and strength > 0:
-                yield result | {"after": Folding(self, arm, model, strength).run()}
+                result["after"] = Folding(self, arm, model, strength).run()
+            result |= {"copilots": len(copilots), "training_seconds": after_training - begin}
+            yield result | {"measuring_seconds": time.perf_counter() - start}
 
     def measure(self, arm: Arm, model: Model, splits: Splits) -> Result:
         if arm.pilot.method == "few-shot":
@@ -143,7 +146,7 @@ class Bench:
         """NLL on rows of other tasks, alone and at the chosen weights: what fine-tuning and Copilot do there."""
         found = {}
         for name, splits in self.splits.items():
-            if name.partition("-")[0] != arm.task.partition("-")[0]:
+            if "-" not in name and name != arm.task.partition("-")[0]:
                 likelihoods = model.likelihoods(self.encoded(splits.test[:OTHER_ROWS]))
                 nll = likelihoods.means()[0]
                 found[name] = {"alone": nll[0], "chosen": nll[likelihoods.grid.index(chosen)]}
@@ -169,13 +172,16 @@ class Bench:
         sampled = model.right(rows, examples, task, chosen, task.samples)
         return {"greedy": greedy, "sampled": [{"weights": chosen, "right": sampled}]}
 
-    def time(self, task: str, steps: int = 9, skip: int = 3) -> dict[str, Any]:
-        """Seconds of a step by part, with nothing else on the machine, for every shape of Pilot and Copilot."""
+    def time(self, task: str, steps: int = 6, skip: int = 2) -> dict[str, Any]:
+        """Seconds of a step by part, with nothing else on the machine, for every shape of Pilot and Copilot: operator
+        by operator, as a trainer takes it, and on a GPU the Pilot's step as it is taken here."""
         examples = self.to_train(task)
 
-        def seconds(pilot: PilotSpec, copilot: CopilotSpec | None = None) -> dict[str, float]:
+        def seconds(
+            pilot: PilotSpec, copilot: CopilotSpec | None = None, record: Record | None = None
+        ) -> dict[str, float]:
             copilots = [] if copilot is None else [copilot]
-            arguments = (self.base, self.tokenizer, examples, pilot, copilots, steps, 0)
+            arguments = (self.base, self.tokenizer, examples, pilot, copilots, steps, 0, record)
             found = train(*arguments, exact_clock=True, skip_in_clock=skip).seconds
             return {part: value / (steps - skip) for part, value in found.items()}
 
@@ -187,6 +193,8 @@ class Bench:
             copilots.append({"shape": copilot.shape, "steps": copilot.steps} | seconds(plain, copilot))
         for method in TIMED_PILOTS if task == "mawps" else ():
             pilots[method] = seconds(PilotSpec(method, 1e-4, 1.0))
+        if self.base.device.type == "cuda":
+            pilots["lora, one graph"] = seconds(plain, record=recorder(self.base.device))
         return {"pilots": pilots, "copilots": copilots}
 
 

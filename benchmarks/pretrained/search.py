@@ -42,7 +42,9 @@ SIZES = {"mawps": Size(1633, 1.0, 0.0), "gsm8k": Size(963, 1.6, 5.0)}
 SIZES |= {"gsm8k-all": Size(6373, 1.6, 5.0), "commonsense": Size(2000, 1.6, 2.0)}
 GRACE = 20.0  # seconds after the time is up until a process is ended
 RETRIES = 1
-AT_ONCE = {"gsm8k": 4, "gsm8k-all": 4, "commonsense": 6}  # processes with a task of long rows, for the device's memory
+LONG_ROWS = 5  # processes at most with a task of long rows, for the device's memory
+LONG = {"gsm8k", "gsm8k-all", "commonsense"}
+TIMING = 90.0  # seconds at most, to time the steps of a task
 TOGETHER = 3  # arms beside one Pilot in one process
 SOON = 12  # arms after the first that are looked at for that
 
@@ -123,9 +125,10 @@ class Search:
         return Worker(process, ours)
 
     def run(self, processes: int) -> None:
-        self.workers = [self.start_worker()]
-        self.time_alone(self.workers[0])
-        self.workers += [self.start_worker() for _ in range(processes - 1)]
+        self.workers = [self.start_worker() for _ in range(processes)]
+        for task in self.tasks:
+            if "-" not in task and not (self.work / f"timing_{task}.json").is_file():
+                self.time_alone(task)
         while True:
             self.hand_out()
             busy = [w for w in self.workers if w.job is not None or not w.is_ready]
@@ -155,9 +158,11 @@ class Search:
         """The first that there is time for, and of those that come soon some beside the same Pilot."""
         left = self.deadline - time.monotonic()
         running = [w.job[0].task for w in self.workers if isinstance(w.job, list)]
-        full = {task for task, most in AT_ONCE.items() if running.count(task) >= most}
-        arms = self.open_arms(full)
+        has_room = sum(task in LONG for task in running) < LONG_ROWS
+        arms = self.open_arms(set() if has_room else LONG)
         found = list(islice((arm for arm in arms if self.estimate([arm]) <= left), 1))
+        if found and found[0].name in self.tries:
+            return found  # by itself
         for arm in islice(arms, SOON if found else 0):
             fits = len(found) < TOGETHER and arm.goes_with(found[0]) and arm.name not in self.tries
             if fits and self.estimate([*found, arm]) <= left:
@@ -191,8 +196,11 @@ class Search:
             w.is_ready = True
             return
         seconds = time.monotonic() - w.begin
+        if isinstance(job, str):
+            print(f"timing {job}: {kind} after {seconds:.1f} s\n{text}", flush=True)
         if isinstance(job, list):
-            self.ratios.append(seconds / work_of(job))
+            if kind == "done":
+                self.ratios.append(seconds / work_of(job))
             for arm in job:
                 self.close_arm(arm, kind, text, seconds)
         if kind == "died":
@@ -206,7 +214,7 @@ class Search:
     def close_arm(self, arm: Arm, kind: str, text: str, seconds: float) -> None:
         left = self.deadline - time.monotonic()
         file = result_file(self.work, arm.name)
-        if kind == "done" or file.is_file():
+        if file.is_file():
             result = json.loads(file.read_text())
             self.results.append(result)
             print(f"{left:5.0f} s left | {seconds:5.1f} s | {summary(result)}", flush=True)
@@ -220,14 +228,19 @@ class Search:
         else:
             self.failed[arm.name] = {"name": arm.name, "arm": arm.settings(), "valid": {"nll": [math.inf]}}
 
-    def time_alone(self, w: Worker) -> None:
-        """Steps of each task, if none are timed yet; no other process has been started."""
+    def time_alone(self, task: str) -> None:
+        """Steps of a task, by the first process, when all have loaded and the others wait."""
+        while not all(w.is_ready for w in self.workers):
+            loading = {w.connection: w for w in self.workers if not w.is_ready}
+            for connection in wait(loading):
+                self.hear(loading[connection])
+        if not self.workers:
+            return
+        w = self.workers[0]
+        self.give(w, task)
+        if not w.connection.poll(TIMING):
+            w.process.terminate()
         self.hear(w)
-        for task in self.tasks:
-            if not (self.work / f"timing_{task}.json").is_file():
-                self.give(w, task)
-                print(f"timing {task}: {w.connection.recv()[0]}", flush=True)
-                w.job = None
 
 
 def work_of(arms: list[Arm]) -> float:
@@ -280,7 +293,8 @@ def main() -> None:
     options = {name: getattr(arguments, name) for name in names}
     options |= {name: str(options[name]) for name in ("pilot", "data", "work")}
     options["timing"] = {"steps": 3, "skip": 1} if arguments.steps else {}
-    search = Search(options, arguments.tasks, begin + 60 * arguments.minutes, arguments.only)
+    tasks = [task for task in arguments.tasks if TASKS[task].is_in(arguments.data)]
+    search = Search(options, tasks, begin + 60 * arguments.minutes, arguments.only)
     search.run(arguments.processes)
     print(f"{len(search.results)} arms, {len(search.failed)} failed", flush=True)
 

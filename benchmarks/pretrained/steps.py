@@ -31,12 +31,17 @@ def autocast(device: torch.device) -> torch.autocast:
 
 def pilot_loss(pilot: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
     """Mean cross-entropy over the targets; logits are made there alone."""
-    known = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    hidden = pilot.get_decoder()(**known, use_cache=False).last_hidden_state[:, :-1]  # [B, T - 1, d_P]
+    hidden = decoded(pilot, inputs)[:, :-1]  # [B, T - 1, d_P]
     labels = inputs["labels"][:, 1:]
     targets = labels != IGNORE
     logits = pilot.get_output_embeddings()(hidden[targets])  # [N, V]
     return F.cross_entropy(logits.float(), labels[targets])
+
+
+def decoded(model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+    """The decoder's output `[B, T, d_P]`."""
+    known = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    return model.get_decoder()(**known, use_cache=False).last_hidden_state
 
 
 def longest(examples: list[Example]) -> int:
@@ -61,7 +66,8 @@ def collate(
 
 def most_targets(examples: list[Example], rows: int) -> int:
     """That so many of them can have."""
-    return sum(sorted((len(completion) for _, completion in examples), reverse=True)[:rows])
+    lengths = 2 * [len(completion) for _, completion in examples]  # the end of an epoch, and the start of the next
+    return sum(sorted(lengths, reverse=True)[:rows])
 
 
 class GraphedPilot:
@@ -191,7 +197,7 @@ class SteppedPilot:
                 observed.enter_context(learner.observe(inputs))
             observed.enter_context(torch.set_grad_enabled(trains))
             observed.enter_context(autocast(self.pilot.device))
-            loss = pilot_loss(self.pilot, inputs)
+            loss = pilot_loss(self.pilot, inputs) if trains else decoded(self.pilot, inputs)
             self.clock.end("pilot")
         self.clock.end("observe")
         if trains:

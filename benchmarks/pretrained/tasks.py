@@ -117,6 +117,8 @@ class Commonsense(Task):
             parts[0] += train[:500]
             parts[1] += train[500:575]
             parts[2] += test[:300]
+        for part in parts:
+            random.Random("commonsense").shuffle(part)
         return Splits(*parts)
 
     def shuffled(self, data: Path, name: str, split: str) -> list[Row]:

@@ -1,6 +1,6 @@
 """A Pilot that is fine-tuned, alone or with a Copilot beside it, in a plain PyTorch loop.
 
-All is float32 (TF32 matrix products on a GPU), without autocast: the model is small, and launches take the time.
+In float32; on a GPU under bf16 autocast.
 """
 
 from __future__ import annotations
@@ -92,12 +92,14 @@ class Trained:
         pilot: In eval mode, adapters merged.
         learners: With the Copilots.
         seconds: Of the Pilot's steps, of observing, and of the Copilots' steps.
+        skipped: Steps of each Copilot that were left out.
     """
 
     pilot: PreTrainedModel
     learners: list[Learner]
     steps: int
     seconds: dict[str, float]
+    skipped: list[int]
 
     @property
     def learner(self) -> Learner | None:
@@ -204,13 +206,14 @@ def train(
     pilot.zero_grad()
     if wrapped is not None:
         pilot = wrapped.merge_and_unload()
+    skipped = [learner.skipped_steps for learner in learners]
     for learner in learners:
         learner.close()
         learner.optimizer = None  # its memory
         learner.forced.autocast_dtype = None  # both are measured as they are
         learner.log.clear()
         learner.copilot.eval()
-    return Trained(pilot.eval().requires_grad_(False), learners, steps, clock.seconds)
+    return Trained(pilot.eval().requires_grad_(False), learners, steps, clock.seconds, skipped)
 
 
 def _optimizer(pilot: nn.Module, rate: float, steps: int):
