@@ -18,13 +18,13 @@ from benchmarks.pretrained import arms, moving, picture, report, search, steps, 
 from benchmarks.pretrained.arms import FEATURES, FEATURES_OWN, LANGUAGE_MODEL, STATE_0, TOKEN, Arm, lora, plan
 from benchmarks.pretrained.measuring import ALONE, Model
 from benchmarks.pretrained.running import Bench, Limits
-from benchmarks.pretrained.tasks import MAWPS, MIXTURE, SETS, Example, encode
+from benchmarks.pretrained.tasks import ALL_OF_GSM8K, GSM8K, MAWPS, MIXTURE, SETS, Example, encode, family
 from benchmarks.pretrained.training import make_learner, train
 from benchmarks.taped import TapedGraph
 from hf_copilot.cli.scratch import train_tokenizer
 from hf_copilot.pilot.inspect import find_layers
 
-STORED = RESULTS / "pretrained" / "search_h100.json"
+STORED = [RESULTS / "pretrained" / f"search_{device}.json" for device in ("h100", "h200")]
 
 
 @pytest.fixture(scope="module")
@@ -257,10 +257,22 @@ def test_a_mixture_of_sets_in_equal_parts(tmp_path):
     assert MIXTURE.right(row["completion"], row) and not MIXTURE.right(f"the correct answer is {other}", row)
 
 
-def test_the_table_is_that_of_the_stored_results(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["report", str(STORED)])
+def test_more_rows_of_a_task_are_chosen_and_tested_on_the_same(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    for split, count in (("train", 1400), ("test", 9)):
+        rows = [{"question": f"{split} {i}", "answer": "so", "final": "1"} for i in range(count)]
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    some, every = GSM8K.splits(tmp_path), ALL_OF_GSM8K.splits(tmp_path)
+    assert some[1:] == every[1:] and every.train[:1000] == some.train and len(every.train) == 1100
+    assert not {row["prompt"] for row in every.train} & {row["prompt"] for row in every.valid}
+    assert ALL_OF_GSM8K.is_in(tmp_path) and family(ALL_OF_GSM8K.name) == family(GSM8K.name) == GSM8K.name
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda stored: stored.stem)
+def test_the_table_is_that_of_the_stored_results(stored, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", str(stored)])
     report.main()
-    assert capsys.readouterr().out == STORED.with_suffix(".md").read_text()
+    assert capsys.readouterr().out == stored.with_suffix(".md").read_text()
 
 
 def test_results_are_stored_without_loss_for_the_tables(bench, tmp_path, monkeypatch, capsys):

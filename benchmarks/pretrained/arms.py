@@ -119,20 +119,15 @@ def nll_of(result: Result) -> float:
     return min(result["valid"]["nll"])
 
 
-def best(results: list[Result], task: str, epochs: float | None = None, alone: bool = True, count: int = 1):
-    """The best finished LoRA runs of a task, seed 0, by validation NLL."""
+def best_rates(results: list[Result], task: str, epochs: float, of: int, count: int = 1) -> list[float]:
+    """Of LoRA alone, seed 0, by validation NLL, once `of` runs that tried a rate are in."""
 
     def fits(result: Result) -> bool:
-        arm = result["arm"]
-        is_one = arm["task"] == task and arm["seed"] == 0 and arm["pilot"]["method"] == "lora" and not arm["second"]
-        return is_one and epochs in (None, arm["pilot"]["epochs"]) and (arm["copilot"] is None) == alone
+        arm, pilot = result["arm"], result["arm"]["pilot"]
+        is_alone = arm["copilot"] is None and not arm["second"]
+        return is_alone and (arm["task"], arm["seed"], pilot["method"], pilot["epochs"]) == (task, 0, "lora", epochs)
 
-    return sorted(filter(fits, results), key=nll_of)[:count]
-
-
-def best_rates(results: list[Result], task: str, epochs: float, of: int, count: int = 1) -> list[float]:
-    """The best rates, once `of` runs that tried one are in."""
-    found = best(results, task, epochs, count=99)
+    found = sorted(filter(fits, results), key=nll_of)
     return [result["arm"]["pilot"]["rate"] for result in found[:count]] if len(found) >= of else []
 
 

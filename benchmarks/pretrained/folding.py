@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft import get_peft_model
 from transformers import PreTrainedModel, TrainingArguments
 
+from benchmarks.pretrained.arms import Arm
 from benchmarks.pretrained.measuring import Model
 from benchmarks.pretrained.tasks import TASKS
 from benchmarks.pretrained.training import BATCH, WARMUP, PilotSpec, lora_config
@@ -32,7 +33,7 @@ class Folding:
         strength: λ of the teacher, as chosen on the validation rows.
     """
 
-    def __init__(self, bench: Bench, arm: Any, model: Model, strength: float):
+    def __init__(self, bench: Bench, arm: Arm, model: Model, strength: float):
         self.bench, self.arm, self.model, self.strength = bench, arm, model, strength
         self.examples, splits = bench.to_train(arm.task), bench.splits[arm.task]
         self.valid, self.test, self.test_rows = bench.encoded(splits.valid), bench.encoded(splits.test), splits.test

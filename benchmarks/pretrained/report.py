@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks.common import RESULTS, paired_interval, standard_error, table_of_cells
 from benchmarks.pretrained.arms import Result, nll_of
+from benchmarks.pretrained.tasks import family
 
 TOLERANCE = 1.05
 ALONE = (1.0, 0.0)
@@ -71,8 +72,7 @@ class Results:
 
     def seconds(self, result: Result) -> float:
         """Training time of an arm by the solo timing, or without one as it was among the others."""
-        arm = result["arm"]
-        timing = self.timings.get(arm["task"]) or self.timings.get(arm["task"].partition("-")[0])
+        arm, timing = result["arm"], self.timings.get(family(result["arm"]["task"]))
         if timing is None:
             return seconds_among_others(result)
         per_step = _pilot_seconds(timing, arm["pilot"]["method"]) * (2 if arm["second"] else 1)

@@ -16,7 +16,7 @@ from benchmarks.pretrained.arms import TIMED_COPILOTS, TIMED_PILOTS, Arm, Result
 from benchmarks.pretrained.folding import Folding
 from benchmarks.pretrained.measuring import ALONE, Likelihoods, Model, Weights
 from benchmarks.pretrained.steps import longest
-from benchmarks.pretrained.tasks import TASKS, Example, Row, Splits, encode
+from benchmarks.pretrained.tasks import TASKS, Example, Row, Splits, encode, family
 from benchmarks.pretrained.training import CopilotSpec, PilotSpec, Trained, train
 from hf_copilot.generation.cuda_graphs import Record, recorder
 
@@ -146,7 +146,7 @@ class Bench:
         """NLL on rows of other tasks, alone and at the chosen weights: what fine-tuning and Copilot do there."""
         found = {}
         for name, splits in self.splits.items():
-            if "-" not in name and name != arm.task.partition("-")[0]:
+            if name == family(name) != family(arm.task):
                 likelihoods = model.likelihoods(self.encoded(splits.test[:OTHER_ROWS]))
                 nll = likelihoods.means()[0]
                 found[name] = {"alone": nll[0], "chosen": nll[likelihoods.grid.index(chosen)]}

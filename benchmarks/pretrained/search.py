@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.pretrained.arms import Arm, Result, plan
 from benchmarks.pretrained.running import Bench, Limits
-from benchmarks.pretrained.tasks import TASKS
+from benchmarks.pretrained.tasks import TASKS, family
 
 
 class Size(NamedTuple):
@@ -126,8 +126,8 @@ class Search:
 
     def run(self, processes: int) -> None:
         self.workers = [self.start_worker() for _ in range(processes)]
-        for task in self.tasks:
-            if "-" not in task and not (self.work / f"timing_{task}.json").is_file():
+        for task in dict.fromkeys(map(family, self.tasks)):
+            if not (self.work / f"timing_{task}.json").is_file():
                 self.time_alone(task)
         while True:
             self.hand_out()

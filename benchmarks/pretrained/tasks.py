@@ -32,12 +32,17 @@ class Example(NamedTuple):
     completion: list[int]
 
 
+def family(name: str) -> str:
+    """The task that this one differs from in its training rows alone: "gsm8k" of "gsm8k-all"."""
+    return name.partition("-")[0]
+
+
 @dataclass(frozen=True)
 class Task:
     """One task; subclasses say where rows come from and what is right.
 
     Attributes:
-        name: On the command line and in the results; also the folder of its data.
+        name: On the command line and in the results; its [`family`] is the folder of its data.
         instruction: Before every question.
         max_new_tokens: Of a generated answer.
         longest: Tokens of a row that is trained on, at most.
@@ -53,7 +58,7 @@ class Task:
     batch_size: int
 
     def is_in(self, data: Path) -> bool:
-        return (data / self.name).is_dir()
+        return (data / family(self.name)).is_dir()
 
     def splits(self, data: Path) -> Splits:
         raise NotImplementedError
@@ -86,12 +91,9 @@ class Gsm8k(Task):
 
     rows: int
 
-    def is_in(self, data: Path) -> bool:
-        return (data / "gsm8k").is_dir()
-
     def splits(self, data: Path) -> Splits:
         train, test = (
-            [self.row(row, f"{row['answer']}\n#### {row['final']}") for row in read(data / "gsm8k", split)]
+            [self.row(row, f"{row['answer']}\n#### {row['final']}") for row in read(data / family(self.name), split)]
             for split in ("train", "test")
         )
         train = [row for row in train if len(row["prompt"] + row["completion"]) <= LONGEST]
