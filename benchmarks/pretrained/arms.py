@@ -238,15 +238,16 @@ def other_task(results: list[Result], task: str) -> Iterator[Arm]:
 
 
 def seeds(results: list[Result]) -> Iterator[Arm]:
-    """More seeds of what decides: Pilots of both lengths alone and longer, beside them Copilots and ensembles."""
+    """More seeds of what decides: Pilots of both lengths alone and longer, beside them Copilots and ensembles. Answers
+    are greedy alone."""
     for seed in SEEDS:
         for epochs in (LONG, SHORT):
             for rate in best_rates(results, "mawps", epochs, len(RATES)):
                 for copilot in (None, TOKEN, STATE, LANGUAGE_MODEL):
-                    yield Arm("mawps", lora(rate, epochs), copilot, seed, samples=copilot in (None, TOKEN, STATE))
-                yield Arm("mawps", lora(rate, epochs), None, seed, second=True, samples=True)
+                    yield Arm("mawps", lora(rate, epochs), copilot, seed)
+                yield Arm("mawps", lora(rate, epochs), None, seed, second=True)
         for rate in best_rates(results, "mawps", LONG, len(RATES)):
-            yield Arm("mawps", lora(rate, 6.0), None, seed, samples=True)
+            yield Arm("mawps", lora(rate, 6.0), None, seed)
 
 
 def folded(results: list[Result]) -> Iterator[Arm]:

@@ -4,7 +4,8 @@
 
 First steps are timed with nothing else running. Then arms are run; those of several Copilots beside the same Pilot
 share its training. Each has its JSON file as soon as it is done, and arms whose files are there are not run again.
-`report.py` makes the tables.
+`--after FILE` goes on from a search that `report.py` stored, on another machine: its arms count as done, and its best
+rates are taken. `report.py` makes the tables.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.pretrained.arms import Arm, Result, plan
+from benchmarks.pretrained.report import Results
 from benchmarks.pretrained.running import Bench, Limits
 from benchmarks.pretrained.tasks import TASKS, family
 
@@ -102,8 +104,8 @@ class Search:
     options: dict[str, Any]
     tasks: list[str]
     deadline: float
-    only: str = ""
-    results: list[Result] = field(default_factory=list)
+    only: str = ""  # a regular expression
+    results: list[Result] = field(default_factory=list)  # at first those of an earlier search
     started: set[str] = field(default_factory=set)  # names
     tries: dict[str, int] = field(default_factory=dict)  # that failed, by name
     failed: dict[str, Result] = field(default_factory=dict)  # by name, as the worst of results
@@ -114,7 +116,7 @@ class Search:
         self.work = Path(self.options["work"])
         for file in sorted((self.work / "arms").glob("*.json")):
             self.results.append(json.loads(file.read_text()))
-            self.started.add(self.results[-1]["name"])
+        self.started |= {result["name"] for result in self.results}
 
     def start_worker(self) -> Worker:
         context = multiprocessing.get_context("spawn")
@@ -173,7 +175,7 @@ class Search:
         """Those that are to be run, in their order, but for tasks that run often enough."""
         known = {*self.started, *self.failed}
         for arm in plan([*self.results, *self.failed.values()], self.tasks):
-            if arm.name not in known and self.only in arm.name and arm.task not in full:
+            if arm.name not in known and re.search(self.only, arm.name) and arm.task not in full:
                 known.add(arm.name)
                 yield arm
 
@@ -280,7 +282,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--only", default="", help="arms whose name has this text")
+    parser.add_argument("--only", default="", help="a regular expression: arms in whose name it is found")
+    parser.add_argument("--after", type=Path, help="a stored search to go on from")
     parser.add_argument("--rows", type=int, help="validation and test rows, to try things out")
     parser.add_argument("--steps", type=int, help="at most, to try things out")
     return parser.parse_args()
@@ -294,7 +297,8 @@ def main() -> None:
     options |= {name: str(options[name]) for name in ("pilot", "data", "work")}
     options["timing"] = {"steps": 3, "skip": 1} if arguments.steps else {}
     tasks = [task for task in arguments.tasks if TASKS[task].is_in(arguments.data)]
-    search = Search(options, tasks, begin + 60 * arguments.minutes, arguments.only)
+    earlier = Results.read(arguments.after).arms if arguments.after else []
+    search = Search(options, tasks, begin + 60 * arguments.minutes, arguments.only, earlier)
     search.run(arguments.processes)
     print(f"{len(search.results)} arms, {len(search.failed)} failed", flush=True)
 
