@@ -7,10 +7,10 @@ import json
 import matplotlib.pyplot as plt
 import pytest
 
-from benchmarks import tables
 from benchmarks.accuracy import folding, moves, picture, run
 from benchmarks.accuracy.shares import share_of_gain
 from benchmarks.common import share_of
+from benchmarks.tables import benches, cells
 
 UNTUNED = "twice as deep, not fine-tuned"
 
@@ -87,7 +87,7 @@ def test_the_picture_of_moves_shows_what_lies_outside():
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A folder of results, as a function that adds one."""
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(cells, "RESULTS", tmp_path)
     (tmp_path / "accuracy").mkdir()
     return lambda name, found: (tmp_path / "accuracy" / f"{name}.json").write_text(json.dumps(found))
 
@@ -97,17 +97,17 @@ def rows_of(text):
 
 
 def test_the_table_of_moves_has_a_part_for_every_task_that_was_run(results):
-    assert tables.moves("nll") == ""
+    assert benches.moves("nll") == ""
     results("moves_mawps", {"runs": runs_of(0.2)})
     results("moves_arithmetic", {"runs": runs_of(0.2, 0.4)})
-    first, second = tables.moves("nll").split("\n\n")
+    first, second = benches.moves("nll").split("\n\n")
     head, _, home, bits, lora, _, untuned = rows_of(first)
-    assert head == ["`arithmetic`, 2 seeds", *tables.MOVES_ARMS.values(), "chosen λ"]
+    assert head == ["`arithmetic`, 2 seeds", *benches.MOVES_ARMS.values(), "chosen λ"]
     assert rows_of(second)[0][0] == "`mawps`, 1 seed"
     assert home[2:] == ["0.850 ± 0.050 (50 ± 0 %)", "0.700 ± 0.100 (100 ± 0 %)", "0.700 ± 0.100", home[5], "0.8, 0.8"]
     assert bits[2].endswith("(−400 ± 0 %)") and lora[2] == "1.500 ± 0.000 (no gain)"
     assert untuned[2].endswith("(33 ± 0 %)") and untuned[4] == ""
-    assert rows_of(tables.moves("answers right"))[2][1:] == ["25.0 ± 0.0 %"] * 5
+    assert rows_of(benches.moves("answers right"))[2][1:] == ["25.0 ± 0.0 %"] * 5
 
 
 def arms_of(**by_seed):
@@ -134,7 +134,7 @@ def test_the_table_of_folding_has_every_task_that_was_run(results):
     steps = {"folded": 1500, "labels": 1234.4}
     results("folding_text", {"arms": arms_of(**seeds | {"copilot": [0.0, 0.1]}), "steps": steps})
     results("folding_arithmetic", {"arms": arms_of(**seeds), "steps": steps})
-    rows = rows_of(tables.folding())[2:]
+    rows = rows_of(benches.folding())[2:]
     assert [row[0] for row in rows] == ["`arithmetic`, 2 seeds", *[""] * 4, "`text`, 2 seeds", *[""] * 4]
     assert [row[2] for row in rows[:5]] == ["", "", "1,500", "1,234", ""]
     assert [row[5:] for row in rows[2:4]] == [["50 ± 0 %"] * 2, ["150 ± 0 %"] * 2] and rows[1][5:] == ["", ""]
@@ -142,9 +142,9 @@ def test_the_table_of_folding_has_every_task_that_was_run(results):
 
 
 def test_the_table_of_ensembles_waits_for_its_run(results):
-    assert tables.ensembles() == "It has not been run.\n"
+    assert benches.ensembles() == "It has not been run.\n"
     found = {"pilot": [0.1], "copilot": [0.3], "language model": [0.2], "second": [0.2]}
     results("ensembles_text", {"arms": arms_of(**found)})
-    rows = rows_of(tables.ensembles())[2:]
-    assert [row[1] for row in rows] == [*tables.ENSEMBLE_ARMS.values()]
+    rows = rows_of(benches.ensembles())[2:]
+    assert [row[1] for row in rows] == [*benches.ENSEMBLE_ARMS.values()]
     assert rows[0][4:] == ["", ""] and rows[3][4:] == ["−0.100 [−0.200, +0.000]", "1, 0.5"]
