@@ -31,6 +31,7 @@ from hf_copilot.training.metrics import (
     calibrate_on_rows,
     choose_strength,
     empty_sums,
+    say_if_little,
     sum_metrics,
 )
 
@@ -88,7 +89,7 @@ def test_the_most_right_tokens_are_another_choice():
 )
 def test_a_gain_that_may_be_chance_is_said(nll, metric, said, caplog):
     with caplog.at_level(logging.WARNING):
-        choose_strength(torch.tensor([[nll[0], 4], [nll[1], 5], [0, 10]]), (0.0, 0.5), "rows", metric)
+        say_if_little(choose_strength(torch.tensor([[nll[0], 4], [nll[1], 5], [0, 10]]), (0.0, 0.5), "rows", metric))
     assert bool(caplog.text) == bool(said) and said in caplog.text
 
 
@@ -172,16 +173,14 @@ def test_auto_at_the_end_of_training(tmp_path, capsys):
     assert (loaded.config.strength, loaded.config.calibration, loaded.config.results) == (1.0, None, None)
 
 
-def test_without_a_labelled_token_the_strength_stays(tmp_path, caplog):
+@pytest.mark.parametrize(("copilot", "strength"), [(None, UNCHOSEN_STRENGTH), (CopilotConfig(strength=0.3), 0.3)])
+def test_without_a_labelled_token_no_strength_is_chosen(tmp_path, copilot, strength, caplog):
     """Nobody asked for a choice, so the end of a training is no place to raise."""
     unlabelled = Dataset.from_list([{"input_ids": [5, 6, 7], "completion_mask": [0, 0, 0]}] * 2)
-    trainer = make_trainer(tmp_path, unlabelled)
+    trainer = make_trainer(tmp_path, unlabelled, copilot)
     trainer.train()
-    assert trainer.copilot.config.strength == 1.0 and trainer.copilot.config.calibration is None
-    assert "λ stays at 1" in caplog.text and "No labelled token" in caplog.text
-    no_set = make_trainer(tmp_path, None)
-    no_set.train()
-    assert no_set.copilot.config.calibration is None
+    assert trainer.copilot.config.strength == strength and trainer.copilot.config.calibration is None
+    assert f"λ is {strength}. No labelled token" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -183,14 +183,17 @@ def trained(tmp_path, form="prompt-completion", peft_config=None, eval_rows=16, 
 
 
 @pytest.mark.parametrize("way", ["full", "lora", "chat"])
-def test_a_trainer_folds(tmp_path, way):
+def test_a_trainer_folds(tmp_path, way, caplog, monkeypatch):
     chat = {"form": "chat", "assistant_only_loss": True} if way == "chat" else {}
     settings = {"eval_on_start": True, "warmup_steps": 2}
     trainer = trained(tmp_path, peft_config=LORA if way == "lora" else None, **settings, **chat)
     copilot = trainer.copilot
     copilot.config.strength = 1.0
     metrics = trainer.evaluate()
+    monkeypatch.setattr("hf_copilot.training.metrics.LITTLE", 2.0)  # whatever is left would be said to be little
+    caplog.clear()
     found = trainer.fold_copilot(num_train_epochs=10, learning_rate=3e-3)
+    assert "it_does_not_help" not in caplog.text  # all of the gain may be in the Pilot
     assert found["pilot_nll"] == pytest.approx(metrics["eval_pilot_nll"], rel=1e-4)
     assert found["rectified_nll"] == pytest.approx(metrics["eval_rectified_nll"], rel=1e-4)
     assert found["kept"] == pytest.approx(

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..model.configuration_copilot import check_strength
 from ..model.discrepancy import fuse
 from ..model.modeling_copilot import CopilotModel
-from .metrics import calibrate_on_rows
+from .metrics import strength_on_rows, use_calibration
 from .records import IGNORE
 from .refusals import check_folding
 from .teacher_forced import TeacherForced, padded, score
@@ -223,9 +223,15 @@ class FoldingMixin:
         if not held_out:
             logger.warning("The Copilot is folded into the Pilot, so its λ is 0 now. calibrate(data) chooses it anew.")
             return {"train_loss": training.training_loss}
-        calibrate_on_rows(pilot, self.learner.copilot, held_out, data=f"{len(held_out)} rows, after folding")
-        folded = config.calibration["nll"][0]
+        folded = self._choose_anew(pilot, held_out)
         return {"train_loss": training.training_loss, **share_kept(*before, folded)}
+
+    def _choose_anew(self, pilot: nn.Module, held_out: Sequence[Mapping[str, Any]]) -> float:
+        """λ after folding, where 0 is no bad news. Returns the folded Pilot's NLL per token."""
+        copilot, data = self.learner.copilot, f"{len(held_out)} rows, after folding"
+        found = strength_on_rows(pilot, copilot, held_out, data=data)
+        use_calibration(copilot.config, found)
+        return found["nll"][0]
 
 
 def share_kept(pilot: float, rectified: float, folded: float) -> dict[str, float]:

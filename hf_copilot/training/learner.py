@@ -33,7 +33,9 @@ from .metrics import (
     empty_sums,
     measure,
     over_processes,
+    say_if_little,
     strengths_to_try,
+    use_calibration,
 )
 from .mistake_log import MistakeLog, MistakeRecord
 from .optimizer import CopilotOptimizer, check_ranges
@@ -278,9 +280,9 @@ class CopilotLearner(BesideThePilot):
             yield
         finally:
             self.calibrating = None
-        config = self.copilot.config
-        config.calibration = choose_strength(over_processes(sums, self.device), strengths, data, metric)
-        config.strength = config.calibration["strength"]
+        found = choose_strength(over_processes(sums, self.device), strengths, data, metric)
+        say_if_little(found)
+        use_calibration(self.copilot.config, found)
 
     def pop_metrics(self, mode: str = "train") -> dict[str, float]:
         """The metrics since the last call, over all processes: means over targets, and in training the mean of the

@@ -26,7 +26,7 @@ from ..pilot.copilot_for import copilot_for
 from .checkpoint import load_checkpoint
 from .learner import CopilotLearner
 from .ledger import LEDGER_FOLDER, LedgerWriter
-from .metrics import UNCHOSEN_STRENGTH
+from .metrics import be_careful
 from .mistake_log import MistakeLog
 from .mistake_source import FirstVisit, TrainingErrors
 from .preflight import Stopwatch, find_shortages
@@ -131,19 +131,16 @@ class CopilotLifecycle(TrainerCallback):
         self.learner.warmup_steps = args.get_warmup_steps(state.max_steps)
         self.learner.start(state.max_steps)
         if not self.can_choose and self.copilot_args.copilot_strength is None:
-            self._be_careful()
+            self._leave_unchosen()
         if self.checkpoint is not None:
             load_checkpoint(self.learner, self.checkpoint, self.copilot_args.copilot_start_fresh)
             self.checkpoint = None
         self.source.check(self.learner, state)
 
-    def _be_careful(self) -> None:
-        """λ where it is not chosen, by the user either: see `UNCHOSEN_STRENGTH`. With Eq. 8 it is the paper's."""
-        config = self.learner.copilot.config
-        if config.fusion == "logit" and config.strength == type(config).strength:
-            config.strength = UNCHOSEN_STRENGTH
+    def _leave_unchosen(self) -> None:
+        if be_careful(config := self.learner.copilot.config):
             logger.warning(
-                f"λ is {UNCHOSEN_STRENGTH}: there is no eval_dataset to choose it on, and {type(config).strength} is "
+                f"λ is {config.strength}: there is no eval_dataset to choose it on, and {type(config).strength} is "
                 "often too sure. Pass an eval_dataset, or copilot_strength='config' to leave it as it was."
             )
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.configuration_copilot import check_strength
+from ..model.configuration_copilot import CopilotConfig, check_strength
 from ..model.modeling_copilot import CopilotModel
 from ..pilot.inspect import eval_mode
 from .distributed import num_processes, process_index, sum_over_processes
@@ -153,9 +153,23 @@ def choose_strength(sums: torch.Tensor, strengths: Sequence[float], data: str, m
         raise NothingMeasured("No labelled token was measured: calibrate on a data set with labels.")
     nll, accuracy = (sums[:-1] / targets).T.tolist()
     found = {"metric": metric, "strengths": list(strengths), "nll": nll, "token_accuracy": accuracy}
-    chosen = {"strength": best_strength(found, metric), **found, "targets": targets, "data": data}
-    say_if_little(chosen)
-    return chosen
+    return {"strength": best_strength(found, metric), **found, "targets": targets, "data": data}
+
+
+def use_calibration(config: CopilotConfig, calibration: dict[str, Any]) -> None:
+    """Write what [`choose_strength`] found into a Copilot's config: λ, its results, and all of it."""
+    config.calibration = calibration
+    config.strength = calibration["strength"]
+    config.results = results_at_chosen(calibration)
+
+
+def be_careful(config: CopilotConfig) -> bool:
+    """Set λ where it is not chosen, by the user either: `UNCHOSEN_STRENGTH`. With Eq. 8 it stays the paper's. Returns
+    whether it was set."""
+    is_own = config.strength == type(config).strength and config.fusion == "logit"
+    if is_own:
+        config.strength = UNCHOSEN_STRENGTH
+    return is_own
 
 
 def say_if_little(calibration: dict[str, Any]) -> None:
@@ -206,14 +220,26 @@ def calibrate_on_rows(
 ) -> dict[str, Any]:
     """Choose the Copilot's λ on rows, as [`score`] takes them, without a learner. λ and all figures go into its
     config, as with [`CopilotLearner.calibrate`]; returns `copilot.config.calibration`."""
+    found = strength_on_rows(pilot, copilot, rows, strengths, data, metric, batch_size)
+    say_if_little(found)
+    use_calibration(copilot.config, found)
+    return found
+
+
+def strength_on_rows(
+    pilot: nn.Module,
+    copilot: CopilotModel,
+    rows: Sequence[Mapping[str, Any]],
+    strengths: Sequence[float] = STRENGTHS,
+    data: str = "",
+    metric: str = "nll",
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """As [`choose_strength`], on rows."""
     strengths = strengths_to_try(strengths, metric)
     found = score(pilot, copilot, rows, strengths, batch_size)
     likelihoods = torch.cat([row.log_likelihoods for row in found], dim=1)  # [s, M]
     hits = torch.cat([row.is_likeliest for row in found], dim=1)  # [s, M]
     sums = torch.stack([-likelihoods.double().sum(1), hits.double().sum(1)], dim=-1)  # [s, 2]
     targets = sums.new_tensor([[0, likelihoods.shape[1]]])  # [1, 2]
-    config = copilot.config
-    config.calibration = choose_strength(torch.cat([sums, targets]), strengths, data, metric)
-    config.strength = config.calibration["strength"]
-    config.results = results_at_chosen(config.calibration)
-    return config.calibration
+    return choose_strength(torch.cat([sums, targets]), strengths, data, metric)

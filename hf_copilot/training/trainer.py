@@ -35,7 +35,7 @@ from .distributed import without_repeated_rows
 from .folding import FoldingMixin
 from .learner import CopilotLearner
 from .lifecycle import TrainerLifecycle, make_copilot, make_learner
-from .metrics import STRENGTHS, NothingMeasured, results_at_chosen
+from .metrics import STRENGTHS, NothingMeasured, be_careful
 from .mistake_source import hold_out
 from .refusals import check_data, check_trainer
 from .report import show, table_of_training
@@ -151,7 +151,8 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
             try:
                 self.calibrate()
             except (NothingMeasured, torch.OutOfMemoryError) as error:  # nobody asked for it
-                logger.warning(f"λ stays at {self.learner.copilot.config.strength:g}. {error}")
+                be_careful(self.learner.copilot.config)
+                logger.warning(f"λ is {self.learner.copilot.config.strength:g}. {error}")
 
     def _print_table(self):
         log, calibration = self.learner.log, self.learner.copilot.config.calibration
@@ -211,7 +212,6 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
         rows = [f"{len(part)} rows" if hasattr(part, "__len__") else "a stream" for part in parts]
         with self.learner.calibrate(strengths, " and ".join(rows), metric):
             self.evaluate(eval_dataset, metric_key_prefix="calibration")
-        self.learner.copilot.config.results = results_at_chosen(self.learner.copilot.config.calibration)
         return self.learner.copilot.config.calibration
 
     def log(self, logs, start_time=None):

@@ -55,8 +55,8 @@ class CopilotArguments:
             Trainers write it, `CopilotCallback` does not.
         copilot_strength (`str`, *optional*): Where λ comes from. `"config"` leaves the Copilot's own. `"auto"` takes
             the best one on `eval_dataset` when training ends, by NLL; `"auto_accuracy"` by token accuracy (for greedy
-            answers; its probabilities may be too sure). None is `"auto"` with an `eval_dataset`; without one λ is
-            0.5, if the config has its default of 1.
+            answers; its probabilities may be too sure). None is `"auto"` with an `eval_dataset`; without one, or
+            where nothing can be measured on it, λ is 0.5, if the config has its default of 1.
         copilot_predict (`bool`, defaults to `False`): With `predict_with_generate=True` (Seq2Seq), evaluation and
             prediction generate with the Copilot.
         copilot_start_fresh (`bool`, defaults to `False`): On resuming from a checkpoint that holds no Copilot, start a
