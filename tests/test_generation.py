@@ -339,6 +339,20 @@ def test_a_compiled_static_cache(pilot, config, monkeypatch):
         assert torch.equal(bare, generate(pilot, None)) and not torch.equal(bare, compiled)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+@torch.compiler.set_stance("force_eager")
+def test_the_masks_of_flex_attention(config, cache):
+    """They are functions; with a static cache every forward is given one."""
+    sizes = {"head_dim": 16, "hidden_size": 64, "intermediate_size": 64}
+    pilot, flex = tiny_pilot(**sizes).eval(), tiny_pilot(**sizes).eval()
+    flex.set_attn_implementation("flex_attention")
+    copilot, (ids, mask) = trained_like(pilot, config), left_padded()
+    with CopilotLogitsProcessor(copilot, pilot) as processor:
+        expected = generate(pilot, processor, ids, mask)
+    with CopilotLogitsProcessor(copilot, flex) as processor:
+        assert torch.equal(generate(flex, processor, ids, mask, cache_implementation=cache), expected)
+
+
 @pytest.fixture(params=[{}, STATES], ids=["tokens", "states"])
 def unseen(request, pilot):
     """A Copilot, and what becomes of a cache with tokens that its processor has not seen: states are lost, tokens are

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import ref
 
 import torch
@@ -242,7 +242,7 @@ class Follower:
 
     def _is_enough(self, states: PilotStates) -> bool:
         """Whether the memory can be made of token ids and this forward's mask alone."""
-        return not self.needs_states and not _hides_past(states)
+        return not self.needs_states and not states.hides_past
 
     # ---- which rows ------------------------------------------------------------------------------------------------
 
@@ -312,30 +312,10 @@ class Follower:
         them, as they were.
         """
         past = states.past_length
-        return self.visible[:, :past] if past and _hides_past(states) else self._visible(states, 0)[:, :past]
+        return self.visible[:, :past] if past and states.hides_past else self._visible(states, 0)[:, :past]
 
     def _visible(self, states: PilotStates, start: int) -> torch.Tensor:
-        return visible_from(states, start).to(self.device)
-
-
-def visible_from(states: PilotStates, start: int) -> torch.Tensor:
-    """Which positions from `start` to the end n of one forward are not padding, by its mask in whatever form it came:
-    `[R, n - start]` bool, or the last of them, where a window slides."""
-    mask: Any = states.attention_mask
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    rows, n = states.shape[0], states.past_length + states.length
-    if mask is None:
-        return torch.ones(rows, n - start, dtype=torch.bool)
-    if mask.ndim == 2:
-        return mask[:, start:n] != 0
-    columns = mask[:, 0, :, :n][..., -(n - start) :]  # [R, t, n - start], bool or additive; of a window fewer
-    return (columns if mask.dtype == torch.bool else columns == 0).any(1)  # to any query
-
-
-def _hides_past(states: PilotStates) -> bool:
-    """Whether a forward's mask does not go back to the first position, since a window slides."""
-    return visible_from(states, 0).shape[1] < states.past_length + states.length
+        return states.visible_from(start).to(self.device)
 
 
 def _piece(states: PilotStates) -> Piece:

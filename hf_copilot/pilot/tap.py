@@ -13,6 +13,7 @@ from weakref import ref
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
@@ -58,6 +59,26 @@ class PilotStates:
         """B x T, and with an encoder B x S beside it."""
         encoder = 0 if self.encoder_length is None else self.encoder_length
         return len(self.last_hidden_state) * (self.length + encoder)
+
+    def visible_from(self, start: int) -> torch.Tensor:
+        """Which positions from `start` to the end n of this forward are not padding, by its mask in whatever form it
+        came: `[B, n - start]` bool, or the last of them, where a window slides."""
+        mask, n = self.attention_mask, self.past_length + self.length
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention", next(iter(mask.values())))
+        if mask is None:
+            return torch.ones(self.shape[0], n - start, dtype=torch.bool)
+        if isinstance(mask, BlockMask):  # of flex attention
+            mask = create_mask(mask.mask_mod, *mask.shape, device=mask.kv_num_blocks.device)  # [B, 1, T, n] bool
+        if mask.ndim == 2:
+            return mask[:, start:n] != 0
+        columns = mask[:, 0, :, :n][..., -(n - start) :]  # [B, T, n - start], bool or additive; of a window fewer
+        return (columns if mask.dtype == torch.bool else columns == 0).any(1)  # to any query
+
+    @property
+    def hides_past(self) -> bool:
+        """Whether the mask does not go back to the first position, since a window slides."""
+        return self.visible_from(0).shape[1] < self.past_length + self.length
 
 
 compiled_without_guards = True  # perhaps, before a tap was opened
