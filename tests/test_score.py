@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import teacher_forced, tiny_pilot, tiny_seq2seq, trained_like
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from accelerate import cpu_offload
+from tiny import VOCAB_SIZE, teacher_forced, tiny_pilot, tiny_seq2seq, trained_like
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, RobertaConfig, RobertaForCausalLM
 
 from hf_copilot import CopilotConfig, score
 
@@ -110,3 +111,21 @@ def test_what_can_not_be_scored_raises(pilot, copilot):
     broken.get_input_embeddings().weight.data[20] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         score(broken, copilot, ROWS)
+
+
+def test_a_head_that_is_offloaded_raises_and_leaves_the_copilot_where_it_is():
+    pilot = tiny_pilot().eval()
+    copilot = trained_like(pilot)
+    cpu_offload(pilot, execution_device=torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match="head is offloaded"):
+        score(pilot, copilot, ROWS)
+    assert {parameter.device.type for parameter in copilot.parameters()} == {"cpu"}
+
+
+def test_logits_that_are_not_the_heads_raise():
+    """Else the Pilot alone would be measured wrongly, without a word."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    settings = sizes | {"vocab_size": VOCAB_SIZE, "is_decoder": True, "initializer_range": 0.3, "pad_token_id": 0}
+    pilot = RobertaForCausalLM(RobertaConfig(**settings, max_position_embeddings=64)).eval()
+    with pytest.raises(ValueError, match="can't be recomputed"):
+        score(pilot, trained_like(tiny_pilot()), ROWS)

@@ -174,7 +174,7 @@ def check_teacher_forced(copilot: CopilotModel, pilot: nn.Module) -> None:
     """[`check_pilot`], and that the Copilot can be trained and scored here.
 
     Raises:
-        NotImplementedError: For a Copilot whose parameters processes share.
+        NotImplementedError: For a Copilot whose parameters processes share, and for a Pilot whose head is offloaded.
         ValueError: For one with another number of vocabulary rows, be they padding rows of the same tokenizer.
     """
     if is_sharded(copilot):
@@ -182,7 +182,13 @@ def check_teacher_forced(copilot: CopilotModel, pilot: nn.Module) -> None:
             "The Copilot is sharded (fully_shard), but each process must hold it whole: where it is too large, "
             "train it with an adapter (copilot_peft_config=LoraConfig(...))."
         )
-    rows = PilotHead(pilot).vocab_size
+    head = PilotHead(pilot)
+    if head.device.type == "meta":
+        raise NotImplementedError(
+            "The Pilot's head is offloaded, and its logits can't be recomputed: keep it on a device "
+            "(device_map with lm_head on one). Generation works as it is."
+        )
+    rows = head.vocab_size
     if copilot.config.vocab_size != rows:
         raise ValueError(
             f"The Copilot has {copilot.config.vocab_size} output rows and the Pilot {rows}: to "

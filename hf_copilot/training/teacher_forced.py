@@ -221,7 +221,9 @@ class TeacherForced:
         self, rows: Sequence[Mapping[str, Any]], measure: Measure, batch_size: int = 16, title: str | None = None
     ) -> list[tuple[torch.Tensor, ...]]:
         """For each row, without padding, what `measure` gives at its m labelled tokens: tensors `[m, ...]` on the CPU.
-        Both models are in eval mode. Raises a `ValueError` where a forward is not finite."""
+        Both models are in eval mode. Raises a `ValueError` where a forward is not finite, or the Pilot's logits are
+        not its head's."""
+        self.head.check()
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
         found: dict[int, tuple[torch.Tensor, ...]] = {}
         with eval_mode(self.head.trained), eval_mode(self.copilot):
@@ -267,7 +269,7 @@ def score(
 
     Raises:
         ValueError: If the Copilot does not fit the Pilot, a λ is negative or not finite, a row is empty or its labels
-            have another length than its tokens, or a forward is not finite.
+            have another length than its tokens, a forward is not finite, or the Pilot's logits can't be recomputed.
     """
     chosen = [0.0, copilot.config.strength] if strengths is None else [check_strength(s) for s in strengths]
     for i, row in enumerate(rows):
