@@ -15,10 +15,11 @@ from huggingface_hub import HfApi, parse_eval_result_entries
 from peft import LoraConfig, get_peft_model
 from test_distributed import in_two_processes
 from tiny import addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_copilot import CopilotModel
 from hf_copilot.cli.__main__ import COMMANDS, main, usage
+from hf_copilot.cli.pair import PairArguments, load_copilot, load_pilot
 from hf_copilot.cli.parser import WIDTH
 from hf_copilot.cli.scratch import train_tokenizer
 from hf_copilot.pilot.copilot_for import copilot_for
@@ -131,6 +132,49 @@ def test_eval_writes_what_it_shows(tmp_path, out, rows, capsys):
     assert nll["interval"][0] < nll["rectified"] - nll["pilot"] < nll["interval"][1]
 
 
+def test_eval_answers_so_many_rows_together(out, rows, monkeypatch):
+    seen, generate = [], LlamaForCausalLM.generate
+
+    def counted(self, **given):
+        seen.append(len(given["input_ids"]))
+        return generate(self, **given)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", counted)
+    assert run("eval", out, "--data", rows, *FORM, "--max_new_tokens", 1, "--batch_size", 25) == 0
+    assert seen == [25, 25, 10] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "revision"),
+    [({}, "v1"), ({"copilot_revision": "v2"}, "v2"), ({"copilot": "me/other"}, "main")],
+    ids=["beside the Pilot", "its own", "elsewhere"],
+)
+def test_a_copilot_is_of_its_pilots_revision_where_it_lies_beside_it(monkeypatch, given, revision):
+    asked = []
+    monkeypatch.setattr(CopilotModel, "from_pretrained", lambda name, **where: asked.append((name, where)))
+    load_copilot(PairArguments("me/run", pilot_revision="v1", **given))
+    assert asked == [
+        (given.get("copilot", "me/run"), {"revision": revision, "subfolder": "" if "copilot" in given else "copilot"})
+    ]
+
+
+def test_an_adapters_revision_is_not_its_bases(monkeypatch, tmp_path, out):
+    """The base is the newest, as the adapter's config names it."""
+    asked, from_pretrained = {}, AutoModelForCausalLM.from_pretrained
+    get_peft_model(tiny_pilot(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(out)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda name, **given: asked.update(given) or from_pretrained(name, **given),
+    )
+    pilot = load_pilot(PairArguments(str(tmp_path / "adapter"), pilot_revision="v1"))
+    assert asked["adapter_kwargs"] == {"revision": "v1"} and "revision" not in asked
+    assert any("lora" in name for name, _ in pilot.named_parameters())
+
+
 def test_eval_on_tasks(tmp_path, out, capsys):
     pytest.importorskip("lm_eval")
     from test_lm_eval import write_tasks
@@ -224,6 +268,9 @@ def test_card_and_push(tmp_path, out, rows, capsys, monkeypatch):
     assert entries[1].notes == "Pilot alone, NLL (nats per token)" and entries[0].dataset_id == "me/sums"
     assert entries[0].notes.startswith("Pilot + Copilot, strength 1") and entries[0].value != entries[1].value
     assert len(pushed) == 1 and pushed[0]["repo_id"] == "me/copilot"
+    (tmp_path / "later.png").write_bytes(b"another")
+    assert run("card", folder, "--picture", tmp_path / "later.png") == 0
+    assert "(assets/later.png)" in (folder / "README.md").read_text()
     assert run("card", folder, "--results", tmp_path / "e.json") == 1
     assert "--dataset_id" in capsys.readouterr().err
 
@@ -269,7 +316,11 @@ def bad_files(folder) -> dict[str, tuple[list, int, str]]:
     out, rows, train = folder / "out", folder / "rows.jsonl", ["sft", *ON_CPU, "--output_dir", folder / "run"]
     measure, no_results = ["eval", out, *FORM, "--data"], ["--results", rows, "--dataset_id", "a"]
     copilot, data = out / "copilot", ["--dataset_name", rows]
-    small = [*train, *data, *FORM, "--from_config", json.dumps(LLAMA)]
+
+    def scratch(**changes) -> list:
+        return [*train, *data, *FORM, "--from_config", json.dumps(LLAMA | changes)]
+
+    small = scratch()
     return {
         "an empty file": ([*measure, folder / "empty.jsonl"], 1, "empty.jsonl is empty"),
         "blank lines": ([*measure, folder / "blank.jsonl"], 1, "blank.jsonl"),
@@ -315,6 +366,14 @@ def bad_files(folder) -> dict[str, tuple[list, int, str]]:
         "one too many": (["check", out, copilot, "more"], 2, "one argument too many"),
         "a number that is none": (["eval", out, "--strength", "much"], 2, "invalid float"),
         "a strength out of range": (["eval", out, "--data", rows, "--strength", "-1", *FORM], 1, "finite"),
+        "a pattern without a group": ([*measure, rows, "--answer_pattern", r"\d+"], 2, "has no group"),
+        "a pattern that is none": ([*small, "--answer_pattern", "(a"], 2, "is no regular expression"),
+        "a data set with a dot in its name": ([*train, "--dataset_name", "me/gone-2.5", *FORM], 1, "of the Hub"),
+        "a stream": ([*small, "--dataset_streaming", "true"], 1, "rows are read whole"),
+        "a loaded Pilot from scratch": ([*small, "--dtype", "bfloat16"], 1, "--dtype is for one that is loaded"),
+        "a vocabulary from scratch": (scratch(vocab_size=9), 1, "tokenizer_size"),
+        "heads that do not divide": (scratch(num_attention_heads=5), 1, "makes no llama"),
+        "a picture that is no PNG": (["card", copilot, "--picture", rows], 1, "is no PNG"),
         "a rate out of range": ([*train, "--copilot_learning_rate", "-1"], 2, "copilot_learning_rate"),
     }  # fmt: skip
 

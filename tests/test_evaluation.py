@@ -90,6 +90,20 @@ def test_without_a_spread_there_is_no_interval():
 def test_answers_are_compared_by_their_last_match():
     answers, expected = ["1 #### 2 #### 3", "#### 4", "5"], ["#### 3", "#### 5", "#### 5"]
     assert matches(answers, expected, "#### (.*?)(?= ####|$)").tolist() == [1.0, 0.0, 0.0]
+    assert matches(["none", "a 5"], ["5", "5"], "none|([0-9])").tolist() == [0.0, 1.0]  # a match without its group
+
+
+def test_texts_of_an_encoder_decoder_are_cut_where_its_tokenizer_says(caplog):
+    """What is read ends with the end token anyway; what is written does not end where it is cut."""
+    tokenizer, row = tiny_tokenizer(), {"prompt": "1" * 600, "completion": "2" * 600}
+    whole, end = label_row(tokenizer, row, has_encoder=True), tokenizer.eos_token_id
+    assert [len(ids) for ids in whole.values()] == [601, 601] and not caplog.text
+    tokenizer.model_max_length = 8
+    prompt, labels = label_row(tokenizer, row, has_encoder=True).values()
+    assert prompt == [*whole["input_ids"][:7], end] and labels == whole["labels"][:8]
+    assert "more than 8 tokens are cut" in caplog.text
+    short = label_row(tokenizer, {"prompt": "1234567", "completion": "7"}, has_encoder=True)
+    assert [len(ids) for ids in short.values()] == [8, 2] and {ids[-1] for ids in short.values()} == {end}
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

@@ -11,8 +11,8 @@ from rich.table import Table
 from ..evaluation.rows import label_row
 from ..training.metrics import METRICS_OF_STRENGTH, STRENGTHS, calibrate_on_rows
 from ..training.report import show
-from .chats import check_template, to_answers
-from .data import read_file, to_rows
+from .chats import check_template
+from .data import read_answers
 from .pair import PairArguments, load_pair
 from .parser import Parser
 from .recipe import RowArguments
@@ -64,7 +64,7 @@ def calibrate(argv: Sequence[str]) -> None:
     folder = Path(arguments.output_dir or "/".join(filter(None, arguments.copilot_place)))
     if arguments.output_dir is None and not folder.is_dir():
         raise ValueError(f"The Copilot {folder} is on the Hub: --output_dir names a folder for the changed one.")
-    rows = to_answers(to_rows(read_file(arguments.data), arguments.prompt, arguments.completion))
+    rows = read_answers(arguments.data, arguments.prompt, arguments.completion)
     pilot, copilot, tokenizer = load_pair(arguments)
     check_template(rows, tokenizer, copilot.config.pilot_is_encoder_decoder)
     labelled = [label_row(tokenizer, row, copilot.config.pilot_is_encoder_decoder) for row in rows]

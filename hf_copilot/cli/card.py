@@ -58,11 +58,10 @@ def card(argv: Sequence[str]) -> None:
         raise ValueError(f"{folder} is no folder here: the card of a Copilot is written into its folder.")
     check_place(arguments.copilot, "Copilot", ("config.json",))
     config = CopilotConfig.from_pretrained(folder)
-    if arguments.picture is not None:
-        copy_picture(Path(arguments.picture), folder / ASSETS)
+    picture = None if arguments.picture is None else copy_picture(Path(arguments.picture), folder / ASSETS)
     if arguments.results is not None:
         write_results(arguments, folder)
-    write_card(folder, config, arguments.push_to_hub)
+    write_card(folder, config, arguments.push_to_hub, picture)
     show(f"{folder / 'README.md'} is written.")
     if arguments.push_to_hub is not None:
         api = HfApi()
@@ -70,11 +69,15 @@ def card(argv: Sequence[str]) -> None:
         show(f"Pushed: {api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message='Upload Copilot')}")
 
 
-def copy_picture(picture: Path, assets: Path) -> None:
+def copy_picture(picture: Path, assets: Path) -> str:
+    """Its name there."""
     if not picture.is_file():
         raise ValueError(f"The picture {picture} is not here.")
+    if picture.suffix != ".png":
+        raise ValueError(f"The picture {picture} is no PNG, by its name.")
     assets.mkdir(exist_ok=True)
     shutil.copy(picture, assets / picture.name)
+    return picture.name
 
 
 def write_results(arguments: CardArguments, folder: Path) -> None:

@@ -8,13 +8,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, logging
 
-from .chats import are_chats, check_chats
+from .chats import are_chats, check_chats, to_answers
 from .parser import in_a_line
 
 TEST_SHARE = 0.1  # of a single file
+FILES = (".json", ".jsonl", ".gz", ".csv", ".parquet", ".txt", ".yaml")  # a Hub id may end in ".5"
 PROMPT, COMPLETION = "{prompt}", "{completion}"  # format strings, where nothing else is asked for
 
 
@@ -53,7 +55,7 @@ def load_rows(
 
 
 def load_from_hub(name: str, config: str | None) -> DatasetDict:
-    if name.startswith((".", "/", "~")) or Path(name).suffix or name.count("/") > 1:
+    if name.startswith((".", "/", "~")) or name.lower().endswith(FILES) or name.count("/") > 1:
         raise ValueError(f"{name} is not here: --dataset_name is a JSON Lines file, a folder of these, or a Hub id.")
     try:
         return load_dataset(name, config)
@@ -115,6 +117,11 @@ def to_rows(rows: Dataset, prompt: str, completion: str) -> Dataset:
     if (prompt, completion) == (PROMPT, COMPLETION) and are_chats(rows):
         return check_chats(rows)
     return to_prompt_completion(rows, prompt, completion)
+
+
+def read_answers(file: str | os.PathLike, prompt: str, completion: str) -> list[dict[str, Any]]:
+    """The rows of a file, each with a prompt and its completion."""
+    return to_answers(to_rows(read_file(file), prompt, completion))
 
 
 def to_prompt_completion(rows: Dataset, prompt: str, completion: str) -> Dataset:

@@ -15,8 +15,8 @@ from ..evaluation.tasks import compare_on_tasks
 from ..model.configuration_copilot import check_strength
 from ..training.report import show
 from ..version import __version__
-from .chats import check_template, to_answers
-from .data import read_file, to_rows
+from .chats import check_template
+from .data import read_answers
 from .pair import PairArguments, load_pair
 from .parser import Parser
 from .processes import is_launched, start_processes
@@ -35,7 +35,7 @@ class EvalArguments(AnswerArguments, PairArguments):
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples before each question of a task."})
     limit: int | None = field(default=None, metadata={"help": "Rows, or documents of each task, at most."})
     strength: float | None = field(default=None, metadata={"help": "λ; by default the Copilot's own."})
-    batch_size: int = field(default=16, metadata={"help": "Rows in one forward."})
+    batch_size: int = field(default=16, metadata={"help": "Rows in one forward, and answered together."})
     output_file: str | None = field(default=None, metadata={"help": "Where the figures go, as JSON."})
 
 
@@ -92,15 +92,14 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 def named_rows(arguments: EvalArguments) -> list[dict[str, Any]]:
-    return to_answers(to_rows(read_file(arguments.data), arguments.prompt, arguments.completion))[: arguments.limit]
+    return read_answers(arguments.data, arguments.prompt, arguments.completion)[: arguments.limit]
 
 
 def answers_to(answered: list[dict[str, Any]], both: tuple, arguments: EvalArguments) -> Comparison:
     pilot, copilot, tokenizer, _, strength = both
+    generation = arguments.generation | {"batch_size": arguments.batch_size}
     with torch.no_grad():
-        found = compare_answers(
-            pilot, copilot, tokenizer, answered, strength, arguments.answer_pattern, **arguments.generation
-        )
+        found = compare_answers(pilot, copilot, tokenizer, answered, strength, arguments.answer_pattern, **generation)
     return found._replace(metric=f"right answers ({len(answered)} rows)")
 
 

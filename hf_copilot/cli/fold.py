@@ -7,20 +7,16 @@ from dataclasses import dataclass, field, fields
 
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.utils import find_adapter_config_file
 
 from ..evaluation.rows import label_row
 from ..pilot.compatibility import check_pilot
 from ..training.folding import TOP_K, fold_copilot, mean_nll, share_kept
 from ..training.report import show
-from .chats import check_template, to_answers
-from .data import read_file, to_rows
-from .pair import PairArguments, load_copilot, load_pilot, load_tokenizer, pilot_config
-from .parser import Parser
+from .chats import check_template
+from .data import read_answers
+from .pair import PairArguments, has_adapter, load_copilot, load_pilot, load_tokenizer, pilot_config
+from .parser import TRAINING, Parser
 from .recipe import RowArguments
-
-TRAINING = ("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate")
-TRAINING += ("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "bf16", "use_cpu", "seed")
 
 
 @dataclass
@@ -83,7 +79,7 @@ def fold(argv: Sequence[str]) -> None:
 
 def load_trainable(arguments: PairArguments) -> PreTrainedModel:
     """The Pilot, whose adapter can be trained where it has one."""
-    if find_adapter_config_file(arguments.pilot, revision=arguments.pilot_revision) is None:
+    if not has_adapter(arguments):
         return load_pilot(arguments)
     has_encoder = pilot_config(arguments).is_encoder_decoder
     auto_class = AutoPeftModelForSeq2SeqLM if has_encoder else AutoPeftModelForCausalLM
@@ -95,6 +91,6 @@ def labelled(
     file: str, arguments: FoldArguments, tokenizer: PreTrainedTokenizerBase, has_encoder: bool
 ) -> list[dict[str, list[int]]]:
     """The rows of a file, as `calibrate` reads them."""
-    rows = to_answers(to_rows(read_file(file), arguments.prompt, arguments.completion))
+    rows = read_answers(file, arguments.prompt, arguments.completion)
     check_template(rows, tokenizer, has_encoder)
     return [label_row(tokenizer, row, has_encoder) for row in rows]

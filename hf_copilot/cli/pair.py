@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -37,7 +38,9 @@ class PairArguments:
         default=None, metadata={"help": "The Copilot: a folder or a Hub id; by default copilot/ in the Pilot's."}
     )
     pilot_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the Pilot."})
-    copilot_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the Copilot."})
+    copilot_revision: str | None = field(
+        default=None, metadata={"help": "Likewise of the Copilot; by default the Pilot's, where it lies beside it."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Type of the Pilot's weights, float32 or bfloat16."})
     device: str | None = field(default=None, metadata={"help": "cuda or cpu; by default the first there is."})
 
@@ -75,7 +78,7 @@ def pilot_config(arguments: PairArguments) -> PreTrainedConfig:
     name, revision = arguments.pilot, arguments.pilot_revision
     check_place(name, "Pilot", ("config.json", "adapter_config.json"))
     try:
-        if find_adapter_config_file(name, revision=revision) is not None:
+        if has_adapter(arguments):
             name = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
             revision = None
         config = AutoConfig.from_pretrained(name, revision=revision)
@@ -88,7 +91,15 @@ def pilot_config(arguments: PairArguments) -> PreTrainedConfig:
 
 def load_pilot(arguments: PairArguments) -> PreTrainedModel:
     auto_class = AutoModelForSeq2SeqLM if pilot_config(arguments).is_encoder_decoder else AutoModelForCausalLM
-    return auto_class.from_pretrained(arguments.pilot, revision=arguments.pilot_revision, dtype=arguments.dtype)
+    revision: dict[str, Any] = {"revision": arguments.pilot_revision}
+    if has_adapter(arguments):
+        revision = {"adapter_kwargs": revision}  # not of what the adapter was trained on
+    return auto_class.from_pretrained(arguments.pilot, dtype=arguments.dtype, **revision)
+
+
+def has_adapter(arguments: PairArguments) -> bool:
+    """Whether the Pilot is saved as an adapter."""
+    return find_adapter_config_file(arguments.pilot, revision=arguments.pilot_revision) is not None
 
 
 def empty_pilot(arguments: PairArguments) -> PreTrainedModel:
@@ -110,6 +121,7 @@ def load_tokenizer(arguments: PairArguments) -> PreTrainedTokenizerBase:
 
 def load_copilot(arguments: PairArguments) -> CopilotModel:
     name, subfolder = arguments.copilot_place
+    revision = arguments.copilot_revision or (arguments.pilot_revision if arguments.copilot is None else "main")
     check_place(name, "Copilot", ("config.json",), subfolder)
     file = Path(name, subfolder, "config.json")
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") != CopilotConfig.model_type:
@@ -117,6 +129,6 @@ def load_copilot(arguments: PairArguments) -> CopilotModel:
     if file.is_file():  # beside an adapter, which transformers before 5.24 would look for
         name, subfolder = str(file.parent), ""
     try:
-        return CopilotModel.from_pretrained(name, revision=arguments.copilot_revision, subfolder=subfolder)
+        return CopilotModel.from_pretrained(name, revision=revision, subfolder=subfolder)
     except OSError as error:
         raise ValueError(f"The Copilot {name} can't be loaded: {in_a_line(error)}") from error

@@ -12,6 +12,9 @@ from trl import TrlParser
 from yaml import YAMLError
 
 WIDTH = 100
+# of transformers' own arguments, what `--help` shows of every training
+TRAINING = ("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate")
+TRAINING += ("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "bf16", "use_cpu", "seed")
 
 
 class Parser(TrlParser):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,6 +46,15 @@ class AnswerArguments(RowArguments):
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
     num_beams: int = field(default=1, metadata={"help": "Beams in generation."})
 
+    def __post_init__(self):
+        """What would be found out after the training."""
+        try:
+            groups = re.compile(self.answer_pattern).groups
+        except re.error as error:
+            raise ValueError(f"--answer_pattern {self.answer_pattern} is no regular expression: {error}.") from error
+        if not groups:
+            raise ValueError(f"--answer_pattern {self.answer_pattern} has no group (...): its first one is compared.")
+
     def is_right(self, answer: str, expected: str) -> bool:
         return bool(matches([answer], [expected], self.answer_pattern))
 
@@ -78,6 +88,7 @@ class RecipeArguments(AnswerArguments):
 
     def __post_init__(self):
         """On the command line the dictionaries are JSON."""
+        super().__post_init__()
         for name in ("from_config", "copilot_config"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, json.loads(getattr(self, name)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -42,6 +43,11 @@ def build_from_scratch(
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     tokens |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     tokens |= {"decoder_start_token_id": tokenizer.pad_token_id}  # of an encoder-decoder
-    made = AutoConfig.for_model(**config, **tokens)
+    if given := tokens.keys() & config.keys():
+        raise ValueError(f"from_config has {sorted(given)}, which the tokenizer says; tokenizer_size is its size.")
+    try:
+        made = AutoConfig.for_model(**config, **tokens)
+    except StrictDataclassError as error:
+        raise ValueError(f"from_config makes no {config['model_type']}: {error}") from error
     auto_class = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
     return auto_class.from_config(made), tokenizer

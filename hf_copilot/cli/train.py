@@ -30,17 +30,17 @@ from ..training.trainer import CopilotMixin, CopilotSeq2SeqTrainer, CopilotTrain
 from ..training.training_args import CopilotArguments, CopilotSeq2SeqConfig, CopilotSFTConfig
 from .chats import check_template
 from .mistakes import write_reference
-from .parser import Parser
+from .parser import TRAINING, Parser
 from .recipe import RecipeArguments, TaskRows, prepare_rows, tokenize
 from .scratch import build_from_scratch
 
 logger = logging.get_logger(__name__)
 
 MODEL = ("model_name_or_path", "model_revision", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout")
-TRAINING = ("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate")
-TRAINING += ("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "bf16", "use_cpu", "seed")
-TRAINING += ("logging_steps", "eval_strategy", "eval_steps", "save_strategy", "report_to", "resume_from_checkpoint")
-TRAINING += ("push_to_hub", "hub_model_id")
+OF_LOADED_PILOTS = ("model_name_or_path", "model_revision", "dtype", "attn_implementation")
+OF_LOADED_PILOTS += ("load_in_4bit", "load_in_8bit")
+REPORTS = ("logging_steps", "eval_strategy", "eval_steps", "save_strategy", "report_to", "resume_from_checkpoint")
+REPORTS += ("push_to_hub", "hub_model_id")
 WHOLE_CHATS = (
     "All of a row's `messages` is learnt, questions too, and λ is chosen on all of it. For the answers alone set "
     "--assistant_only_loss true, or give rows with a `prompt` and a `completion` of messages."
@@ -63,7 +63,7 @@ def parser(name: str) -> Parser:
             "Data": ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split"),
             "Rows, answers, Pilot from scratch": [field.name for field in fields(RecipeArguments)],
             "Pilot": MODEL,
-            "Training": TRAINING + own,
+            "Training": TRAINING + REPORTS + own,
             "Copilot": [field.name for field in fields(CopilotArguments)],
         },
         examples=[f"hf-copilot {name} --config recipe.yaml --dataset_name rows.jsonl --output_dir out"],
@@ -89,6 +89,7 @@ class Task(NamedTuple):
 def read_task(name: str, argv: Sequence[str]) -> Task:
     script_args, args, model_args, recipe = parser(name).parse(argv)
     set_seed(args.seed)
+    refuse_what_is_not_read(script_args, model_args, recipe)
     rows = prepare_rows(script_args, recipe, args.seed)
     if recipe.from_config is not None:
         pilot, tokenizer = build_from_scratch(recipe.from_config, recipe.tokenizer_size, rows.train)
@@ -98,6 +99,22 @@ def read_task(name: str, argv: Sequence[str]) -> Task:
     else:
         raise ValueError("There is no Pilot: --model_name_or_path names one, --from_config builds one from scratch.")
     return Task(script_args, args, model_args, recipe, rows, pilot, tokenizer)
+
+
+def refuse_what_is_not_read(script_args: ScriptArguments, model_args: ModelConfig, recipe: RecipeArguments) -> None:
+    """Arguments of TRL's that would change nothing here."""
+    found = changed(script_args, ("dataset_streaming", "ignore_bias_buffers"))
+    if found:
+        raise ValueError(f"{found} can't be used here: rows are read whole. CopilotTrainer in Python takes a stream.")
+    found = changed(model_args, OF_LOADED_PILOTS) if recipe.from_config is not None else ""
+    if found:
+        raise ValueError(f"--from_config builds a Pilot from scratch, and {found} is for one that is loaded.")
+
+
+def changed(arguments: Any, names: Sequence[str]) -> str:
+    """Which of them are not as they are by default."""
+    default = type(arguments)()
+    return ", ".join(f"--{name}" for name in names if getattr(arguments, name) != getattr(default, name))
 
 
 def sft(argv: Sequence[str]) -> None:
@@ -176,7 +193,8 @@ def train_and_compare(trainer: CopilotMixin, task: Task) -> None:
     elif test:
         both = (pilot, trainer.copilot, trainer.processing_class, test, trainer.copilot.config.strength)
         with eval_mode(pilot), torch.no_grad():
-            answers = compare_answers(*both, recipe.answer_pattern, **recipe.generation)
-            found = table_of(f"{len(test)} test rows", [answers, *compare_likelihoods(*both)])
+            size = {"batch_size": trainer.args.per_device_eval_batch_size}
+            answers = compare_answers(*both, recipe.answer_pattern, **recipe.generation, **size)
+            found = table_of(f"{len(test)} test rows", [answers, *compare_likelihoods(*both, **size)])
     if is_main:
         show(cost_since(start) if found is None else Group(found, cost_since(start)))

@@ -76,8 +76,8 @@ def table_of(title: str, comparisons: Sequence[Comparison]) -> Table:
 
 def last_match(pattern: str, text: str) -> str | None:
     """What the pattern's first group holds at its last match with something in it."""
-    found = [match.group(1).strip() for match in re.finditer(pattern, text) if match.group(1).strip()]
-    return found[-1] if found else None
+    found = [(match.group(1) or "").strip() for match in re.finditer(pattern, text)]
+    return next(filter(None, reversed(found)), None)
 
 
 def matches(answers: Sequence[str], expected: Sequence[str], pattern: str) -> torch.Tensor:

@@ -11,15 +11,31 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..training.chats import Message, chat_ids, is_chat, messages_of
 from ..training.records import IGNORE
 
+logger = logging.get_logger(__name__)
 
-def ids_with_end(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int = 512) -> list[int]:
-    """A text as an encoder-decoder reads and writes it: with the end token."""
-    ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+def ids_with_end(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None, is_read: bool = True
+) -> list[int]:
+    """A text as an encoder-decoder reads or writes it: with the end token.
+
+    Args:
+        max_length: Tokens at most, by default the tokenizer's `model_max_length`; that texts are cut is said once.
+        is_read: Whether an encoder reads it, with an end token wherever it ends. What is written and cut has none:
+            nothing ends there.
+    """
+    ids, end = tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id
+    ids = ids if ids[-1:] == [end] else [*ids, end]
+    longest = tokenizer.model_max_length if max_length is None else max_length
+    if len(ids) <= longest:
+        return ids
+    logger.warning_once(f"Texts of more than {longest} tokens are cut (the tokenizer's model_max_length).")
+    return [*ids[: longest - 1], end] if is_read else ids[:longest]
 
 
 def to_answer(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +71,7 @@ def label_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], has_en
     if has_encoder:
         return {
             "input_ids": ids_with_end(tokenizer, row["prompt"]),
-            "labels": ids_with_end(tokenizer, row["completion"]),
+            "labels": ids_with_end(tokenizer, row["completion"], is_read=False),
         }
     if is_chat(row):
         ids = chat_ids(tokenizer, messages_of(row), row)

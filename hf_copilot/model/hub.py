@@ -158,10 +158,12 @@ def copilot_card(
     )
 
 
-def write_card(folder: str | os.PathLike, config: CopilotConfig, repo_id: str | None = None) -> None:
-    """Write `README.md` into a Copilot's folder, with the first picture of its `assets/`."""
-    pictures = sorted(Path(folder, ASSETS).glob("*.png"))
-    shown = {"picture": f"{ASSETS}/{pictures[0].name}"} if pictures else {}
+def write_card(
+    folder: str | os.PathLike, config: CopilotConfig, repo_id: str | None = None, picture: str | None = None
+) -> None:
+    """Write `README.md` into a Copilot's folder, with a picture of its `assets/`, by default the first."""
+    pictures = [picture] if picture else sorted(file.name for file in Path(folder, ASSETS).glob("*.png"))
+    shown = {"picture": f"{ASSETS}/{pictures[0]}"} if pictures else {}
     copilot_card(config, **(shown | ({"repo_id": repo_id} if repo_id else {}))).save(Path(folder, "README.md"))
 
 
