@@ -38,6 +38,7 @@ SHAPE = {"vocab_size": 500, "hidden_size": 128, "intermediate_size": 256, "num_h
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
 SHAPE |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 STEPS, LABELLED, NEW = 6, 10, 12
+ROWS, LENGTH = 8, 32  # of a micro-batch
 DECODINGS = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -53,7 +54,8 @@ def make_pilot(device: str, dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 def make_batch(device: str, seed: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, SHAPE["vocab_size"], (8, 32), generator=torch.Generator().manual_seed(seed)).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, SHAPE["vocab_size"], (ROWS, LENGTH), generator=generator).to(device)
     labels = ids.clone()
     labels[:, :-LABELLED] = -100
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -80,7 +82,7 @@ def make_learner(
     copilot = copilot_for(pilot, CopilotConfig(memory=memory))
     settings = {"autocast_dtype": torch.bfloat16, "compile_backend": backend, "own_stream": own_stream}
     learner = CopilotLearner(copilot, pilot, STEPS, **settings)
-    learner.optimizer.room = 1  # of a draw from two micro-batches, no more than one's in a batch
+    learner.optimizer.limit = ROWS * LENGTH  # of a draw from two micro-batches, no more than one's in a batch
     return learner
 
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_learner import padded_batch
 from test_seq2seq import make
-from tiny import QUIET, addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
+from tiny import QUIET, addition, assert_same, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import (
     CopilotConfig,
@@ -180,7 +182,70 @@ def test_without_a_labelled_token_no_strength_is_chosen(tmp_path, copilot, stren
     trainer = make_trainer(tmp_path, unlabelled, copilot)
     trainer.train()
     assert trainer.copilot.config.strength == strength and trainer.copilot.config.calibration is None
-    assert f"λ is {strength}. No labelled token" in caplog.text
+    assert f"λ is {strength}. It could not be chosen: No labelled token" in caplog.text
+
+
+def test_choosing_leaves_the_pilot_in_its_type(tmp_path):
+    """Full evaluation in half precision casts a Pilot that is not being trained, and leaves it so."""
+    settings = {"bf16_full_eval": True, "max_steps": 2, "learning_rate": 1e-2}
+    ours = make_trainer(tmp_path / "ours", addition(8, seed=1), **settings)
+    theirs = SFTTrainer(
+        model=tiny_pilot(),
+        args=SFTConfig(output_dir=str(tmp_path / "theirs"), **(QUIET | settings)),
+        train_dataset=addition(64),
+        eval_dataset=addition(8, seed=1),
+        processing_class=tiny_tokenizer(),
+    )
+    ours.train()
+    theirs.train()
+    assert ours.copilot.config.calibration is not None and ours.model.dtype == torch.float32
+    assert_same(ours.model, theirs.model)
+    assert not ours.is_in_train
+    ours.evaluate()
+    assert ours.model.dtype == torch.bfloat16  # asked for
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Has other weights while it is evaluated, and no schedule."""
+
+    def train(self):
+        self.set_mode(True)
+
+    def eval(self):
+        self.set_mode(False)
+
+    def set_mode(self, trains: bool):
+        for group in self.param_groups:
+            if group.get("train_mode", False) != trains:
+                group["train_mode"] = trains
+                for parameter in group["params"]:
+                    parameter.data += 1.0 if trains else -1.0
+
+
+def test_choosing_leaves_a_schedule_free_optimizer_in_its_mode(tmp_path):
+    trainer = make_trainer(tmp_path, addition(8, seed=1))
+    trainer.optimizer = ScheduleFree(trainer.model.parameters(), lr=1e-4)
+    trainer.train()
+    assert trainer.copilot.config.calibration is not None
+    assert all(group["train_mode"] for group in trainer.optimizer.param_groups)
+
+
+class NeedsEvalLoss(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        assert metrics["eval_loss"] > 0
+
+
+def test_a_callback_that_fails_at_the_end_does_not_lose_the_training(tmp_path, caplog):
+    """Nobody asked for this evaluation, whose metrics begin with `calibration_`; who asks is told."""
+    trainer = make_trainer(tmp_path, addition(8, seed=1))
+    trainer.add_callback(NeedsEvalLoss())
+    trainer.train()
+    assert trainer.copilot.config.strength == UNCHOSEN_STRENGTH
+    assert "could not be chosen: 'eval_loss'" in caplog.text and "Traceback" in caplog.text
+    trainer.add_callback(NeedsEvalLoss())
+    with pytest.raises(KeyError, match="eval_loss"):
+        trainer.calibrate()
+    assert trainer.learner.calibrating is None
 
 
 @pytest.mark.parametrize(

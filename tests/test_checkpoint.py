@@ -13,10 +13,12 @@ import torch
 from peft import LoraConfig
 from tiny import QUIET, addition, assert_same, tiny_pilot, tiny_tokenizer
 from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotConfig, CopilotModel, CopilotSFTConfig, CopilotTrainer
-from hf_copilot.training.checkpoint import find_fault
+from hf_copilot.training import checkpoint
+from hf_copilot.training.checkpoint import find_fault, save_state
 from hf_copilot.training.metrics import UNCHOSEN_STRENGTH, choose_strength
 
 PACKED = {"packing": True, "packing_strategy": "bfd", "max_length": 16}
@@ -144,8 +146,8 @@ def test_what_trainer_resumes_without_is_said(tmp_path, straight, caplog):
 
 def test_no_whole_checkpoint_raises(tmp_path, straight):
     folder = copy_of(straight, tmp_path / "run")
-    for checkpoint in folder.glob("checkpoint-*"):
-        (checkpoint / "trainer_state.json").unlink()
+    for whole in folder.glob("checkpoint-*"):
+        (whole / "trainer_state.json").unlink()
     before = sorted(folder.iterdir())
     with pytest.raises(ValueError, match="no whole checkpoint.*checkpoint-4: trainer_state.json"):
         make_trainer(folder).train(resume_from_checkpoint=True)
@@ -237,6 +239,57 @@ def test_resuming_from_plain_sft_names_the_flag(tmp_path):
     fresh = make_trainer(tmp_path, copilot_start_fresh=True)
     fresh.train(resume_from_checkpoint=True)
     assert fresh.learner.steps == 2
+
+
+def test_a_best_checkpoint_of_before_there_was_a_copilot(tmp_path, caplog):
+    """Its Pilot is loaded at the end, the Copilot stays."""
+    both = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    plain = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2} | both
+    SFTTrainer(
+        model=tiny_pilot(attention_dropout=0.1),
+        args=SFTConfig(output_dir=str(tmp_path), gradient_accumulation_steps=2, **(QUIET | plain)),
+        train_dataset=addition(64),
+        eval_dataset=addition(8, seed=1),
+        processing_class=tiny_tokenizer(),
+    ).train()
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"best_metric": 0.0}))
+    fresh = make_trainer(tmp_path, copilot_start_fresh=True, eval_dataset=addition(8, seed=1), **both)
+    fresh.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "is best, and of before there was a Copilot" in caplog.text
+    assert fresh.learner.steps == 4 and fresh.copilot.config.calibration is not None
+
+
+class AsksToEnd(TrainerCallback):
+    """As a signal would, that a process is to end, inside the third step."""
+
+    def __init__(self):
+        self.managers = []
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.managers[0].is_checkpoint_requested = state.global_step == 2
+
+
+def test_what_is_saved_at_once_has_the_copilots_step(tmp_path, straight):
+    """Also where it is the Pilot's callback that saves (`enable_jit_checkpoint`)."""
+    asks = AsksToEnd()
+    ended = make_trainer(tmp_path, enable_jit_checkpoint=True, callbacks=[asks])
+    *_, lifecycle, saves = ended.callback_handler.callbacks
+    assert lifecycle is ended.lifecycle and isinstance(saves, JITCheckpointCallback)
+    asks.managers.append(saves.jit_manager)
+    ended.train()
+    assert ended.state.global_step == ended.learner.steps == 3
+    resumed = make_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_run(resumed, straight)
+
+
+def test_each_machine_writes_what_all_have_in_common(tmp_path, straight, monkeypatch):
+    """`save_on_each_node`, without a disk that all machines see: there the first process is not this one."""
+    monkeypatch.setattr(checkpoint, "process_index", lambda: 1)
+    save_state(straight.learner, tmp_path / "ours", shared=True)
+    save_state(straight.learner, tmp_path / "others")
+    assert (tmp_path / "ours" / "learner.json").is_file() and not (tmp_path / "others" / "learner.json").exists()
 
 
 def test_the_manifest_lists_every_file(straight):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 
 import pytest
@@ -13,6 +14,7 @@ from tiny import addition, assert_same
 from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotLearner, CopilotSFTConfig, CopilotTrainer
+from hf_copilot.training import optimizer
 from hf_copilot.training.report import show
 from hf_copilot.training.teacher_forced import TeacherForced
 
@@ -35,6 +37,26 @@ def test_a_failing_copilot_step_is_left_out(tmp_path, monkeypatch, caplog, failu
     assert ours.learner.skipped_steps == 6
     assert [entry["copilot_skipped_steps"] for entry in ours.state.log_history if "loss" in entry] == [2, 4, 6]
     assert caplog.text.count("times in a row") == 1 and "copilot_peft_config" in caplog.text
+
+
+def test_batches_get_smaller_than_the_pilots_where_memory_ran_out(tmp_path, monkeypatch):
+    """Also beside a micro-batch that is larger than what usually fits; and a resumed run knows."""
+    original, tried = TeacherForced.loss, []
+
+    def has_little_memory(self, batch):
+        tried.append(batch.inputs["memory"].shape[:2].numel())
+        return original(self, batch) if tried[-1] <= 40 else no_memory(self, batch)
+
+    monkeypatch.setattr(optimizer, "ROOM", 32)
+    monkeypatch.setattr(TeacherForced, "loss", has_little_memory)
+    settings = {"max_steps": 4, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    ours = train(CopilotTrainer, CopilotSFTConfig, tmp_path, addition(64), **settings)
+    learner = ours.learner
+    assert max(tried) > 40 >= learner.room == learner.optimizer.limit
+    assert 0 < learner.skipped_steps < 8 and max(tried[-4:]) <= learner.room
+    state = json.loads((tmp_path / "checkpoint-2" / "copilot_state" / "learner.json").read_text())
+    assert state["limit"] == learner.room
 
 
 def test_a_step_that_works_ends_the_streak(tmp_path, monkeypatch, caplog):

@@ -218,7 +218,7 @@ def test_the_groups_of_a_step_do_not_matter(pilot, config):
     for largest in (1, 1000):
         learner = CopilotLearner(trained_like(pilot, config), pilot, num_training_steps=3, **FLOAT)
         records = observe(learner, pilot, padded_batch())
-        learner.max_positions = learner.optimizer.room = largest
+        learner.optimizer.limit = largest
         learner.update(records)
         weights.append(torch.cat([p.detach().flatten() for p in learner.copilot.parameters()]))
     assert torch.allclose(*weights, atol=1e-5)

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trl.trainer.sft_trainer
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub.utils import filter_repo_objects
 from test_checkpoint import make_trainer
 from test_data import KINDS, padded
 from test_seq2seq import make as make_seq2seq
-from tiny import QUIET, addition, assert_same, sums, tiny_pilot, tiny_tokenizer, trained_like
+from tiny import CHAT_TEMPLATE, QUIET, addition, assert_same, sums, tiny_pilot, tiny_tokenizer, trained_like
 from transformers import TrainerCallback
 
 from hf_copilot import (
@@ -51,13 +52,13 @@ def different_rows(count: int, form: str = "prompt-completion") -> Dataset:
     return Dataset.from_dict(dict(zip(("prompt", "completion"), numbers, strict=True)))
 
 
-def train_on(rows, folder, **changes) -> CopilotTrainer:
+def train_on(rows, folder, tokenizer=None, **changes) -> CopilotTrainer:
     args = {"max_steps": 40, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
     trainer = CopilotTrainer(
         model=tiny_pilot(),
         args=CopilotSFTConfig(output_dir=str(folder), **(QUIET | args | changes)),
         train_dataset=rows,
-        processing_class=tiny_tokenizer(),
+        processing_class=tokenizer or tiny_tokenizer(),
     )
     trainer.train()
     return trainer
@@ -197,6 +198,32 @@ def test_a_stream_has_no_row_ids_and_that_is_said(tmp_path, caplog):
     assert "`train_dataset` is a IterableDataset, whose rows have no index" in caplog.text
     with pytest.raises(ValueError, match="holds no mistake ledger"):
         MistakeLedger.load(tmp_path)
+
+
+def test_a_transform_is_applied_once_and_has_no_ledger(tmp_path, caplog):
+    """Numbering shuffled rows would write them out, transformed, to be transformed again."""
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 8, "labels": [[5, 6, 7, 8]] * 8}).shuffle(seed=0)
+
+    def transform(batch):
+        return {"input_ids": [[token + 1 for token in row] for row in batch["input_ids"]], "labels": batch["labels"]}
+
+    settings = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False, "max_steps": 2}
+    trainer = train_on(rows.with_transform(transform), tmp_path, **settings)
+    assert next(iter(trainer.get_train_dataloader()))["input_ids"][0].tolist() == [6, 7, 8, 9]
+    assert "`train_dataset` has a transform" in caplog.text and trainer.learner.ledger is None
+
+
+def test_chats_by_the_template_of_training_are_found_from_python(tmp_path, monkeypatch):
+    """With assistant_only_loss SFTTrainer may take another template than the tokenizer's, which nobody saves."""
+    other = CHAT_TEMPLATE.replace("<user>", "<user> ")
+    monkeypatch.setattr(trl.trainer.sft_trainer, "get_training_chat_template", lambda tokenizer: other)
+    tokenizer, rows = tiny_tokenizer(), addition(24, form="chat")
+    plain = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    tokenizer.chat_template = plain
+    train_on(rows, tmp_path, tokenizer, max_steps=2, assistant_only_loss=True)
+    text = RowTokens(MistakeLedger.load(tmp_path), rows, tokenizer)
+    rendered = tokenizer.apply_chat_template(rows[0]["messages"], chat_template=other)
+    assert text.parts[0].tolist() == rendered["input_ids"]
 
 
 def test_rows_that_were_prepared_are_numbered_anew(tmp_path):

@@ -13,10 +13,12 @@ import pytest
 from datasets import Dataset
 from test_ledger import different_rows, train_on
 from tiny import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hf_copilot import MistakeLedger
 from hf_copilot.cli.__main__ import main
-from hf_copilot.ledger.page import IN_FULL, mistakes
+from hf_copilot.ledger.page import IN_FULL, decoder_of, mistakes
 from hf_copilot.training.ledger import (
     DOCUMENT,
     FORMAT_VERSION,
@@ -84,7 +86,8 @@ def test_the_page_is_one_file_with_the_rows_tokens(run, rows, tmp_path):
     ledger = MistakeLedger.load(run)
     for card in page.data["cards"][:5]:
         row = different_rows(48)[card["row"]]
-        assert "".join(token[0] for token in card["tokens"]) == row["prompt"] + row["completion"] + "<eos>"
+        ids = tiny_tokenizer()(row["prompt"] + row["completion"] + "<eos>")["input_ids"]
+        assert "".join(token[0] for token in card["tokens"]) == " " + tiny_tokenizer().decode(ids)
         labelled = [token for token in card["tokens"] if len(token) > 1]
         last = ledger.of_row(card["row"])[-1][1]
         assert [token[1] for token in labelled] == pytest.approx(last["p"].tolist(), abs=1e-4)
@@ -144,7 +147,17 @@ def test_text_is_never_markup(tmp_path):
     rows = with_markup(tmp_path / "run")
     page = Page(mistakes(tmp_path / "run", tmp_path / "page.html", rows))
     assert page.tags.count("script") == 2 and "img" not in page.tags and page.links == []
-    assert MARKUP in "".join(token[0] for token in page.data["cards"][0]["tokens"])
+    assert MARKUP in "".join(token[0].removeprefix(" ") or " " for token in page.data["cards"][0]["tokens"])
+
+
+def test_words_stay_apart():
+    """Decoders of SentencePiece strip the space of a text's first token, so that one token alone has none."""
+    vocabulary = {"▁a": 0, "▁many": 1, "many": 2, "▁legs": 3, "a": 4, "▁": 5}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="▁"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert fast.decode([1]) == fast.decode([2]) == "many"
+    assert [decoder_of(fast)(token) for token in (1, 2, 3)] == [" many", "many", " legs"]
 
 
 @in_a_browser

@@ -13,7 +13,6 @@ from trl import ScriptArguments
 
 from ..ledger.mistake_ledger import MistakeLedger
 from ..ledger.page import Rows, load_from, mistakes
-from ..training.chats import chat_ids, messages_of
 from ..training.ledger import LEDGER_FOLDER
 from ..training.report import show
 from ..training.trainer import CopilotMixin
@@ -68,7 +67,6 @@ def write_reference(trainer: CopilotMixin, script_args: ScriptArguments, recipe:
     place = str(Path(name).absolute()) if name and Path(name).exists() else name
     reference: dict[str, Any] = {"script": asdict(script_args) | {"dataset_name": place}}
     reference |= {"recipe": asdict(recipe), "seed": trainer.args.seed}
-    reference |= {"chat_template": getattr(trainer, "chat_template", None)}  # of SFTTrainer, for its masks
     (folder / REFERENCE).write_text(json.dumps(reference), encoding="utf-8")
 
 
@@ -80,13 +78,4 @@ def rows_of_run(run: str) -> Rows | None:
     reference = json.loads(file.read_text(encoding="utf-8"))
     recipe = RecipeArguments(**reference["recipe"])
     train = prepare_rows(ScriptArguments(**reference["script"]), recipe, reference["seed"]).train
-    if MistakeLedger.load(run).has_encoder:
-        return tokenize(train, load_from(run, AutoTokenizer))
-    template = reference.get("chat_template")
-    if template is None:
-        return train
-    tokenizer = load_from(run, AutoTokenizer)
-    return train.map(
-        lambda row: {"input_ids": chat_ids(tokenizer, messages_of(row), row, chat_template=template)},
-        remove_columns=train.column_names,
-    )
+    return tokenize(train, load_from(run, AutoTokenizer)) if MistakeLedger.load(run).has_encoder else train

@@ -64,10 +64,19 @@ class MistakeLedger:
             label).
         num_rows: Of the data set; None if unknown.
         has_encoder: Whether labels are a column of their own.
+        chat_template: With which rows became tokens, where it was not the tokenizer's own.
     """
 
-    def __init__(self, documents: np.ndarray, tokens: np.ndarray, num_rows: int | None, has_encoder: bool):
+    def __init__(
+        self,
+        documents: np.ndarray,
+        tokens: np.ndarray,
+        num_rows: int | None,
+        has_encoder: bool,
+        chat_template: str | None = None,
+    ):
         self.documents, self.tokens, self.num_rows, self.has_encoder = documents, tokens, num_rows, has_encoder
+        self.chat_template = chat_template
         self.ends = documents["tokens"].cumsum(dtype=np.int64)  # [D]
         self.starts = self.ends - documents["tokens"]  # [D]
         self.visit = self._visits()  # [D]
@@ -101,9 +110,8 @@ class MistakeLedger:
         documents = np.concatenate([part.documents for part in parts])  # [D]
         tokens = np.concatenate([part.tokens for part in parts])  # [M]
         order = documents["step"].argsort(kind="stable")  # [D]
-        return cls(
-            documents[order], tokens[_in_order(documents["tokens"], order)], header["rows"], header["has_encoder"]
-        )
+        about_rows = header["rows"], header["has_encoder"], header.get("chat_template")
+        return cls(documents[order], tokens[_in_order(documents["tokens"], order)], *about_rows)
 
     def _visits(self) -> np.ndarray:
         """`[D]`, how often the document was read before: the same row from the same token on."""

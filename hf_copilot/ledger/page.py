@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +159,15 @@ def card(
     made = {"row": row, "why": why, "history": [round(float(p), 4) for p in history], "tokens": []}
     if text is None:
         return made
+    text_of = decoder_of(tokenizer)
     last = {int(token["position"]): token for _, tokens in documents for token in tokens}
     order = {position: i for i, position in enumerate(text.labelled(row).tolist())}
     for position, token in enumerate(text.parts[row].tolist()):
-        entry = [tokenizer.decode([token])]
+        entry = [text_of(token)]
         if position in last:
             _, p, said = last[position].tolist()
             is_wrong = said != SAID_THE_LABEL
-            entry += [round(p, 4), is_wrong, tokenizer.decode([said]) if is_wrong else None]
+            entry += [round(p, 4), is_wrong, text_of(said) if is_wrong else None]
         if found is not None and position in order:
             p = found.log_likelihoods[:, order[position]].exp().tolist()  # before and after the Copilot
             is_right = found.is_likeliest[:, order[position]].tolist()
@@ -177,7 +178,18 @@ def card(
 
 
 def confusions(text: RowTokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str, int]]:
-    return [(tokenizer.decode([c.label]), tokenizer.decode([c.said]), c.count) for c in text.confusions()]
+    text_of = decoder_of(tokenizer)
+    return [(text_of(c.label), text_of(c.said), c.count) for c in text.confusions()]
+
+
+def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """From a token to its text inside a longer one: decoders of SentencePiece strip the space of a first token."""
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+    return lambda token: decode([*before, token])[len(decode(before)) :]
 
 
 def scored(run: str | os.PathLike, ledger: MistakeLedger, text: RowTokens, rows: list[int]) -> dict[int, RowScore]:

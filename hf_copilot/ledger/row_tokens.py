@@ -58,7 +58,7 @@ class RowTokens:
             return np.asarray(row[column], np.int64)
         if self.ledger.has_encoder or tokenizer is None:
             raise ValueError(f"The rows have no column `{column}`. {OTHER_DATA}")
-        return np.asarray(tokenize(row, tokenizer), np.int64)
+        return np.asarray(tokenize(row, tokenizer, self.ledger.chat_template), np.int64)
 
     def _check(self, sizes: np.ndarray) -> None:
         ledger = self.ledger
@@ -100,14 +100,17 @@ class RowTokens:
         return {"input_ids": tokens[:read].tolist(), "labels": labels[:read].tolist()}
 
 
-def tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A row of text as SFTTrainer tokenises it: prompt and completion, plain text, or a chat, with the end at its end.
+def tokenize(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> list[int]:
+    """A row of text as SFTTrainer tokenises it: prompt and completion, plain text, or a chat (by the tokenizer's
+    template, or another), with the end at its end.
 
     Raises:
         ValueError: For a row that is none of these.
     """
     if is_chat(row):
-        return chat_ids(tokenizer, messages_of(row), row)
+        return chat_ids(tokenizer, messages_of(row), row, chat_template=chat_template)
     text = row["text"] if "text" in row else row.get("completion")
     if text is None:
         raise ValueError(f"Rows with the columns {sorted(row)} can't be tokenised. {OTHER_DATA}")

@@ -39,6 +39,7 @@ STATE_FOLDER = "copilot_state"  # in every checkpoint: what a resumed run needs 
 MANIFEST = "files.json"  # in STATE_FOLDER: the size of every file of the checkpoint
 BINARY = (".safetensors", ".pt", ".pth", ".bin")  # a shorter one was cut off; texts a person may have changed
 TORN = "_torn-"  # what begins with _ Trainer does not push
+SAVING_AT_ONCE = "checkpoint-is-incomplete.txt"  # of transformers' enable_jit_checkpoint, until all is saved
 TENSORS, SCALARS = "learner.safetensors", "learner.json"  # in STATE_FOLDER
 
 
@@ -77,16 +78,19 @@ def save_weights(learner: CopilotLearner, directory: str | os.PathLike) -> None:
         learner.exported("cpu").save_pretrained(folder)
 
 
-def save_state(learner: CopilotLearner, directory: str | os.PathLike, mistake_log: bool = True) -> None:
+def save_state(
+    learner: CopilotLearner, directory: str | os.PathLike, mistake_log: bool = True, shared: bool | None = None
+) -> None:
     """Write the learner's state; every process calls it. The log can be left out: it may be large, and it holds
-    token ids of the training data."""
+    token ids of the training data. `shared` is whether this process writes what all have in common, by default the
+    first alone."""
     if learner.ledger is not None:
         learner.ledger.flush()  # a resumed run goes on from what is on disk
     with written_beside(directory) as folder:
         save_file({"generator": learner.generator.get_state()}, folder / generator_file(process_index()))
         if mistake_log:
             learner.log.save(folder / log_file(process_index()))
-        if process_index() == 0:
+        if process_index() == 0 if shared is None else shared:
             _save_shared(learner, folder)
 
 
@@ -101,7 +105,7 @@ def _save_shared(learner: CopilotLearner, folder: Path) -> None:
         "steps": learner.steps,
         "skipped_steps": learner.skipped_steps,
         "largest_batch": learner.max_positions,
-        "room": learner.optimizer.room,
+        "limit": learner.optimizer.limit,
         "trained": _what_is_trained(learner),
     }
     (folder / SCALARS).write_text(json.dumps(scalars), encoding="utf-8")
@@ -123,14 +127,14 @@ def _what_is_trained(learner: CopilotLearner) -> dict[str, Any]:
 
 
 def write_manifest(checkpoint: str | os.PathLike) -> None:
-    """List the files of a checkpoint, all but the state that Trainer writes last."""
+    """List the files of a checkpoint, all but the state that Trainer writes last, and what it takes away then."""
     checkpoint = Path(checkpoint)
     sizes = {
         str(file.relative_to(checkpoint)): file.stat().st_size
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file() and file.suffix != ".md"
     }
-    for name in (TRAINER_STATE_NAME, f"{STATE_FOLDER}/{MANIFEST}"):
+    for name in (TRAINER_STATE_NAME, SAVING_AT_ONCE, f"{STATE_FOLDER}/{MANIFEST}"):
         sizes.pop(name, None)
     (checkpoint / STATE_FOLDER / MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 
@@ -255,6 +259,16 @@ def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None
     config.results, config.calibration = saved.results, saved.calibration
 
 
+def load_best(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None:
+    """The Copilot of the best checkpoint, where it has one: a run without may have gone before."""
+    if not (Path(checkpoint) / WEIGHTS_FOLDER).is_dir():
+        logger.warning(f"{checkpoint} is best, and of before there was a Copilot: the Copilot stays as it is.")
+        return
+    load_weights(learner, checkpoint)
+    if learner.peft_model is not None:
+        load_state(learner, Path(checkpoint) / STATE_FOLDER)
+
+
 def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
     """Take up where [`save_state`] left off; call after `start`. The exported weights are loaded on their own.
 
@@ -282,16 +296,13 @@ def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
     learner.optimizer.scheduler.load_state_dict(scalars["scheduler"])
     learner.steps, learner.optimizer.skips[0] = scalars["steps"], scalars["skipped_steps"]
     learner.max_positions = scalars["largest_batch"]
-    learner.optimizer.room = scalars.get("room", learner.optimizer.room)  # of version 0.2 on
+    learner.optimizer.limit = scalars.get("limit")  # of version 0.2 on
     with torch.no_grad():
         for name, parameter in _beside_exported(learner):
             parameter.copy_(tensors[f"weights.{name}"])
-    _load_own(directory / generator_file(process_index()), _set_generator(learner), "the draws from the log")
+    set_generator = lambda path: learner.generator.set_state(load_file(path)["generator"])  # noqa: E731
+    _load_own(directory / generator_file(process_index()), set_generator, "the draws from the log")
     _load_own(directory / log_file(process_index()), learner.log.load, "the Mistake Log, which starts empty")
-
-
-def _set_generator(learner: CopilotLearner) -> Callable[[Path], None]:
-    return lambda path: learner.generator.set_state(load_file(path)["generator"])
 
 
 def _load_own(path: Path, load: Callable[[Path], None], loss: str) -> None:

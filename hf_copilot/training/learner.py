@@ -245,8 +245,8 @@ class CopilotLearner(BesideThePilot):
 
     @property
     def room(self) -> int:
-        """Positions that one batch of the Copilot may have: as many as the Pilot's, or what is known to fit."""
-        return max(self.max_positions, self.optimizer.room)
+        """Positions that one batch of the Copilot may have."""
+        return self.optimizer.room_beside(self.max_positions)
 
     def update(self, records: Sequence[MistakeRecord]) -> None:
         """One optimizer step on these documents; see [`CopilotOptimizer.step`]."""

@@ -90,6 +90,7 @@ class LedgerWriter:
         rows: Of the data set, if known.
         has_encoder: Whether the labels are a column of their own, not tokens of the input.
         earlier: A ledger to go on from where `folder` has none.
+        chat_template: With which rows became tokens, where it is not the tokenizer's own.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class LedgerWriter:
         rows: int | None = None,
         has_encoder: bool = False,
         earlier: Path | None = None,
+        chat_template: str | None = None,
     ):
         self.folder, self.step, self.process = Path(folder), step, process_index()
         self.round: list[tuple] = []  # of the batches of this round
@@ -110,6 +112,7 @@ class LedgerWriter:
             self._cut(process)
         if self.process == 0:
             header = {"format_version": FORMAT_VERSION, "rows": rows, "has_encoder": has_encoder}
+            header |= {"chat_template": chat_template}
             (self.folder / HEADER).write_text(json.dumps(header), encoding="utf-8")
 
     def _take_up(self, earlier: Path | None) -> None:

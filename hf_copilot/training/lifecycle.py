@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from peft import PeftConfig
 from transformers import (
     IntervalStrategy,
     SchedulerType,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
@@ -104,6 +108,17 @@ def may_log(args: TrainingArguments, state: TrainerState, control: TrainerContro
     return not has_length or control.should_training_stop or state.epoch == int(state.epoch)
 
 
+@contextmanager
+def optimizer_mode_kept(optimizer: Any) -> Iterator[None]:
+    """Of a schedule-free optimizer, whose Pilot has other weights while it is evaluated."""
+    trains = any(group.get("train_mode") for group in getattr(optimizer, "param_groups", []))
+    try:
+        yield
+    finally:
+        if trains:
+            optimizer.train()
+
+
 class CopilotLifecycle(TrainerCallback):
     """Starts a learner with the training of its Pilot, and steps it after every optimizer step, before logging,
     evaluation and saving.
@@ -152,15 +167,26 @@ class CopilotLifecycle(TrainerCallback):
         self.learner.join()  # Trainer may load its best model next
 
 
+def add_lifecycle(trainer: Trainer, lifecycle: CopilotLifecycle) -> None:
+    """As the last callback but for the one that saves at once when a process is told to end (`enable_jit_checkpoint`):
+    the Copilot's step of a round comes before it is saved."""
+    saves_at_once = trainer.pop_callback(JITCheckpointCallback)
+    trainer.add_callback(lifecycle)
+    if saves_at_once is not None:
+        trainer.add_callback(saves_at_once)
+
+
 class TrainerLifecycle(CopilotLifecycle):
     """Says what is trained, what it takes, and what will not fit; begins the ledger.
 
     Attributes:
         watch: Of the first rounds.
         rows: Of the data set that the trainer was given; None writes no ledger.
+        chat_template: With which these became tokens, where it is not the tokenizer's own.
     """
 
     rows: int | None = None
+    chat_template: str | None = None
 
     def __init__(self, learner: CopilotLearner, copilot_args: CopilotArguments):
         super().__init__(learner, copilot_args)
@@ -172,7 +198,8 @@ class TrainerLifecycle(CopilotLifecycle):
         if self.rows is not None:
             folder = Path(args.output_dir) / LEDGER_FOLDER
             has_encoder = self.learner.copilot.config.pilot_is_encoder_decoder
-            self.learner.ledger = LedgerWriter(folder, state.global_step, self.rows, has_encoder, earlier)
+            about_rows = self.rows, has_encoder, earlier, self.chat_template
+            self.learner.ledger = LedgerWriter(folder, state.global_step, *about_rows)
         self.watch = Stopwatch(self.learner.device)
         self._say(args, state, describe_start(self.learner))
 

@@ -58,7 +58,7 @@ class CopilotOptimizer:
         lr_scheduler_kwargs: dict[str, Any],
     ):
         self.copilot, self.max_grad_norm = copilot, max_grad_norm
-        self.room = ROOM  # positions of one batch that fit, as far as is known
+        self.limit: int | None = None  # positions of one batch, where memory ran out
         self.skips = torch.zeros(2, dtype=torch.int64, device=copilot.device)  # in all, and in a row
         self.has_warned = False  # of those in a row
         decay = [p for p in self.parameters() if p.ndim > 1]
@@ -75,6 +75,12 @@ class CopilotOptimizer:
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.copilot.parameters() if parameter.requires_grad]
+
+    def room_beside(self, max_positions: int) -> int:
+        """Positions that one batch may have: as many as the Pilot's largest, or what usually fits; fewer where memory
+        ran out."""
+        room = max(max_positions, ROOM)
+        return room if self.limit is None else min(room, self.limit)
 
     def step(
         self, forced: TeacherForced, records: Sequence[MistakeRecord], max_positions: float = math.inf
@@ -120,7 +126,7 @@ class CopilotOptimizer:
         except torch.OutOfMemoryError:
             loss.fill_(torch.nan)
             self.adamw.zero_grad()
-            self.room //= 2
+            self.limit = max(1, int(min(max_positions, ROOM if self.limit is None else self.limit)) // 2)
         except Exception as error:
             forced.give_up_compiling(error)
             self.adamw.zero_grad()

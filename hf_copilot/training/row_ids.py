@@ -37,9 +37,13 @@ def without_row_ids(rows: Dataset) -> Dataset:
 
 
 def with_row_ids(rows: Any) -> Any:
-    """The data set with a column that numbers its rows; a stream as it is, with a warning."""
+    """The data set with a column that numbers its rows; a stream as it is, with a warning, and so one with a transform
+    (`with_transform`): a new column would be written out with all others, transformed."""
     if not isinstance(rows, Dataset):
         logger.warning(NO_ROW_IDS, f"`train_dataset` is a {type(rows).__name__}, whose rows have no index")
+        return rows
+    if rows.format["type"] == "custom":
+        logger.warning(NO_ROW_IDS, "`train_dataset` has a transform")
         return rows
     return without_row_ids(rows).add_column(ROW, np.arange(len(rows)))
 

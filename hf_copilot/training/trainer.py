@@ -24,8 +24,7 @@ from .checkpoint import (
     WEIGHTS_FOLDER,
     begin_checkpoint,
     check_whole,
-    load_state,
-    load_weights,
+    load_best,
     newest_whole_checkpoint,
     save_state,
     save_weights,
@@ -34,7 +33,7 @@ from .checkpoint import (
 from .distributed import without_repeated_rows
 from .folding import FoldingMixin
 from .learner import CopilotLearner
-from .lifecycle import TrainerLifecycle, make_copilot, make_learner
+from .lifecycle import TrainerLifecycle, add_lifecycle, make_copilot, make_learner, optimizer_mode_kept
 from .metrics import STRENGTHS, NothingMeasured, be_careful
 from .mistake_source import hold_out
 from .refusals import check_data, check_trainer
@@ -100,9 +99,10 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
         self.lifecycle.can_choose = self.eval_dataset is not None
         if writes_ledger and has_row_ids(self.train_dataset):
             self.lifecycle.rows = len(bound.arguments["train_dataset"])
+            self.lifecycle.chat_template = getattr(self, "chat_template", None)  # of SFTTrainer, for its masks
         if self.copilot_args.copilot_mistake_source == "holdout":
             self.lifecycle.source = hold_out(self, self.copilot_args.copilot_holdout)
-        self.add_callback(self.lifecycle)
+        add_lifecycle(self, self.lifecycle)
 
     @property
     def copilot(self) -> CopilotModel:
@@ -136,10 +136,12 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
                 check_whole(resume_from_checkpoint)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
+            self.is_in_train = True  # elsewhere an evaluation casts the Pilot (bf16_full_eval), and leaves it so
+            with optimizer_mode_kept(self.optimizer):
+                self._choose_strength()
         finally:
             self.is_in_train = False  # transformers leaves it set where training ended with an exception
             self.learner.close()
-        self._choose_strength()
         self._print_table()
         return output
 
@@ -150,9 +152,10 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
         elif strength is None and self.eval_dataset is not None:
             try:
                 self.calibrate()
-            except (NothingMeasured, torch.OutOfMemoryError) as error:  # nobody asked for it
+            except Exception as error:  # nobody asked for it, and what is trained wants to be saved
                 be_careful(self.learner.copilot.config)
-                logger.warning(f"λ is {self.learner.copilot.config.strength:g}. {error}")
+                chosen, is_known = self.learner.copilot.config.strength, isinstance(error, NothingMeasured)
+                logger.warning(f"λ is {chosen:g}. It could not be chosen: {error}", exc_info=not is_known)
 
     def _print_table(self):
         log, calibration = self.learner.log, self.learner.copilot.config.calibration
@@ -236,7 +239,8 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
     def _save_rng_state(self, output_dir):
         """The last that every process writes into a checkpoint."""
         super()._save_rng_state(output_dir)
-        save_state(self.learner, Path(output_dir) / STATE_FOLDER, self.copilot_args.copilot_save_mistake_log)
+        own = self.copilot_args.copilot_save_mistake_log, self.args.should_save
+        save_state(self.learner, Path(output_dir) / STATE_FOLDER, *own)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(output_dir)
@@ -247,9 +251,7 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
 
     def _load_best_model(self):
         super()._load_best_model()
-        load_weights(self.learner, self.state.best_model_checkpoint)
-        if self.learner.peft_model is not None:
-            load_state(self.learner, Path(self.state.best_model_checkpoint) / STATE_FOLDER)
+        load_best(self.learner, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if self.is_world_process_zero():
