@@ -10,7 +10,7 @@ from peft import BeftConfig, LilyConfig, LoraConfig, PolyConfig, PromptTuningCon
 from tiny import MEMORIES, OBJECTIVES, VOCAB_SIZE, assert_same, tiny_pilot, tiny_seq2seq, trained_like
 
 from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
-from hf_copilot.training.batch import MIN_LENGTH_RATIO, CopilotBatch, full_positions, group_by_length
+from hf_copilot.training.batch import MIN_LENGTH_RATIO, full_positions, group_by_length
 from hf_copilot.training.checkpoint import load_state
 from hf_copilot.training.metrics import measure
 from hf_copilot.training.mistake_log import MistakeRecord
@@ -131,9 +131,7 @@ def test_an_adapter_that_cant_be_merged_raises_before_training(pilot, make_confi
 
 
 def forward(learner, records):
-    batch = CopilotBatch.collate(
-        records, learner.forced.embedding, learner.copilot.config, learner.device, torch.float32
-    )
+    batch = learner.forced.collate(records)
     with torch.no_grad():
         return learner.copilot(**batch.inputs, return_logits=True, lent=learner.forced.lent).logits[batch.queries]
 

@@ -113,10 +113,14 @@ class MistakeLedger:
         about_rows = header["rows"], header["has_encoder"], header.get("chat_template")
         return cls(documents[order], tokens[_in_order(documents["tokens"], order)], *about_rows)
 
-    def _visits(self) -> np.ndarray:
-        """`[D]`, how often the document was read before: the same row from the same token on."""
+    def _parts(self) -> np.ndarray:
+        """`[D]`, a number for each document that those of the same row from the same token on have too."""
         first = self.tokens["position"][self.starts].astype(np.int64)  # [D]
-        key = self.documents["row"].astype(np.int64) << 32 | first  # [D]
+        return self.documents["row"].astype(np.int64) << 32 | first
+
+    def _visits(self) -> np.ndarray:
+        """`[D]`, how often the document was read before."""
+        key = self._parts()
         order = key.argsort(kind="stable")  # [D]
         is_new = np.ones(len(key), bool)
         is_new[1:] = key[order][1:] != key[order][:-1]
@@ -178,20 +182,19 @@ class MistakeLedger:
         values = p, -np.log(p.clip(LEAST_P, 1.0)), self.tokens["said"] == SAID_THE_LABEL
         return [np.add.reduceat(value.astype(np.float64), self.starts) for value in values]
 
+    def tokens_of(self, document: int) -> np.ndarray:
+        """`[m]`, the labelled tokens of one document."""
+        return self.tokens[self.starts[document] : self.ends[document]]
+
     def of_row(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """The documents of one row, in order: the visit's number and step `[2]`, and its labelled tokens `[m]`."""
         found = np.flatnonzero(self.documents["row"] == row)
-        return [
-            (np.array([self.visit[i], self.documents["step"][i]]), self.tokens[self.starts[i] : self.ends[i]])
-            for i in found
-        ]
+        return [(np.array([self.visit[i], self.documents["step"][i]]), self.tokens_of(i)) for i in found]
 
     def last_documents(self) -> np.ndarray:
         """Which documents are the last reading of their part of their row, in the order of rows."""
-        first = self.tokens["position"][self.starts].astype(np.int64)
-        key = self.documents["row"].astype(np.int64) << 32 | first  # [D]
-        _, from_the_end = np.unique(key[::-1], return_index=True)
-        found = len(key) - 1 - from_the_end
+        _, from_the_end = np.unique(self._parts()[::-1], return_index=True)
+        found = len(self.documents) - 1 - from_the_end
         return found[self.documents["row"][found] != UNKNOWN_ROW]
 
 

@@ -63,13 +63,10 @@ class RowTokens:
     def _check(self, sizes: np.ndarray) -> None:
         ledger = self.ledger
         for i in ledger.last_documents():
-            row, positions = ledger.documents["row"][i], self._positions(i)  # [m]
+            row, positions = ledger.documents["row"][i], ledger.tokens_of(i)["position"]  # [m]
             labels = self.parts[row][positions] if positions[-1] < sizes[row] else positions[:0]
             if checksum(labels) != ledger.documents["check"][i]:
                 raise ValueError(f"Row {row} holds other tokens than it did in the run. {OTHER_DATA}")
-
-    def _positions(self, document: int) -> np.ndarray:
-        return self.ledger.tokens["position"][self.ledger.starts[document] : self.ledger.ends[document]]
 
     def confusions(self, most: int = 100) -> list[Confusion]:
         """The most frequent pairs of a label and what the Pilot held likelier, over the whole run."""

@@ -68,25 +68,34 @@ class CopilotBatch:
     sequence: torch.Tensor  # [Q], the run of every query
     num_sequences: int
 
-    @classmethod
-    def collate(
-        cls,
-        records: Sequence[MistakeRecord],
-        embedding: PilotEmbedding,
-        config: CopilotConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        shape: Callable[[int, int], Shape] = exact,
-    ) -> CopilotBatch:
-        """Pad the records; queries of different runs do not see each other. `shape` gives a padded size from documents
-        and the longest."""
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads records into batches of a Copilot.
+
+    Args:
+        embedding: The Pilot's.
+        config: The Copilot's.
+        device: Of the batches.
+        dtype: Of the states and embeddings in them.
+        shape: A padded size, from documents and the longest.
+    """
+
+    embedding: PilotEmbedding
+    config: CopilotConfig
+    device: torch.device
+    dtype: torch.dtype
+    shape: Callable[[int, int], Shape] = exact
+
+    def __call__(self, records: Sequence[MistakeRecord]) -> CopilotBatch:
+        """All records in one batch, in their order; queries of different runs do not see each other."""
         columns = {name: [getattr(record, name) for record in records] for name in OF_TARGETS}
         flat = {name: torch.cat(column) for name, column in columns.items()}  # [Q, ...]
-        targets = Ragged.of([len(record.labels) for record in records], shape)
-        on_device = {name: to_device(flat[name], device) for name in flat.keys() - {"positions"}}
-        return cls(
-            inputs=_inputs(records, flat, targets, embedding, config, device, dtype, shape),
-            queries=(to_device(targets.rows, device), to_device(targets.columns, device)),
+        targets = Ragged.of([len(record.labels) for record in records], self.shape)
+        on_device = {name: self._send(flat[name]) for name in flat.keys() - {"positions"}}
+        return CopilotBatch(
+            inputs=self._inputs(records, flat, targets),
+            queries=(self._send(targets.rows), self._send(targets.columns)),
             final_states=on_device["final_states"],
             labels=on_device["labels"],
             target=SparseDiscrepancy(on_device["indices"].long(), on_device["values"], on_device["dropped"]),
@@ -94,60 +103,45 @@ class CopilotBatch:
             num_sequences=sum(record.num_sequences for record in records),
         )
 
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        return to_device(tensor, self.device)
 
-def _inputs(
-    records: Sequence[MistakeRecord],
-    flat: dict[str, torch.Tensor],
-    targets: Ragged,
-    embedding: PilotEmbedding,
-    config: CopilotConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: Callable[[int, int], Shape],
-) -> dict[str, Any]:
-    memory = memory_of(config)
-    tokens = Ragged.of([len(record.input_ids) for record in records], shape)
-    positions = to_device(targets.pad(flat["positions"], tokens.shape[1]), device)  # [B, m]; padding sees all
-    is_start = to_device(targets.pad(flat["is_start"]), device)  # [B, m]
-    own = torch.arange(is_start.shape[1], device=device).expand_as(is_start)  # [B, m]
-    run_start = own.where(is_start, 0).cummax(1).values  # [B, m]
-    visible = to_device(tokens.visible(), device)  # [B, n]
-    entries, encoder_visible = _entries(records, tokens, embedding, config, device, dtype, shape)
-    return {
-        "input_indices": to_device(targets.pad(flat["indices"].long()).roll(1, dims=1), device),  # [B, m, k + 1]
-        "input_values": to_device(targets.pad(flat["values"]).roll(1, dims=1), device),  # of the target before
-        "is_start": is_start,
-        "memory": entries,
-        "memory_mask": memory.reads(positions, visible, encoder_visible),
-        "self_mask": Span(own, own, run_start),
-        **rotary_positions(config, positions, visible.cumsum(1) - 1),
-    }
+    def _inputs(
+        self, records: Sequence[MistakeRecord], flat: dict[str, torch.Tensor], targets: Ragged
+    ) -> dict[str, Any]:
+        tokens = Ragged.of([len(record.input_ids) for record in records], self.shape)
+        positions = self._send(targets.pad(flat["positions"], tokens.shape[1]))  # [B, m]; padding sees all
+        is_start = self._send(targets.pad(flat["is_start"]))  # [B, m]
+        own = torch.arange(is_start.shape[1], device=self.device).expand_as(is_start)  # [B, m]
+        run_start = own.where(is_start, 0).cummax(1).values  # [B, m]
+        visible = self._send(tokens.visible())  # [B, n]
+        entries, encoder_visible = self._entries(records, tokens)
+        return {
+            "input_indices": self._send(targets.pad(flat["indices"].long()).roll(1, dims=1)),  # [B, m, k + 1]
+            "input_values": self._send(targets.pad(flat["values"]).roll(1, dims=1)),  # of the target before
+            "is_start": is_start,
+            "memory": entries,
+            "memory_mask": memory_of(self.config).reads(positions, visible, encoder_visible),
+            "self_mask": Span(own, own, run_start),
+            **rotary_positions(self.config, positions, visible.cumsum(1) - 1),
+        }
 
-
-def _entries(
-    records: Sequence[MistakeRecord],
-    tokens: Ragged,
-    embedding: PilotEmbedding,
-    config: CopilotConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: Callable[[int, int], Shape],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The memory's entries, and which positions of an encoder are no padding, `[B, S]` bool, where there is one."""
-    memory = memory_of(config)
-    ids = to_device(tokens.pad(torch.cat([record.input_ids for record in records])), device)  # [B, n]
-    if not memory.reads_states:
-        return memory.entries(ids, None, None), None
-    hidden_states = tokens.pad(torch.cat([record.hidden_states for record in records]))  # [B, n, d_P]
-    hidden_states, encoder_visible = to_device(hidden_states, device).to(dtype), None
-    if not any(len(record.embeddings) for record in records):
-        embeddings = embedding(ids).to(device, dtype)  # [B, n, d_P]
-    else:
-        logged = [known_embeddings(record, embedding).to(record.hidden_states) for record in records]
-        places = Ragged.of([len(part) for part in logged], shape)
-        embeddings = to_device(places.pad(torch.cat(logged)), device).to(dtype)  # [B, n or S, d_P]
-        encoder_visible = to_device(places.visible(), device)  # [B, S]
-    return memory.entries(ids, embeddings, hidden_states), encoder_visible
+    def _entries(self, records: Sequence[MistakeRecord], tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The memory's entries, and which positions of an encoder are no padding, `[B, S]` bool, if there is one."""
+        memory = memory_of(self.config)
+        ids = self._send(tokens.pad(torch.cat([record.input_ids for record in records])))  # [B, n]
+        if not memory.reads_states:
+            return memory.entries(ids, None, None), None
+        hidden_states = tokens.pad(torch.cat([record.hidden_states for record in records]))  # [B, n, d_P]
+        hidden_states, encoder_visible = self._send(hidden_states).to(self.dtype), None
+        if not any(len(record.embeddings) for record in records):
+            embeddings = self.embedding(ids).to(self.device, self.dtype)  # [B, n, d_P]
+        else:
+            logged = [known_embeddings(record, self.embedding).to(record.hidden_states) for record in records]
+            places = Ragged.of([len(part) for part in logged], self.shape)
+            embeddings = self._send(places.pad(torch.cat(logged))).to(self.dtype)  # [B, n or S, d_P]
+            encoder_visible = self._send(places.visible())  # [B, S]
+        return memory.entries(ids, embeddings, hidden_states), encoder_visible
 
 
 def known_embeddings(record: MistakeRecord, embedding: PilotEmbedding) -> torch.Tensor:

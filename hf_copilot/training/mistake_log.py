@@ -82,6 +82,11 @@ class MistakeLog:
         """Documents in the log."""
         return sum(len(records) for records in self.rounds)
 
+    @property
+    def records(self) -> list[MistakeRecord]:
+        """All documents, the oldest first."""
+        return [record for round_ in self.rounds for record in round_]
+
     def clear(self) -> None:
         self.rounds.clear()
         self.nbytes, self.capped = 0, False
@@ -112,13 +117,13 @@ class MistakeLog:
 
     def sample(self, count: int, generator: torch.Generator) -> list[MistakeRecord]:
         """Up to `count` documents, uniformly without replacement."""
-        records = [record for round_ in self.rounds for record in round_]
+        records = self.records
         picked = torch.randperm(len(records), generator=generator)[:count].tolist()
         return [records[i] for i in picked]
 
     def save(self, path: str | Path) -> None:
         """Write the log to one safetensors file: every field of all records in one tensor, and their lengths."""
-        records = [record for round_ in self.rounds for record in round_]
+        records = self.records
         tensors = {"rounds": torch.tensor([len(round_) for round_ in self.rounds], dtype=torch.int64)}
         for field in fields(MistakeRecord):
             column = [getattr(record, field.name) for record in records]

@@ -24,7 +24,7 @@ from ..pilot.head import PilotEmbedding, PilotHead
 from ..pilot.inspect import eval_mode, without_logits
 from ..pilot.tap import PilotStates, PilotTap
 from ..pilot.vocabulary import lent_vocabulary
-from .batch import CopilotBatch, full_positions, group_by_length
+from .batch import Collator, CopilotBatch, full_positions, group_by_length
 from .mistake_log import MistakeRecord
 from .ragged import Ragged, exact, powers_of_two
 from .records import IGNORE, PendingRecords, begin_records, send_inputs
@@ -145,7 +145,7 @@ class TeacherForced:
         """All records in one batch, in their order."""
         dtype = self.copilot.norm.weight.dtype
         shape = powers_of_two if self.has_graphs else exact
-        return CopilotBatch.collate(records, self.embedding, self.copilot.config, self.device, dtype, shape)
+        return Collator(self.embedding, self.copilot.config, self.device, dtype, shape)(records)
 
     @property
     def lent(self) -> Vocabulary | None:
