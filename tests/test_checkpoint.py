@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotConfig, CopilotModel, CopilotSFTConfig, CopilotTrainer
 from hf_copilot.training import checkpoint
-from hf_copilot.training.checkpoint import find_fault, save_state
+from hf_copilot.training.checkpoint import find_fault, load_best, save_state
 from hf_copilot.training.metrics import UNCHOSEN_STRENGTH, choose_strength
 
 PACKED = {"packing": True, "packing_strategy": "bfd", "max_length": 16}
@@ -241,7 +241,7 @@ def test_resuming_from_plain_sft_names_the_flag(tmp_path):
     assert fresh.learner.steps == 2
 
 
-def test_a_best_checkpoint_of_before_there_was_a_copilot(tmp_path, caplog):
+def test_a_best_checkpoint_of_before_there_was_a_copilot(tmp_path, caplog, monkeypatch):
     """Its Pilot is loaded at the end, the Copilot stays."""
     both = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     plain = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2} | both
@@ -256,8 +256,12 @@ def test_a_best_checkpoint_of_before_there_was_a_copilot(tmp_path, caplog):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"best_metric": 0.0}))
     fresh = make_trainer(tmp_path, copilot_start_fresh=True, eval_dataset=addition(8, seed=1), **both)
     fresh.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "is best, and of before there was a Copilot" in caplog.text
+    assert "is best, and holds no Copilot" in caplog.text
     assert fresh.learner.steps == 4 and fresh.copilot.config.calibration is not None
+    monkeypatch.setattr(checkpoint, "sum_count", lambda count, device: 1)
+    monkeypatch.setattr(checkpoint, "num_processes", lambda: 2)
+    with pytest.raises(ValueError, match="save_on_each_node"):
+        load_best(fresh.learner, tmp_path / "checkpoint-2")
 
 
 class AsksToEnd(TrainerCallback):

@@ -8,6 +8,7 @@ import logging
 
 import pytest
 import torch
+from datasets import Dataset
 from rich.table import Table
 from test_data import train
 from tiny import addition, assert_same
@@ -57,6 +58,24 @@ def test_batches_get_smaller_than_the_pilots_where_memory_ran_out(tmp_path, monk
     assert 0 < learner.skipped_steps < 8 and max(tried[-4:]) <= learner.room
     state = json.loads((tmp_path / "checkpoint-2" / "copilot_state" / "learner.json").read_text())
     assert state["limit"] == learner.room
+
+
+def test_a_document_that_never_fits_does_not_make_the_batches_of_others_small(tmp_path, monkeypatch):
+    original = TeacherForced.loss
+
+    def has_little_memory(self, batch):
+        longest = batch.inputs["memory"].shape[1]
+        return original(self, batch) if longest < 20 else no_memory(self, batch)
+
+    monkeypatch.setattr(optimizer, "ROOM", 256)
+    monkeypatch.setattr(TeacherForced, "loss", has_little_memory)
+    rows = [
+        {"input_ids": [5, 6, 7, 8] * (8 if i == 0 else 2), "completion_mask": [1, 1, 1, 1] * (8 if i == 0 else 2)}
+        for i in range(8)
+    ]
+    settings = {"max_steps": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    learner = train(CopilotTrainer, CopilotSFTConfig, tmp_path, Dataset.from_list(rows), **settings).learner
+    assert learner.skipped_steps > 8 and learner.optimizer.limit >= 31  # that document by itself
 
 
 def test_a_step_that_works_ends_the_streak(tmp_path, monkeypatch, caplog):

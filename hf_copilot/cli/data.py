@@ -16,7 +16,8 @@ from .chats import are_chats, check_chats, to_answers
 from .parser import in_a_line
 
 TEST_SHARE = 0.1  # of a single file
-FILES = (".json", ".jsonl", ".gz", ".csv", ".parquet", ".txt", ".yaml")  # a Hub id may end in ".5"
+# what is no Hub id, which may end in ".5"
+FILES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".yaml", ".zst", ".zip")
 PROMPT, COMPLETION = "{prompt}", "{completion}"  # format strings, where nothing else is asked for
 
 

@@ -34,7 +34,7 @@ def ids_with_end(
     longest = tokenizer.model_max_length if max_length is None else max_length
     if len(ids) <= longest:
         return ids
-    logger.warning_once(f"Texts of more than {longest} tokens are cut (the tokenizer's model_max_length).")
+    logger.warning_once(f"Texts of more than {longest} tokens are cut: by default the tokenizer's model_max_length.")
     return [*ids[: longest - 1], end] if is_read else ids[:longest]
 
 

@@ -189,7 +189,8 @@ def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
     def decode(tokens: list[int]) -> str:
         return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
-    return lambda token: decode([*before, token])[len(decode(before)) :]
+    border = len(decode(before))
+    return lambda token: decode([*before, token])[border:]
 
 
 def scored(run: str | os.PathLike, ledger: MistakeLedger, text: RowTokens, rows: list[int]) -> dict[int, RowScore]:

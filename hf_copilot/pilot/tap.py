@@ -60,12 +60,16 @@ class PilotStates:
         encoder = 0 if self.encoder_length is None else self.encoder_length
         return len(self.last_hidden_state) * (self.length + encoder)
 
+    @property
+    def mask(self) -> Any:
+        """That of full attention, where each kind of layer has its own."""
+        masks = self.attention_mask
+        return masks.get("full_attention", next(iter(masks.values()))) if isinstance(masks, dict) else masks
+
     def visible_from(self, start: int) -> torch.Tensor:
         """Which positions from `start` to the end n of this forward are not padding, by its mask in whatever form it
         came: `[B, n - start]` bool, or the last of them, where a window slides."""
-        mask, n = self.attention_mask, self.past_length + self.length
-        if isinstance(mask, dict):
-            mask = mask.get("full_attention", next(iter(mask.values())))
+        mask, n = self.mask, self.past_length + self.length
         if mask is None:
             return torch.ones(self.shape[0], n - start, dtype=torch.bool)
         if isinstance(mask, BlockMask):  # of flex attention
@@ -78,7 +82,7 @@ class PilotStates:
     @property
     def hides_past(self) -> bool:
         """Whether the mask does not go back to the first position, since a window slides."""
-        return self.visible_from(0).shape[1] < self.past_length + self.length
+        return self.mask is not None and self.mask.shape[-1] < self.past_length + self.length
 
 
 compiled_without_guards = True  # perhaps, before a tap was opened

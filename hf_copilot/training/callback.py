@@ -26,9 +26,10 @@ class CopilotCallback(CopilotLifecycle):
 
     It reads the labels and masks that the Pilot's forward is given in training. What a callback can't do, and
     [`CopilotTrainer`] does: metrics in evaluation, `load_best_model_at_end`, pushing during training, finding torn
-    checkpoints, removing its hooks when training ends with an exception (call [`close`]), and putting its training
-    metrics before reporters that were added earlier (they are in `trainer.state.log_history`). A resumed run
-    takes the Copilot up from `output_dir/checkpoint-<step>`; a second `train()` trains the same Copilot on.
+    checkpoints, saving at once (`enable_jit_checkpoint`), removing its hooks when training ends with an exception
+    (call [`close`]), and putting its training metrics before reporters that were added earlier (they are in
+    `trainer.state.log_history`). A resumed run takes the Copilot up from `output_dir/checkpoint-<step>`; a second
+    `train()` trains the same Copilot on.
 
     Args:
         copilot, copilot_peft_config: As in [`CopilotTrainer`].
@@ -117,7 +118,8 @@ class CopilotCallback(CopilotLifecycle):
     def on_save(self, args, state, control, **kwargs):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         save_weights(self.learner, checkpoint)
-        save_state(self.learner, checkpoint / STATE_FOLDER, self.copilot_args.copilot_save_mistake_log)
+        own = self.copilot_args.copilot_save_mistake_log, args.should_save
+        save_state(self.learner, checkpoint / STATE_FOLDER, *own)
 
     def on_train_end(self, args, state, control, **kwargs):
         save_weights(self.learner, args.output_dir)

@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
-from .distributed import process_index
+from .distributed import num_processes, process_index, sum_count
 from .learner import CopilotLearner
 from .metrics import UNCHOSEN_STRENGTH
 
@@ -127,7 +127,8 @@ def _what_is_trained(learner: CopilotLearner) -> dict[str, Any]:
 
 
 def write_manifest(checkpoint: str | os.PathLike) -> None:
-    """List the files of a checkpoint, all but the state that Trainer writes last, and what it takes away then."""
+    """List the files of a checkpoint: all but the state that Trainer writes last, and the mark of a save at once that
+    it takes away then."""
     checkpoint = Path(checkpoint)
     sizes = {
         str(file.relative_to(checkpoint)): file.stat().st_size
@@ -260,10 +261,17 @@ def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None
 
 
 def load_best(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None:
-    """The Copilot of the best checkpoint, where it has one: a run without may have gone before."""
-    if not (Path(checkpoint) / WEIGHTS_FOLDER).is_dir():
-        logger.warning(f"{checkpoint} is best, and of before there was a Copilot: the Copilot stays as it is.")
+    """The Copilot of the best checkpoint, where it has one: a run without may have gone before.
+
+    Raises:
+        ValueError: If some of the processes see one and others don't.
+    """
+    have_one = sum_count(int((Path(checkpoint) / WEIGHTS_FOLDER).is_dir()), learner.device)
+    if not have_one:
+        logger.warning(f"{checkpoint} is best, and holds no Copilot: that of this run stays as it is.")
         return
+    if have_one < num_processes():
+        raise ValueError(f"{checkpoint} is best, and not all machines see its Copilot: set save_on_each_node=True.")
     load_weights(learner, checkpoint)
     if learner.peft_model is not None:
         load_state(learner, Path(checkpoint) / STATE_FOLDER)
@@ -300,8 +308,11 @@ def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
     with torch.no_grad():
         for name, parameter in _beside_exported(learner):
             parameter.copy_(tensors[f"weights.{name}"])
-    set_generator = lambda path: learner.generator.set_state(load_file(path)["generator"])  # noqa: E731
-    _load_own(directory / generator_file(process_index()), set_generator, "the draws from the log")
+    _load_own(
+        directory / generator_file(process_index()),
+        lambda path: learner.generator.set_state(load_file(path)["generator"]),
+        "the draws from the log",
+    )
     _load_own(directory / log_file(process_index()), learner.log.load, "the Mistake Log, which starts empty")
 
 

@@ -265,7 +265,7 @@ class CopilotLearner(BesideThePilot):
     def calibrate(self, strengths: Sequence[float] = STRENGTHS, data: str = "", metric: str = "nll") -> Iterator[None]:
         """Choose λ: inside the block `evaluate` measures at all `strengths`, and 0, the Pilot alone; at its end the
         best one becomes the Copilot's, so that by this metric it is never worse than the Pilot there. All of it is
-        kept in `copilot.config.calibration`.
+        kept in `copilot.config.calibration`, and what was measured at the best one in `copilot.config.results`.
 
         Args:
             data: What is measured on, in words.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from torch import nn
 from transformers import (
     IntervalStrategy,
     SchedulerType,
@@ -109,13 +110,15 @@ def may_log(args: TrainingArguments, state: TrainerState, control: TrainerContro
 
 
 @contextmanager
-def optimizer_mode_kept(optimizer: Any) -> Iterator[None]:
-    """Of a schedule-free optimizer, whose Pilot has other weights while it is evaluated."""
-    trains = any(group.get("train_mode") for group in getattr(optimizer, "param_groups", []))
+def modes_kept(pilot: nn.Module, optimizer: Any) -> Iterator[None]:
+    """The Pilot's, and that of a schedule-free optimizer, whose Pilot has other weights while it is evaluated."""
+    was_training = pilot.training
+    has_weights_of_training = any(group.get("train_mode") for group in getattr(optimizer, "param_groups", []))
     try:
         yield
     finally:
-        if trains:
+        pilot.train(was_training)
+        if has_weights_of_training:
             optimizer.train()
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from ..model.modeling_copilot import CopilotModel
-from .batch import ROOM
+from .batch import ROOM, CopilotBatch
 from .distributed import num_processes, sum_count, sum_over_processes
 from .mistake_log import MistakeRecord
 from .teacher_forced import TeacherForced
@@ -115,7 +115,7 @@ class CopilotOptimizer:
     ) -> torch.Tensor:
         """This process's part of the loss, with its gradients. Where memory ran out NaN, and less room after; where
         compiling failed the same without."""
-        loss = torch.zeros((), device=forced.device)
+        loss, batch = torch.zeros((), device=forced.device), None
         try:
             for batch in forced.batches(records, max_positions):
                 self._keep_gradients(forced)
@@ -126,12 +126,21 @@ class CopilotOptimizer:
         except torch.OutOfMemoryError:
             loss.fill_(torch.nan)
             self.adamw.zero_grad()
-            self.limit = max(1, int(min(max_positions, ROOM if self.limit is None else self.limit)) // 2)
+            self._lower_limit(batch)
         except Exception as error:
             forced.give_up_compiling(error)
             self.adamw.zero_grad()
             return self._backward(forced, records, total, max_positions)
         return loss
+
+    def _lower_limit(self, failed: CopilotBatch | None) -> None:
+        """To half of the batch that failed; a document that does not fit by itself says nothing of others."""
+        rows, positions = 2, self.limit or ROOM
+        if failed is not None:
+            rows, longest = failed.inputs["memory"].shape[:2]
+            positions = rows * longest
+        if rows > 1:
+            self.limit = max(1, min(self.limit or positions, positions // 2))
 
     def _keep_gradients(self, forced: TeacherForced) -> None:
         """Copy those of the batches so far, which the next pass of a CUDA graph would write over."""

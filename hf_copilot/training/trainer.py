@@ -30,10 +30,10 @@ from .checkpoint import (
     save_weights,
     write_manifest,
 )
-from .distributed import without_repeated_rows
+from .distributed import num_processes, without_repeated_rows
 from .folding import FoldingMixin
 from .learner import CopilotLearner
-from .lifecycle import TrainerLifecycle, add_lifecycle, make_copilot, make_learner, optimizer_mode_kept
+from .lifecycle import TrainerLifecycle, add_lifecycle, make_copilot, make_learner, modes_kept
 from .metrics import STRENGTHS, NothingMeasured, be_careful
 from .mistake_source import hold_out
 from .refusals import check_data, check_trainer
@@ -137,7 +137,7 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self.is_in_train = True  # elsewhere an evaluation casts the Pilot (bf16_full_eval), and leaves it so
-            with optimizer_mode_kept(self.optimizer):
+            with modes_kept(self.model, self.optimizer):
                 self._choose_strength()
         finally:
             self.is_in_train = False  # transformers leaves it set where training ended with an exception
@@ -153,9 +153,12 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
             try:
                 self.calibrate()
             except Exception as error:  # nobody asked for it, and what is trained wants to be saved
+                is_everywhere = isinstance(error, NothingMeasured)
+                if num_processes() > 1 and not is_everywhere:
+                    raise  # others wait for this process
                 be_careful(self.learner.copilot.config)
-                chosen, is_known = self.learner.copilot.config.strength, isinstance(error, NothingMeasured)
-                logger.warning(f"λ is {chosen:g}. It could not be chosen: {error}", exc_info=not is_known)
+                chosen = self.learner.copilot.config.strength
+                logger.warning(f"λ is {chosen:g}. It could not be chosen: {error}", exc_info=not is_everywhere)
 
     def _print_table(self):
         log, calibration = self.learner.log, self.learner.copilot.config.calibration
