@@ -24,7 +24,7 @@ from benchmarks.taped import TapedGraph
 from hf_copilot.cli.scratch import train_tokenizer
 from hf_copilot.pilot.inspect import find_layers
 
-STORED = [RESULTS / "pretrained" / f"search_{device}.json" for device in ("h100", "h200")]
+STORED = [RESULTS / "pretrained" / f"search_{device}.json" for device in ("h100", "h200", "cpu")]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,11 +137,18 @@ def chosen_of(result: Result) -> tuple[float, float]:
     return tuple(result["chosen"]["nll"])
 
 
-def nll_gain(result: Result, reference: Result, of_reference: tuple[float, float] | None = None) -> str:
-    """Over another arm at its chosen weights, or at these."""
-    tokens, at = np.array(result["test"]["tokens"]), of_reference or chosen_of(reference)
-    ours, theirs = (np.array(rows_at(r, w)["nll"]) / tokens for r, w in ((result, chosen_of(result)), (reference, at)))
-    return interval(paired_interval(theirs - ours, tokens), 1, 3)
+def nll_gain(
+    results: Sequence[Result], references: Sequence[Result], of_references: tuple[float, float] | None = None
+) -> str:
+    """Of an arm with some seeds over another with the same, at its chosen weights or at these: the mean over seeds,
+    row by row, and the interval over rows."""
+    tokens = np.array(results[0]["test"]["tokens"])  # [rows]
+    gains = []
+    for result, reference in zip(results, references, strict=True):
+        both = (result, chosen_of(result)), (reference, of_references or chosen_of(reference))
+        ours, theirs = (np.array(rows_at(r, weights)["nll"]) / tokens for r, weights in both)
+        gains.append(theirs - ours)
+    return interval(paired_interval(np.mean(gains, axis=0), tokens), 1, 3)
 
 
 def answer_gain(result: Result, reference: Result) -> str:
@@ -176,7 +184,7 @@ def line(results: Results, result: Result) -> list[str]:
         f"{nll_of(result):.4f}",
         f"{nll[chosen]:.4f}",
         f"{nll[full]:.4f}" if full in nll else "",
-        nll_gain(result, reference) if has_gain else "",
+        nll_gain([result], [reference]) if has_gain else "",
         percent(greedy_at(result, chosen)),
         percent(greedy_at(result, full)),
         answer_gain(result, reference) if has_gain else "",

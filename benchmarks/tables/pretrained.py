@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import mean
 
-from benchmarks.common import RESULTS
-from benchmarks.pretrained.report import Results, nll_gain
-from benchmarks.tables.cells import COPILOTS, read, share, table
+from benchmarks.common import RESULTS, standard_error
+from benchmarks.pretrained.arms import Result
+from benchmarks.pretrained.report import ALONE, Results, chosen_of, greedy_at, nll_gain
+from benchmarks.tables.cells import COPILOTS, figure, read, share, table
 
 SEARCHED = {
     "lora-0.0003-x1.5": "SmolLM2 with LoRA at a poor rate",
     "lora-0.002-x1.5": "SmolLM2 with LoRA at its best rate",
     "frozen-0-x1.5": "SmolLM2, frozen",
 }  # Pilots of the search, on MAWPS
+REPEATED = ("search_h200", "search_cpu")
+SEEDS = range(3)
 FIXED_STRENGTHS = (0.3, 0.5, 0.7, 1.0)
 FIGURES_OF_SEARCH = ("training", "NLL, λ chosen", "λ", "NLL, λ = 1", "right, λ chosen", "right, λ = 1")
 
@@ -25,10 +28,10 @@ class Search:
         self.results = Results.read(RESULTS / "pretrained" / f"{name}.json")
         self.arms = {arm["name"]: arm for arm in self.results.arms}
 
-    def gain(self, pilot: str, copilot: str, other: str = "") -> str:
-        """In NLL over the Pilot of the same arm, or over another arm beside the same Pilot, with its interval."""
-        found, at = self.arms[f"mawps {pilot} {copilot} seed0"], None if other else (1.0, 0.0)
-        return nll_gain(found, self.arms[f"mawps {pilot} {other} seed0"] if other else found, at).replace("-", "−")
+    def gain(self, pilot: str, copilot: str) -> str:
+        """In NLL over the Pilot of the same arm, with its interval."""
+        found = [self.arms[f"mawps {pilot} {copilot} seed0"]]
+        return nll_gain(found, found, ALONE).replace("-", "−")
 
     def cells(self, pilot: str, copilot: str) -> list[str]:
         """Seconds; NLL at the λ that was chosen, that λ, and NLL at λ = 1; right answers at both."""
@@ -85,10 +88,33 @@ def pretrained_ways() -> str:
     return table(("", *FIGURES_OF_SEARCH, "less NLL than its Pilot"), rows)
 
 
-def pretrained_mistakes() -> str:
-    found, best = Search("search_h200"), "lora-0.002-x1.5"
-    both = found.gain(best, "token-0.0005-s4", "language model-0.0005-s4")
-    return table(("beside LoRA at 2e-3", "less NLL"), [["token Copilot, over its network as a language model", both]])
+def over_seeds(pilot: str, copilot: str) -> dict[int, Result]:
+    """One arm by seed, of all seeds that it has in the repeated searches."""
+    names = [f"mawps {pilot} {copilot} seed{seed}" for seed in SEEDS]
+    found = [search.arms[name] for search in map(Search, REPEATED) for name in names if name in search.arms]
+    return {arm["arm"]["seed"]: arm for arm in found}
+
+
+def mean_figure(metric: str, values: list[float]) -> str:
+    return figure(metric, {"mean": mean(values), "standard_error": standard_error(values)})
+
+
+def pretrained_seeds() -> str:
+    """What was repeated with more seeds: the Pilot, a Copilot, and its network without the mistakes."""
+    best, rows = "lora-0.002-x1.5", []
+    arms = {"alone": "LoRA at 2e-3", "token-0.0005-s4": "+ token Copilot"}
+    arms["language model-0.0005-s4"] = "+ its network, as a language model"
+    for copilot, title in arms.items():
+        found = list(over_seeds(best, copilot).values())
+        nll = [arm["test"]["nll"][arm["grid"].index(list(chosen_of(arm)))] for arm in found]
+        right = [mean(greedy_at(arm, chosen_of(arm))) for arm in found]
+        gained = nll_gain(found, found, ALONE).replace("-", "−") if copilot != "alone" else ""
+        rows.append([title, str(len(found)), mean_figure("nll", nll), mean_figure("right", right), gained])
+    tokens, language_model = (over_seeds(best, copilot) for copilot in list(arms)[1:])
+    both = sorted(tokens.keys() & language_model.keys())
+    more = nll_gain([tokens[seed] for seed in both], [language_model[seed] for seed in both]).replace("-", "−")
+    rows.append(["token Copilot over language model", str(len(both)), "", "", more])
+    return table(("", "seeds", "NLL, λ chosen", "right, λ chosen", "less NLL than its Pilot"), rows)
 
 
 def steps_beside_pretrained() -> str:
@@ -126,7 +152,7 @@ def fixed_strengths() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "pretrained": pretrained,
     "pretrained-ways": pretrained_ways,
-    "pretrained-mistakes": pretrained_mistakes,
+    "pretrained-seeds": pretrained_seeds,
     "pretrained-steps": steps_beside_pretrained,
     "fixed-strengths": fixed_strengths,
 }
