@@ -281,6 +281,17 @@ def test_more_rows_of_a_task_are_chosen_and_tested_on_the_same(tmp_path):
     assert ALL_OF_GSM8K.is_in(tmp_path) and family(ALL_OF_GSM8K.name) == family(GSM8K.name) == GSM8K.name
 
 
+def test_a_gain_over_seeds_is_the_mean_of_theirs():
+    def arm(*nll):
+        return {"chosen": {"nll": ALONE}, "test": {"tokens": [1, 2, 1]}, "rows": [{"weights": ALONE, "nll": [*nll]}]}
+
+    ours, first, second = arm(0.0, 0.0, 0.0), arm(0.1, 0.4, 0.3), arm(0.3, 0.8, 0.5)
+    assert report.nll_gain([ours], [first]).startswith("+0.200 ")
+    assert report.nll_gain([ours, ours], [first, second]).startswith("+0.300 ")
+    with pytest.raises(ValueError, match="shorter"):
+        report.nll_gain([ours, ours], [first])
+
+
 @pytest.mark.parametrize("stored", STORED, ids=lambda stored: stored.stem)
 def test_the_table_is_that_of_the_stored_results(stored, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", str(stored)])

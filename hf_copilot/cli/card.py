@@ -74,7 +74,7 @@ def copy_picture(picture: Path, assets: Path) -> str:
     if not picture.is_file():
         raise ValueError(f"The picture {picture} is not here.")
     if picture.suffix != ".png":
-        raise ValueError(f"The picture {picture} is no PNG, by its name.")
+        raise ValueError(f"The picture {picture} is no PNG by its name: the card shows a .png.")
     assets.mkdir(exist_ok=True)
     shutil.copy(picture, assets / picture.name)
     return picture.name

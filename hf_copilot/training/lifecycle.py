@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from torch import nn
 from transformers import (
     IntervalStrategy,
     SchedulerType,
@@ -110,15 +109,13 @@ def may_log(args: TrainingArguments, state: TrainerState, control: TrainerContro
 
 
 @contextmanager
-def modes_kept(pilot: nn.Module, optimizer: Any) -> Iterator[None]:
-    """The Pilot's, and that of a schedule-free optimizer, whose Pilot has other weights while it is evaluated."""
-    was_training = pilot.training
-    has_weights_of_training = any(group.get("train_mode") for group in getattr(optimizer, "param_groups", []))
+def optimizer_mode_kept(optimizer: Any) -> Iterator[None]:
+    """Of a schedule-free optimizer, whose Pilot has other weights while it is evaluated."""
+    was_training = any(group.get("train_mode") for group in getattr(optimizer, "param_groups", []))
     try:
         yield
     finally:
-        pilot.train(was_training)
-        if has_weights_of_training:
+        if was_training:
             optimizer.train()
 
 

@@ -19,6 +19,7 @@ from trl import SFTTrainer
 from ..generation.logits_processor import CopilotLogitsProcessor
 from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
+from ..pilot.inspect import eval_mode
 from .checkpoint import (
     STATE_FOLDER,
     WEIGHTS_FOLDER,
@@ -33,7 +34,7 @@ from .checkpoint import (
 from .distributed import num_processes, without_repeated_rows
 from .folding import FoldingMixin
 from .learner import CopilotLearner
-from .lifecycle import TrainerLifecycle, add_lifecycle, make_copilot, make_learner, modes_kept
+from .lifecycle import TrainerLifecycle, add_lifecycle, make_copilot, make_learner, optimizer_mode_kept
 from .metrics import STRENGTHS, NothingMeasured, be_careful
 from .mistake_source import hold_out
 from .refusals import check_data, check_trainer
@@ -137,7 +138,7 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self.is_in_train = True  # elsewhere an evaluation casts the Pilot (bf16_full_eval), and leaves it so
-            with modes_kept(self.model, self.optimizer):
+            with eval_mode(self.model), optimizer_mode_kept(self.optimizer):
                 self._choose_strength()
         finally:
             self.is_in_train = False  # transformers leaves it set where training ended with an exception
