@@ -18,7 +18,7 @@ from benchmarks.pretrained import arms, moving, picture, report, search, steps, 
 from benchmarks.pretrained.arms import FEATURES, FEATURES_OWN, LANGUAGE_MODEL, STATE_0, TOKEN, Arm, lora, plan
 from benchmarks.pretrained.measuring import ALONE, Model
 from benchmarks.pretrained.running import Bench, Limits
-from benchmarks.pretrained.tasks import ALL_OF_GSM8K, GSM8K, MAWPS, MIXTURE, SETS, Example, encode, family
+from benchmarks.pretrained.tasks import ALL_OF_GSM8K, GSM8K, LASTFM, MAWPS, MIXTURE, SETS, Example, encode, family
 from benchmarks.pretrained.training import make_learner, train
 from benchmarks.taped import TapedGraph
 from hf_copilot.cli.scratch import train_tokenizer
@@ -206,15 +206,18 @@ def test_features_are_three_layers(bench):
 def test_the_plan_goes_on_from_what_is_known():
     """Rates first, then Copilots beside the best of them; nothing twice."""
 
-    def rates_beside(found):
-        return {arm.pilot.rate for arm in found if arm.copilot == TOKEN and arm.pilot.method == "lora"}
+    def rates_beside(found, method="lora"):
+        return {arm.pilot.rate for arm in found if arm.copilot == TOKEN and arm.pilot.method == method}
 
     first, results = list(plan([], ["mawps"])), []
     assert len({arm.name for arm in first}) == len(first) and rates_beside(first) == {arms.FIRST_LOOK}
+    assert not rates_beside(first, "full")
     for arm in first:
         nll = 0.5 - arm.pilot.rate if arm.copilot is None else 0.4
         results.append({"name": arm.name, "arm": json.loads(json.dumps(arm.settings())), "valid": {"nll": [nll]}})
-    assert rates_beside(plan(results, ["mawps"])) == {arms.FIRST_LOOK, max(arms.RATES)}
+    found = list(plan(results, ["mawps"]))
+    assert rates_beside(found) == {arms.FIRST_LOOK, max(arms.RATES)}
+    assert rates_beside(found, "full") == {max(arms.FULL_RATES)}
 
 
 def test_arms_beside_one_pilot_are_handed_out_together(tmp_path):
@@ -268,6 +271,20 @@ def test_a_mixture_of_sets_in_equal_parts(tmp_path):
     row = next(row for row in splits.test if row["set"] == "boolq")
     other = {"true": "false", "false": "true"}[row["final"]]
     assert MIXTURE.right(row["completion"], row) and not MIXTURE.right(f"the correct answer is {other}", row)
+
+
+def test_the_last_item_of_every_user_is_the_test(tmp_path):
+    (tmp_path / "lastfm").mkdir()
+    users = [{"user": user, "items": [*range(user, user + 12)]} for user in range(1, 9)]
+    (tmp_path / "lastfm" / "interactions.jsonl").write_text("".join(json.dumps(user) + "\n" for user in users))
+    splits = LASTFM.splits(tmp_path)
+    assert [len(rows) for rows in splits] == [8 * 9, 8, 8]
+    tests = {row["prompt"]: row["final"] for row in splits.test}
+    for row in splits.valid:
+        (asked,) = (prompt for prompt in tests if row["prompt"].split("has")[0] in prompt)
+        assert row["final"].split()[-1] in asked and tests[asked].split()[-1] not in asked
+    row = splits.test[0]
+    assert LASTFM.right(f" {row['completion']}", row) and not LASTFM.right(splits.test[1]["final"], row)
 
 
 def test_more_rows_of_a_task_are_chosen_and_tested_on_the_same(tmp_path):

@@ -12,6 +12,7 @@ RATES = (3e-4, 1e-3, 2e-3, 3e-3)
 FIRST_LOOK = 3e-4  # the usual rate of LoRA
 FULL_RATES = (2e-4, 5e-4, 1e-4)
 SHORT, LONG = 1.5, 3.0  # epochs
+LIKELIHOOD_ALONE = {"gsm8k", "lastfm"}  # no answers are generated: nearly none are right
 SEEDS = (1, 2)
 Result = dict[str, Any]
 
@@ -119,13 +120,15 @@ def nll_of(result: Result) -> float:
     return min(result["valid"]["nll"])
 
 
-def best_rates(results: list[Result], task: str, epochs: float, of: int, count: int = 1) -> list[float]:
-    """Of LoRA alone, seed 0, by validation NLL, once `of` runs that tried a rate are in."""
+def best_rates(
+    results: list[Result], task: str, epochs: float, of: int, count: int = 1, method: str = "lora"
+) -> list[float]:
+    """Of the Pilot alone, seed 0, by validation NLL, once `of` runs that tried a rate are in."""
 
     def fits(result: Result) -> bool:
         arm, pilot = result["arm"], result["arm"]["pilot"]
         is_alone = arm["copilot"] is None and not arm["second"]
-        return is_alone and (arm["task"], arm["seed"], pilot["method"], pilot["epochs"]) == (task, 0, "lora", epochs)
+        return is_alone and (arm["task"], arm["seed"], pilot["method"], pilot["epochs"]) == (task, 0, method, epochs)
 
     found = sorted(filter(fits, results), key=nll_of)
     return [result["arm"]["pilot"]["rate"] for result in found[:count]] if len(found) >= of else []
@@ -134,7 +137,7 @@ def best_rates(results: list[Result], task: str, epochs: float, of: int, count: 
 def plan(results: list[Result], tasks: list[str]) -> Iterator[Arm]:
     """All arms that can be named now, most informative first; those that are done are named as well."""
     first = (beside_best_rate, beside_longer_pilots)
-    then = (equal_time, frozen, better_pilots, seeds, folded, more_kinds, other_changes, other_rates)
+    then = (equal_time, frozen, better_pilots, beside_full, seeds, folded, more_kinds, other_changes, other_rates)
     if "mawps" in tasks:
         yield from alone("mawps")
         yield from beside_first_look()
@@ -142,7 +145,7 @@ def plan(results: list[Result], tasks: list[str]) -> Iterator[Arm]:
             yield from part(results)
     if "gsm8k-all" in tasks:
         yield from many_rows(results)
-    for task in ("gsm8k", "commonsense"):
+    for task in ("gsm8k", "commonsense", "lastfm"):
         if task in tasks:
             yield from alone(task, RATES[:3])
             yield from other_task(results, task)
@@ -154,7 +157,7 @@ def plan(results: list[Result], tasks: list[str]) -> Iterator[Arm]:
 def alone(task: str, rates: tuple[float, ...] = RATES) -> Iterator[Arm]:
     for epochs in (SHORT, LONG):
         for rate in rates:
-            yield Arm(task, lora(rate, epochs), samples=task == "mawps", answers=task != "gsm8k")
+            yield Arm(task, lora(rate, epochs), samples=task == "mawps", answers=task not in LIKELIHOOD_ALONE)
     if task == "mawps":
         yield Arm(task, PilotSpec("frozen", 0.0, 0.0))
         yield Arm(task, PilotSpec("few-shot", 0.0, 0.0))
@@ -218,9 +221,16 @@ def better_pilots(results: list[Result]) -> Iterator[Arm]:
             yield Arm("mawps", PilotSpec(method, own, LONG), samples=True)
 
 
+def beside_full(results: list[Result]) -> Iterator[Arm]:
+    """Full fine-tuning costs less than LoRA where the Pilot is small, and learns more: what is left for a Copilot?"""
+    for epochs in (SHORT, LONG):
+        for rate in best_rates(results, "mawps", epochs, len(FULL_RATES), method="full"):
+            for copilot in (TOKEN, LANGUAGE_MODEL):
+                yield Arm("mawps", PilotSpec("full", rate, epochs), copilot)
+
+
 def other_task(results: list[Result], task: str) -> Iterator[Arm]:
-    """Of GSM8K the likelihood alone: the Pilot is too small for right answers."""
-    answers = task != "gsm8k"
+    answers = task not in LIKELIHOOD_ALONE
     for epochs in (LONG, SHORT):
         for rate in best_rates(results, task, epochs, 3):
             pilot = lora(rate, epochs)

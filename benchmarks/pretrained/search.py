@@ -41,11 +41,11 @@ class Size(NamedTuple):
 
 
 SIZES = {"mawps": Size(1633, 1.0, 0.0), "gsm8k": Size(963, 1.6, 5.0)}
-SIZES |= {"gsm8k-all": Size(6373, 1.6, 5.0), "commonsense": Size(2000, 1.6, 2.0)}
+SIZES |= {"gsm8k-all": Size(6373, 1.6, 5.0), "commonsense": Size(2000, 1.6, 2.0), "lastfm": Size(6000, 1.6, 4.0)}
 GRACE = 20.0  # seconds after the time is up until a process is ended
 RETRIES = 1
 LONG_ROWS = 5  # processes at most with a task of long rows, for the device's memory
-LONG = {"gsm8k", "gsm8k-all", "commonsense"}
+LONG = {"gsm8k", "gsm8k-all", "commonsense", "lastfm"}
 TIMING = 90.0  # seconds at most, to time the steps of a task
 TOGETHER = 3  # arms beside one Pilot in one process
 SOON = 12  # arms after the first that are looked at for that

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.accuracy.recommendation import RECOMMENDATION
 from benchmarks.common import Row, read
 from benchmarks.equations import solves
 from benchmarks.paper.sets import COMMONSENSE, find_file, instruction_of, read_rows
@@ -137,6 +138,23 @@ class Commonsense(Task):
         return SETS[row["set"]].right(answer, row["final"])
 
 
+class NextItem(Task):
+    """The next item of a user, see benchmarks/accuracy/recommendation.py; some rows to train on and to choose on, and
+    every user to test on."""
+
+    def splits(self, data: Path) -> Splits:
+        train, valid, test = RECOMMENDATION.splits(data, seed=0)
+        random.Random(self.name).shuffle(valid)
+        return Splits(*(list(map(self.asked, rows)) for rows in (train[:6000], valid[:300], test)))
+
+    def asked(self, row: Row) -> Row:
+        item = row["completion"].strip()
+        return self.row({"question": row["prompt"], "final": item}, item)
+
+    def right(self, answer: str, row: Row) -> bool:
+        return answer.strip() == row["final"]
+
+
 SETS = {one.name: one for one in COMMONSENSE if one.name in ("boolq", "piqa", "winogrande", "openbookqa")}
 SPLITS = ("train", "valid", "test")
 LONGEST = 900  # characters
@@ -144,7 +162,8 @@ MAWPS = Mawps("mawps", "Write one equation in x that solves the problem.", 64, 1
 GSM8K = Gsm8k("gsm8k", "Solve the problem step by step. End with #### and the number.", 220, 256, 0, 256, 1000)
 ALL_OF_GSM8K = replace(GSM8K, name="gsm8k-all", rows=10_000)
 MIXTURE = Commonsense("commonsense", "Answer in the given format.", 16, 256, 0, 400)
-TASKS = {task.name: task for task in (MAWPS, GSM8K, ALL_OF_GSM8K, MIXTURE)}
+LASTFM = NextItem("lastfm", "Recommend one item.", 16, 256, 0, 400)
+TASKS = {task.name: task for task in (MAWPS, GSM8K, ALL_OF_GSM8K, MIXTURE, LASTFM)}
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
