@@ -63,7 +63,7 @@ def train(setting: Setting, rows: list[Row], seed: int, steps: int, ledger: bool
     arguments = setting.arguments(seed) | {"max_steps": steps, "copilot_steps_per_round": 1}
     arguments |= {"train_sampling_strategy": "group_by_length"}
     trainer = CopilotTrainer(
-        setting.base(tokenizer),
+        setting.base(tokenizer, seed),
         CopilotSFTConfig(**arguments, copilot_mistake_ledger=ledger),
         copilot=CopilotConfig(**COPILOT),
         **setting.inputs(tokenizer, rows),
@@ -122,7 +122,7 @@ def write_page(setting: Setting, folder: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = setting.arguments(0) | {"max_steps": 150, "output_dir": str(folder)}
     trainer = CopilotTrainer(
-        setting.base(tokenizer),
+        setting.base(tokenizer, 0),
         CopilotSFTConfig(**arguments, **setting.task.copilot),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,

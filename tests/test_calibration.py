@@ -26,8 +26,8 @@ from hf_copilot import (
     CopilotTrainer,
 )
 from hf_copilot.model.discrepancy import fuse
+from hf_copilot.model.fields import QUANTITIES
 from hf_copilot.training.metrics import (
-    METRICS_OF_STRENGTH,
     STRENGTHS,
     UNCHOSEN_STRENGTH,
     calibrate_on_rows,
@@ -75,7 +75,7 @@ def test_the_best_strength_is_kept(pilot, config):
 def test_the_most_right_tokens_are_another_choice():
     """λ = 2 has the most hits, λ = 1 the least NLL; of equals in hits the one with less NLL is taken."""
     strengths, sums = (0.0, 1.0, 2.0, 3.0), torch.tensor([[9.0, 4], [7, 5], [8, 6], [9, 6], [0, 10]])
-    by = {metric: choose_strength(sums, strengths, "", metric) for metric in METRICS_OF_STRENGTH}
+    by = {metric: choose_strength(sums, strengths, "", metric) for metric in QUANTITIES}
     assert [by["nll"]["strength"], by["token_accuracy"]["strength"]] == [1.0, 2.0]
     assert by["token_accuracy"] == by["nll"] | {"strength": 2.0, "metric": "token_accuracy"}
 
@@ -235,10 +235,26 @@ class NeedsEvalLoss(TrainerCallback):
         assert metrics["eval_loss"] > 0
 
 
-def test_a_callback_that_fails_at_the_end_does_not_lose_the_training(tmp_path, caplog, monkeypatch):
-    """Nobody asked for this evaluation, whose metrics begin with `calibration_`; who asks is told."""
+def test_callbacks_are_told_of_no_evaluation_that_nobody_asked_for(tmp_path):
+    """Its metrics begin with `calibration_`, and most callbacks read `eval_loss`. They are logged."""
     trainer = make_trainer(tmp_path, addition(8, seed=1))
     trainer.add_callback(NeedsEvalLoss())
+    trainer.train()
+    assert trainer.copilot.config.calibration is not None
+    assert any("calibration_loss" in entry for entry in trainer.state.log_history)
+    trainer.evaluate()  # told of again
+
+
+class FailsAtTheEnd(TrainerCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "calibration_loss" in logs:
+            raise KeyError("eval_loss")
+
+
+def test_a_callback_that_fails_at_the_end_does_not_lose_the_training(tmp_path, caplog, monkeypatch):
+    """Nobody asked for this evaluation; who asks is told."""
+    trainer = make_trainer(tmp_path, addition(8, seed=1))
+    trainer.add_callback(FailsAtTheEnd())
     trainer.train()
     assert trainer.copilot.config.strength == UNCHOSEN_STRENGTH
     assert "could not be chosen: 'eval_loss'" in caplog.text and "Traceback" in caplog.text

@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_copilot import CopilotModel
 from hf_copilot.cli.recipe import RecipeArguments, ScriptArguments, prepare_rows
 from hf_copilot.evaluation.rows import label_row, prompt_of, to_answer
+from hf_copilot.training.chats import is_chat, row_tokens
 
 TRAINING = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "seed": 3}
 SMALL = ["--copilot_config", '{"num_hidden_layers": 2}', "--generate_rows", 4, "--max_new_tokens", 4]
@@ -55,6 +56,26 @@ def save_pilot(folder, template: str | None = CHAT_TEMPLATE):
 
 def given(settings: dict) -> list:
     return [part for name, value in settings.items() for part in (f"--{name}", value)]
+
+
+def test_a_row_of_two_forms_is_the_one_that_trl_trains_on(tmp_path):
+    """A prompt and a completion go before messages; a text has an end."""
+    (pair,), tokenizer = addition(1), tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    rows = [pair | {"messages": [user("7+1="), assistant("8")]}, {"text": "7+1=8"}]
+    for row in rows:
+        trainer = SFTTrainer(
+            tiny_pilot(),
+            SFTConfig(str(tmp_path), **QUIET),
+            train_dataset=Dataset.from_list([row] * 2),
+            processing_class=tokenizer,
+        )
+        theirs = trainer.train_dataset[0]["input_ids"]  # of the first the end depends on the order of a set in TRL
+        assert theirs in (row_tokens(tokenizer, row), row_tokens(tokenizer, row)[: -1 if "prompt" in row else None])
+    assert not is_chat(rows[0]) and to_answer(rows[0]) == rows[0]
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end token"):
+        row_tokens(tokenizer, rows[1])
 
 
 @pytest.mark.parametrize(

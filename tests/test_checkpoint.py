@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotConfig, CopilotModel, CopilotSFTConfig, CopilotTrainer
 from hf_copilot.training import checkpoint
-from hf_copilot.training.checkpoint import find_fault, load_best, save_state
+from hf_copilot.training.checkpoint import find_fault, load_best, newest_whole_checkpoint, save_state
 from hf_copilot.training.metrics import UNCHOSEN_STRENGTH, choose_strength
 
 PACKED = {"packing": True, "packing_strategy": "bfd", "max_length": 16}
@@ -152,6 +152,13 @@ def test_no_whole_checkpoint_raises(tmp_path, straight):
     with pytest.raises(ValueError, match="no whole checkpoint.*checkpoint-4: trainer_state.json"):
         make_trainer(folder).train(resume_from_checkpoint=True)
     assert sorted(folder.iterdir()) == before  # nothing is renamed for nothing
+
+
+def test_copies_under_other_names_are_no_checkpoints(tmp_path, straight):
+    """As Trainer has it: a number and nothing else behind the dash."""
+    for name in ("checkpoint-4", "checkpoint-4-v2", "checkpoint-2-copy-9", "checkpoint-best1"):
+        shutil.copytree(Path(straight.args.output_dir) / "checkpoint-4", tmp_path / name)
+    assert newest_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 def test_a_torn_checkpoint_does_not_push_out_a_whole_one(tmp_path, straight):

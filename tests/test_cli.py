@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,12 +17,15 @@ from peft import LoraConfig, get_peft_model
 from test_distributed import in_two_processes
 from tiny import addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.utils import logging
 
 from hf_copilot import CopilotModel
 from hf_copilot.cli.__main__ import COMMANDS, main, usage
+from hf_copilot.cli.data import read_file
 from hf_copilot.cli.pair import PairArguments, load_copilot, load_pilot
 from hf_copilot.cli.parser import WIDTH
 from hf_copilot.cli.scratch import train_tokenizer
+from hf_copilot.ledger.page import read_rows
 from hf_copilot.pilot.copilot_for import copilot_for
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -243,6 +247,7 @@ def test_check(tmp_path, out, capsys):
     tiny_pilot(vocab_size=64).save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
     assert run("check", tmp_path / "other", out / "copilot") == 0  # more rows, the same tokens
+    assert "But for generation alone" in capsys.readouterr().out
     tiny_seq2seq().save_pretrained(tmp_path / "other")
     assert run("check", tmp_path / "other", out / "copilot") == 1
     assert "hf-copilot check: The Pilot is an encoder-decoder" in capsys.readouterr().err
@@ -313,6 +318,10 @@ def bad_files(folder) -> dict[str, tuple[list, int, str]]:
     tiny_pilot(vocab_size=300).save_pretrained(folder / "other")
     train_tokenizer(["another vocabulary"], 300).save_pretrained(folder / "other")
     (folder / "nothing").mkdir()
+    (folder / "unasked.jsonl").write_text('{"prompt": "", "completion": "2"}\n')
+    adapted = get_peft_model(tiny_pilot(), LoraConfig(r=2))
+    adapted.save_pretrained(folder / "merged")
+    adapted.merge_and_unload().save_pretrained(folder / "merged")
     out, rows, train = folder / "out", folder / "rows.jsonl", ["sft", *ON_CPU, "--output_dir", folder / "run"]
     measure, no_results = ["eval", out, *FORM, "--data"], ["--results", rows, "--dataset_id", "a"]
     copilot, data = out / "copilot", ["--dataset_name", rows]
@@ -374,6 +383,16 @@ def bad_files(folder) -> dict[str, tuple[list, int, str]]:
         "a vocabulary from scratch": (scratch(vocab_size=9), 1, "tokenizer_size"),
         "heads that do not divide": (scratch(num_attention_heads=5), 1, "makes no llama"),
         "a picture that is no PNG": (["card", copilot, "--picture", rows], 1, "is no PNG"),
+        "a device that is none": ([*measure, rows, "--device", "gpu"], 2, "--device gpu"),
+        "a type that is none": ([*measure, rows, "--dtype", "float31"], 2, "--dtype float31"),
+        "no beam": ([*measure, rows, "--num_beams", "0"], 2, "--num_beams 0: it is at least 1"),
+        "no row together": (["calibrate", *measure[1:], rows, "--batch_size", "0"], 2, "--batch_size 0"),
+        "fewer than no rows": ([*measure, rows, "--limit", "-1"], 2, "--limit -1"),
+        "no folder for figures": ([*measure, rows, "--output_file", folder / "gone" / "a.json"], 2, "no such folder"),
+        "a field of a text": (["eval", out, "--prompt", "{question.text}", "--data", rows], 1, "does not suit"),
+        "an empty prompt": (["eval", out, "--data", folder / "unasked.jsonl"], 1, "without a token"),
+        "folding where the Copilot is": (["fold", *measure[1:], rows, "--output_dir", out], 1, "correct it twice"),
+        "weights and an adapter": (["eval", folder / "merged", copilot, *FORM, "--data", rows], 1, "once more"),
         "a rate out of range": ([*train, "--copilot_learning_rate", "-1"], 2, "copilot_learning_rate"),
     }  # fmt: skip
 
@@ -385,6 +404,28 @@ def test_everything_wrong_is_said_in_a_sentence(tmp_path, out, rows, capsys):
         last = [line for line in said.splitlines() if line.startswith("hf-copilot")]
         assert (found, len(last)) == (code, 1), (name, said)
         assert says in last[0] and "Traceback" not in said, (name, said)
+
+
+def test_where_it_went_wrong_is_shown_on_request(capsys, monkeypatch):
+    argv = "check", "nowhere", "nowhere"
+    for verbosity, is_shown in ((logging.WARNING, False), (logging.DEBUG, True)):
+        monkeypatch.setattr(logging, "get_verbosity", lambda verbosity=verbosity: verbosity)
+        assert run(*argv) == 1
+        assert ("Traceback" in capsys.readouterr().err) is is_shown
+
+
+def test_a_file_with_brackets_in_its_name_is_that_file(tmp_path):
+    """No pattern, which would find the other one."""
+    for name, value in {"rows1.jsonl": 1, "rows[1].jsonl": 2}.items():
+        (tmp_path / name).write_text(json.dumps({"a": value}) + "\n")
+    assert read_file(tmp_path / "rows[1].jsonl")[0] == read_rows(tmp_path / "rows[1].jsonl")[0] == {"a": 2}
+
+
+def test_help_where_the_encoding_lacks_its_letters():
+    """In a pipe, where Python takes the system's."""
+    command, ascii_only = [sys.executable, "-m", "hf_copilot.cli"], os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, "--help"], env=ascii_only, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "?" in done.stdout, done.stderr
 
 
 def test_python_runs_it_as_a_module():

@@ -18,7 +18,7 @@ from benchmarks import taped
 from hf_copilot import CopilotConfig, CopilotLogitsProcessor
 from hf_copilot.generation.cuda_graphs import RecordedStep
 from hf_copilot.generation.follower import Follower
-from hf_copilot.generation.static_cache import LEAST, StaticCache
+from hf_copilot.generation.growing_cache import LEAST, GrowingCache
 
 
 @pytest.fixture(autouse=True)
@@ -317,7 +317,7 @@ def test_a_row_that_becomes_several_may_move(pilot, config, recorded, monkeypatc
 
 
 def test_a_call_that_did_not_end_is_not_gone_on_from():
-    cache = StaticCache(1)
+    cache = GrowingCache(1)
     cache.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
     cache.length = 3
     with pytest.raises(RuntimeError, match="did not end"):

@@ -67,7 +67,16 @@ def test_sparse_discrepancy_keeps_the_largest_entries_and_the_label(sizes, top_k
 
 @settings(deadline=None, max_examples=40)
 @given(SIZES, st.sampled_from([True, False, None]))
-def test_rmse_equals_eq_7(sizes, gram):
+def test_the_squared_norm_by_both_ways(sizes, gram):
+    hidden, weight, _, _ = problem(*sizes)
+    check_gradients(
+        lambda h, w: d.squared_norm(h, w, gram).sum(), lambda h, w: (h @ w.T).square().sum(), (hidden, weight), 5e-3
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(SIZES)
+def test_rmse_equals_eq_7(sizes):
     hidden, weight, logits, labels = problem(*sizes)
     sequence = torch.arange(len(labels)) // 3
     target = d.sparse_discrepancy(logits.float(), labels, top_k=3)
@@ -78,9 +87,7 @@ def test_rmse_equals_eq_7(sizes, gram):
         return sum(squares[sequence == s].sum().sqrt() for s in sequence.unique())
 
     count = int(sequence[-1]) + 1
-    check_gradients(
-        lambda h, w: d.rmse_loss(h, w, target, sequence, count, gram=gram), reference, (hidden, weight), 5e-3
-    )
+    check_gradients(lambda h, w: d.rmse_loss(h, w, target, sequence, count), reference, (hidden, weight), 5e-3)
 
 
 def test_rmse_of_a_perfect_copilot_is_zero_with_finite_gradients():
@@ -171,8 +178,8 @@ def test_no_buffer_of_positions_by_vocabulary(monkeypatch):
     with Watch():
         target = d.discrepancy(lambda x: x @ pilot_weight.T, hidden.detach(), labels, 64)
         d.cross_entropy_loss(hidden, weight, lambda rows: hidden[rows].detach() @ pilot_weight.T, labels).backward()
-        for gram in (True, False):
-            d.rmse_loss(hidden, weight, target, torch.zeros_like(labels), 1, gram=gram).backward()
+        d.rmse_loss(hidden, weight, target, torch.zeros_like(labels), 1).backward()  # by Gram
+        d.squared_norm(hidden, weight, gram=False).sum().backward()
     assert largest <= max(d.CHUNK_ELEMENTS, vocab * width) < positions * vocab / 10
 
 

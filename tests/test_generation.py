@@ -582,6 +582,33 @@ def test_bad_strength_raises(pilot, strength):
         CopilotLogitsProcessor(trained_like(pilot), pilot, strength=strength)
 
 
+def test_the_strength_can_be_changed_where_there_are_hooks(pilot):
+    copilot = trained_like(pilot)
+    with CopilotLogitsProcessor(copilot, pilot, strength=0.3) as processor:
+        processor.strength = 1.5
+        with CopilotLogitsProcessor(copilot, pilot, strength=1.5) as other:
+            assert torch.equal(generate(pilot, processor), generate(pilot, other))
+    bare = CopilotLogitsProcessor(copilot, pilot, strength=0.0)
+    bare.strength = 0.0
+    with pytest.raises(ValueError, match="made at λ = 0"):
+        bare.strength = 1.0
+
+
+def test_autocast_may_come_and_go(pilot, config):
+    """A kept processor's keys and values are of the type that they were made in."""
+    with CopilotLogitsProcessor(trained_like(pilot, config), pilot) as processor:
+        with torch.autocast("cpu", torch.bfloat16):
+            begun = generate(pilot, processor, max_new_tokens=3)
+        assert generate(pilot, processor, begun, max_new_tokens=3).shape[1] == begun.shape[1] + 3
+
+
+def test_a_whole_graph_of_the_pilot_says_what_it_asks_for(pilot):
+    with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor:
+        pilot.forward = torch.compile(pilot.forward, backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="compile with fullgraph=False"):
+            generate(pilot, processor)
+
+
 def test_nan_scores_stay_nan(pilot):
     """Documented: rows of NaN are passed on, as without a Copilot; other rows are rectified."""
     with CopilotLogitsProcessor(trained_like(pilot), pilot) as processor:

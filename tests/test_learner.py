@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
-from peft import BeftConfig, LilyConfig, LoraConfig, PolyConfig, PromptTuningConfig
+from peft import BeftConfig, LilyConfig, LNTuningConfig, LoraConfig, PolyConfig, PromptTuningConfig
 from tiny import MEMORIES, OBJECTIVES, VOCAB_SIZE, assert_same, tiny_pilot, tiny_seq2seq, trained_like
 
-from hf_copilot import CopilotConfig, CopilotLearner, MistakeLog, copilot_for
+from hf_copilot import CopilotArguments, CopilotConfig, CopilotLearner, MistakeLog, copilot_for
 from hf_copilot.training.batch import MIN_LENGTH_RATIO, full_positions, group_by_length
 from hf_copilot.training.checkpoint import load_state
 from hf_copilot.training.metrics import measure
@@ -36,6 +37,15 @@ def observe(learner, pilot, inputs):
     with learner.observe(inputs):
         pilot(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
     return learner.round
+
+
+def test_defaults_are_those_of_the_trainers_arguments():
+    of_learner, of_log = (inspect.signature(made).parameters for made in (CopilotLearner, MistakeLog))
+    same = {name: of_learner[name] for name in ("learning_rate", "weight_decay", "max_grad_norm", "steps_per_round")}
+    same |= {"log_rounds": of_log["max_rounds"], "log_max_bytes": of_log["max_bytes"]}
+    for name, parameter in same.items():
+        assert parameter.default == getattr(CopilotArguments(), f"copilot_{name}"), name
+    assert of_learner["log_dtype"].default == getattr(torch, CopilotArguments().copilot_log_dtype)
 
 
 def test_documents_targets_and_runs(pilot):
@@ -123,7 +133,7 @@ def test_frozen_weights_are_held_in_the_type_of_autocast(pilot):
         torch.testing.assert_close(tensor, cast[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("make_config", [PolyConfig, LilyConfig, BeftConfig])
+@pytest.mark.parametrize("make_config", [PolyConfig, LilyConfig, BeftConfig, LNTuningConfig])
 def test_an_adapter_that_cant_be_merged_raises_before_training(pilot, make_config):
     config = make_config(target_modules=["q_proj", "v_proj"])
     with pytest.raises(ValueError, match="can't be merged into the Copilot's weights"):
@@ -279,6 +289,9 @@ def test_a_norm_of_zero_does_not_clip(pilot):
     assert trained(0.0).lm_head.weight.abs().sum() > 0
     with pytest.raises(ValueError, match="at least 0"):
         trained(-1.0)
+    for wrong in ({"steps_per_round": 2.5}, {"learning_rate": float("inf")}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*at least"):
+            CopilotLearner(copilot_for(pilot), pilot, **wrong)
 
 
 def test_missing_labels_another_pilot_and_another_vocabulary_raise(pilot):
@@ -398,8 +411,9 @@ def test_the_log_keeps_the_last_rounds_within_its_bytes():
         log.append(round_of(documents))
         assert log.nbytes <= 5 * size
     assert [len(r) for r in log.rounds] == [5] and log.capped
-    with pytest.raises(ValueError, match="at least 1"):
-        MistakeLog(max_rounds=0)
+    for bound in (0, 2.5):
+        with pytest.raises(ValueError, match="at least 1"):
+            MistakeLog(max_rounds=bound)
 
 
 @pytest.mark.parametrize("stored_embeddings, megabytes, rounds", [(0, 560, 128), (255, 1094, 125)])

@@ -197,6 +197,12 @@ def test_wrong_settings_raise(wrong, match):
         CopilotConfig(**wrong)
 
 
+def test_a_field_that_is_spelt_wrong_raises():
+    with pytest.raises(ValueError, match="'num_hiden_layers': is 'num_hidden_layers' meant"):
+        CopilotConfig(num_hiden_layers=3)
+    assert CopilotConfig(of_the_future=1).of_the_future == 1
+
+
 def test_patterns():
     assert CopilotConfig(num_hidden_layers=4).attention_types == ["self", "cross", "self", "cross"]
     assert CopilotConfig(pattern=2, num_hidden_layers=3).attention_types == ["cross"] * 3

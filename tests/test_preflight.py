@@ -85,7 +85,7 @@ def test_what_will_not_fit_is_said(short, way_out, tmp_path, monkeypatch):
 
 def test_only_what_is_kept_on_disk_counts():
     args, state = CopilotSFTConfig("unused", save_steps=5, use_cpu=True, bf16=False), lifecycle.TrainerState()
-    state.max_steps, state.save_steps, state.num_train_epochs = 20, 5, 3
+    state.max_steps, state.save_steps, state.num_train_epochs = 18, 5, 3
     kept = {}
     for strategy in ("no", "steps", "epoch"):
         args.save_strategy = strategy

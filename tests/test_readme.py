@@ -76,13 +76,3 @@ def test_the_snippets_of_the_first_questions_run(offline):
     assert run("".join(others), namespace) == 6
     assert namespace["pilot_alone"] < 0 and namespace["with_copilot"] < 0
     assert (offline / "copilot" / "model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", README))
-def test_the_links_of_the_readme_lead_somewhere(path):
-    assert (ROOT / path).exists()
-
-
-@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", USING))
-def test_the_links_of_the_first_questions_lead_somewhere(path):
-    assert (ROOT / "docs" / path).exists()

@@ -15,7 +15,7 @@ from tiny import addition
 
 from hf_copilot import CopilotSFTConfig, CopilotTrainer, MistakeLog
 from hf_copilot.training.metrics import METRICS
-from hf_copilot.training.report import count_parameters, describe_start, table_of_training
+from hf_copilot.training.report import count_parameters, describe_start, show, table_of_training
 
 EXPECTED = {f"train/{name}" for name in (*METRICS, "copilot_loss")} | {f"eval/{name}" for name in METRICS}
 
@@ -63,3 +63,8 @@ def test_line_and_table_are_printed_when_bars_are_on(tmp_path, capsys):
 
 def test_no_figures_no_table():
     assert table_of_training([{"loss": 1.0}], MistakeLog().nbytes) is None
+
+
+def test_what_is_shown_is_no_markup(capsys):
+    show("written into runs/m[a] and m[/x]")
+    assert capsys.readouterr().out == "written into runs/m[a] and m[/x]\n"

@@ -113,6 +113,14 @@ def test_what_can_not_be_scored_raises(pilot, copilot):
         score(broken, copilot, ROWS)
 
 
+def test_a_row_that_is_too_long_for_learned_positions_raises():
+    pilot = tiny_pilot("gpt2")
+    length = pilot.config.n_positions + 2
+    rows = [{"input_ids": [5] * count, "labels": [5] * count} for count in (2, length)]
+    with pytest.raises(ValueError, match=f"can't read {length} tokens: cut row 1"):
+        score(pilot, trained_like(pilot), rows)
+
+
 def test_a_head_that_is_offloaded_raises_and_leaves_the_copilot_where_it_is():
     pilot = tiny_pilot().eval()
     copilot = trained_like(pilot)

@@ -450,6 +450,15 @@ def test_the_callback_on_a_plain_trainer(tmp_path):
     assert callback.copilot.config.strength == UNCHOSEN_STRENGTH  # it sees no evaluation
 
 
+def test_the_callback_and_the_best_model_raise(tmp_path):
+    """The Pilot would be that of the best step, the Copilot that of the last."""
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    args = TrainingArguments(**settings(tmp_path, save_strategy="steps", save_steps=2), **best)
+    data = {"train_dataset": plain_data(), "eval_dataset": plain_data()}
+    with pytest.raises(NotImplementedError, match="different steps"):
+        Trainer(model=tiny_pilot(), args=args, callbacks=[CopilotCallback()], **data).train()
+
+
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=2)], ids=["full", "lora"])
 def test_the_callback_resumes(tmp_path, adapter):
     """An adapter of the Copilot too, whose frozen weights are then built anew from a Pilot that is trained already."""

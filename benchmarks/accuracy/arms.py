@@ -46,7 +46,7 @@ def run_copilots(setting: Setting, seed: int, variants: dict[str, Variant]) -> d
     """The Pilot alone and with each Copilot, at its own λ and at those that are chosen on the validation rows."""
     splits, tokenizer = setting.task.splits(setting.data, seed), setting.tokenizer()
     valid = setting.encoded(tokenizer, splits.valid)
-    pilot, learners, _ = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, variants)
+    pilot, learners, _ = setting.train(setting.base(tokenizer, seed), tokenizer, splits.train, seed, variants)
     size = count_parameters(pilot)[0]
     arms = {"pilot": alone(setting, Rectified(pilot, tokenizer), splits.test)}
     for name, learner in learners.items():
@@ -74,7 +74,7 @@ def run_joint(setting: Setting, seed: int, variant: Variant) -> dict[str, Arm]:
     found = {}
     for share in JOINT_RATES:
         rate = share * setting.task.training["learning_rate"]
-        base = setting.base(tokenizer, layers)
+        base = setting.base(tokenizer, seed, layers)
         model = Rectified(setting.train(base, tokenizer, splits.train, seed, learning_rate=rate).pilot, tokenizer)
         found[float(model.log_likelihoods(valid)[:, 0].sum())] = model, rate
     model, rate = found[max(found)]
@@ -85,7 +85,7 @@ def run_longer(setting: Setting, seed: int) -> dict[str, Arm]:
     """The Pilot alone, trained `LONGER` times as long: what the time for a Copilot buys without one."""
     splits, tokenizer = setting.task.splits(setting.data, seed), setting.tokenizer()
     steps = round(LONGER * setting.task.training["max_steps"])
-    pilot = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, max_steps=steps).pilot
+    pilot = setting.train(setting.base(tokenizer, seed), tokenizer, splits.train, seed, max_steps=steps).pilot
     return {"longer": alone(setting, Rectified(pilot, tokenizer), splits.test)}
 
 
@@ -102,7 +102,7 @@ def run_costs(setting: Setting, ours: dict[str, Variant]) -> dict[str, dict[str,
 
     def run(arm: str) -> None:
         variants = {arm: ours[arm]} if arm in ours else {}
-        base = setting.base(tokenizer, joint if arm == "joint" else None)
+        base = setting.base(tokenizer, 0, joint if arm == "joint" else None)
         pilot, learners, seconds = setting.train(base, tokenizer, rows, 0, variants, max_steps=COST_STEPS)
         watch.seconds.setdefault(f"training {arm}", []).append(seconds)
         model = Rectified(pilot, tokenizer)

@@ -52,8 +52,8 @@ TITLES = {
 def run_seed(setting: Setting, seed: int) -> dict[str, Arm]:
     """The arms of one seed, each at the weights that were chosen."""
     tokenizer, splits = setting.tokenizer(), setting.task.splits(setting.data, seed)
-    trained = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, VARIANTS)
-    second = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed + 100).pilot
+    trained = setting.train(setting.base(tokenizer, seed), tokenizer, splits.train, seed, VARIANTS)
+    second = setting.train(setting.base(tokenizer, seed), tokenizer, splits.train, seed + 100).pilot
     models = {"pilot": Model(trained.pilot, tokenizer)}
     models |= {name: Model(trained.pilot, tokenizer, learner) for name, learner in trained.learners.items()}
     models["second"] = Model(trained.pilot, tokenizer, second=second)

@@ -68,7 +68,7 @@ def run_group(setting: Setting, seed: int, name: str) -> Run:
 def run_variants(setting: Setting, seed: int, group: Group, variants: dict[str, Variant]) -> Run:
     """Train these beside one Pilot, and the group's other models; figures of each on validation rows."""
     tokenizer, splits = setting.tokenizer(), setting.task.splits(setting.data, seed)
-    trained = setting.train(setting.base(tokenizer), tokenizer, splits.train, seed, variants)
+    trained = setting.train(setting.base(tokenizer, seed), tokenizer, splits.train, seed, variants)
     alone = Rectified(trained.pilot, tokenizer)
     models = {ALONE: alone}
     models |= {name: beside(alone, learner) for name, learner in trained.learners.items()}

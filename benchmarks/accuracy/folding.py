@@ -59,7 +59,7 @@ class Folding:
 
     def run(self) -> dict[str, Arm]:
         setting = self.setting
-        trained = self.train(setting.base(self.tokenizer), VARIANTS)
+        trained = self.train(setting.base(self.tokenizer, self.seed), VARIANTS)
         alone = Rectified(trained.pilot, self.tokenizer)
         rectified = self.at_chosen(alone, trained.learners["copilot"])
         begin = self.clock()

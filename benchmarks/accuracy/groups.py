@@ -134,7 +134,9 @@ def sources_with_own_pilots(
     """The sources of mistakes that need Pilots of their own: cross-fitting, and rows held out."""
     models = {"cross-fitting": cross_fit(setting, tokenizer, rows, seed, state_copilot(), trained)}
     for share in HELD_OUT:
-        pilot, learner = setting.train_with_holdout(setting.base(tokenizer), tokenizer, rows, seed, holdout(share))
+        pilot, learner = setting.train_with_holdout(
+            setting.base(tokenizer, seed), tokenizer, rows, seed, holdout(share)
+        )
         own = Rectified(pilot, tokenizer)
         models[f"Pilot on {1 - share:.0%} of the rows"] = own
         models[f"holdout of {share:.0%}"] = beside(own, learner)
@@ -171,7 +173,7 @@ def better_pilots(setting: Setting, tokenizer, rows: list[Row], seed: int, train
     }
     models = {}
     for name, (where, changes) in others.items():
-        pilot, learners, _ = where.train(where.base(tokenizer), tokenizer, rows, seed, BESIDE_PILOTS, **changes)
+        pilot, learners, _ = where.train(where.base(tokenizer, seed), tokenizer, rows, seed, BESIDE_PILOTS, **changes)
         models[name] = alone = Rectified(pilot, tokenizer)
         models |= {f"{copilot}, beside the {name}": beside(alone, learner) for copilot, learner in learners.items()}
         moving = {key: learner for key, learner in trained.learners.items() if can_move(learner)}

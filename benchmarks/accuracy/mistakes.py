@@ -71,7 +71,7 @@ def cross_fit(
     steps = setting.task.training["max_steps"]
     learners = []
     for own, other in (halves, halves[::-1]):
-        pilot = setting.train(setting.base(tokenizer), tokenizer, own, seed, max_steps=steps // 2).pilot
+        pilot = setting.train(setting.base(tokenizer, seed), tokenizer, own, seed, max_steps=steps // 2).pilot
         copilot = learners[0].copilot if learners else None
         learners.append(log_rows(setting, tokenizer, pilot, other, seed, variant, copilot))
     teach(learners, steps, setting.task.training["per_device_train_batch_size"])
@@ -89,7 +89,7 @@ def log_rows(
 ) -> CopilotLearner:
     """A learner, of this Copilot or a new one, whose log holds these rows as the Pilot, which stays as it is, sees
     them."""
-    copilot = copilot or copilot_for(setting.base(tokenizer), variant.copilot_config())
+    copilot = copilot or copilot_for(setting.base(tokenizer, seed), variant.copilot_config())
     args = CopilotArguments(**({"copilot_strength": "config"} | setting.task.copilot | variant.arguments))
     learner = CopilotLearner(
         copilot,

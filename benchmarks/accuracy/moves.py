@@ -65,14 +65,13 @@ class Moves:
     def __init__(self, setting: Setting, seed: int):
         self.setting, self.seed = setting, seed
         self.tokenizer, splits = setting.tokenizer(), setting.task.splits(setting.data, seed)
-        half = len(splits.train) // 2
-        self.at_home, self.elsewhere = splits.train[:half], splits.train[half:]
+        self.at_home, self.elsewhere = splits.train[::2], splits.train[1::2]
         self.valid = setting.encoded(self.tokenizer, splits.valid[:CHOSEN_ON])
         self.test = setting.encoded(self.tokenizer, splits.test)
 
     def run(self) -> dict[str, dict[str, Figures]]:
         """Figures of every arm, by destination."""
-        home, base = self.train(self.at_home), self.setting.base(self.tokenizer)
+        home, base = self.train(self.at_home), self.setting.base(self.tokenizer, self.seed)
         strength = self.calibrated(home.pilot, home.copilot).strength
         return {name: self.compare(place, home, base, strength) for name, place in self.places(home)}
 
@@ -87,11 +86,11 @@ class Moves:
         yield "aligned by DPO", Place(self.aligned(other.pilot), other.copilot)
         yield "half as deep", self.train(self.elsewhere, layers // 2)
         yield "twice as deep", self.train(self.elsewhere, 2 * layers)
-        yield "twice as deep, not fine-tuned", Place(self.setting.base(self.tokenizer, 2 * layers).eval())
+        yield "twice as deep, not fine-tuned", Place(self.setting.base(self.tokenizer, self.seed, 2 * layers).eval())
 
     def train(self, rows: list[Row], layers: int | None = None, setting: Setting | None = None) -> Place:
         setting = setting or self.setting
-        base = setting.base(self.tokenizer, layers)
+        base = setting.base(self.tokenizer, self.seed, layers)
         trained = setting.train(base, self.tokenizer, rows, self.seed, VARIANTS)
         copilot = trained.learners["copilot"].copilot
         pilot = trained.pilot.merge_and_unload() if setting.lora else trained.pilot

@@ -47,7 +47,12 @@ def settings_of(setting: Setting) -> dict:
     names = ("name", "pilot", "training", "copilot", "pretraining_steps", "max_length")
     settings = {name: getattr(task, name) for name in (*names, "max_new_tokens")}
     data = sha256(json.dumps(task.splits(setting.data, seed=0)).encode()).hexdigest()
-    return settings | {"base": setting.pilot, "lora": setting.lora, "device": setting.device, "data": data}
+    return settings | {
+        "base": setting.pilot or "one for each seed",
+        "lora": setting.lora,
+        "device": setting.device,
+        "data": data,
+    }
 
 
 def variant_settings(copilots: dict[str, Variant]) -> dict:

@@ -96,18 +96,19 @@ class Setting:
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return tokenizer
 
-    def base(self, tokenizer, layers: int | None = None):
-        """The Pilot that arms start from, as deep as the task says or deeper: pre-trained once and kept."""
+    def base(self, tokenizer, seed: int, layers: int | None = None):
+        """The Pilot that the arms of a seed start from, as deep as the task says or deeper: pre-trained once and
+        kept."""
         if self.pilot is not None:
             return AutoModelForCausalLM.from_pretrained(self.pilot, dtype="auto").to(self.device)
         shape = self.task.pilot | ({"num_hidden_layers": layers} if layers else {})
         vocabulary = sorted(tokenizer.get_vocab().items())
-        depends = json.dumps([shape, self.task.training, self.task.pretraining_steps, vocabulary])
+        depends = json.dumps([shape, self.task.training, self.task.pretraining_steps, vocabulary, seed])
         folder = self.work / "base" / f"{self.task.name}-{sha256(depends.encode()).hexdigest()[:12]}"
         if not (folder / "config.json").is_file():
-            set_seed(0)
+            set_seed(seed)
             pilot = small_pilot(shape, tokenizer)
-            self.train(pilot, tokenizer, self.task.pretraining(self.data), 0, max_steps=self.task.pretraining_steps)
+            self.train(pilot, tokenizer, self.task.pretraining(self.data), seed, max_steps=self.task.pretraining_steps)
             pilot.save_pretrained(folder)
         return LlamaForCausalLM.from_pretrained(folder).to(self.device)
 

@@ -26,7 +26,7 @@ STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0)
 COPILOT_GRID = [(1.0, strength) for strength in STRENGTHS]
 ENSEMBLE_GRID = [ALONE] + [
     (round(total * (1 - share), 3), round(total * share, 3))
-    for total in (0.8, 1.0, 1.2)
+    for total in (0.8, 1.0, 1.2, 1.5)
     for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 ]
 TEMPERATURE = 0.7

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 from jinja2 import TemplateError
 from transformers.utils import logging
 
 from ..version import __version__
 from .processes import is_launched
-
-logger = logging.get_logger(__name__)
 
 # name: (what it does, module, function); a module is loaded when its command is called
 COMMANDS = {
@@ -46,6 +46,8 @@ LAST = "hf-copilot COMMAND --help says more. Every command takes --config FILE, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Gives 0, or 1 with a sentence for what can't be done, or 2 for what can't be understood."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the encoding has no λ
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(usage())
         return 0
@@ -61,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("This command runs in one process: call it without a launcher.")
         getattr(import_module(f"hf_copilot.cli.{module}"), function)(argv[1:])
     except (ValueError, NotImplementedError, OSError, TemplateError) as error:  # the last of a chat template
-        logger.debug("What led to it:", exc_info=True)  # TRANSFORMERS_VERBOSITY=debug
+        if logging.get_verbosity() <= logging.DEBUG:  # TRANSFORMERS_VERBOSITY=debug
+            traceback.print_exc()
         sys.stderr.write(f"hf-copilot {argv[0]}: {' '.join(str(error).split())}{WHERE}\n")
         return 1
     return 0

@@ -9,12 +9,13 @@ from pathlib import Path
 from rich.table import Table
 
 from ..evaluation.rows import label_row
-from ..training.metrics import METRICS_OF_STRENGTH, STRENGTHS, calibrate_on_rows
+from ..model.fields import CURVES, QUANTITIES
+from ..training.metrics import STRENGTHS, calibrate_on_rows
 from ..training.report import show
 from .chats import check_template
 from .data import read_answers
 from .pair import PairArguments, load_pair
-from .parser import Parser
+from .parser import Parser, check_least
 from .recipe import RowArguments
 
 
@@ -27,7 +28,7 @@ class CalibrateArguments(RowArguments, PairArguments):
         default="nll",
         metadata={
             "help": "nll for likelihoods and sampled text, token_accuracy for greedy answers.",
-            "choices": list(METRICS_OF_STRENGTH),
+            "choices": list(QUANTITIES),
         },
     )
     strengths: list[float] = field(
@@ -37,6 +38,10 @@ class CalibrateArguments(RowArguments, PairArguments):
     output_dir: str | None = field(
         default=None, metadata={"help": "Where the Copilot goes; by default it is changed in its folder."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, batch_size=1)
 
 
 def parser() -> Parser:
@@ -80,9 +85,7 @@ def table_of_strengths(calibration: dict) -> Table:
     table = Table(title=f"{calibration['targets']:,} tokens of {calibration['data']}, by {calibration['metric']}")
     for column in ("λ", "NLL (nats per token)", "token accuracy", ""):
         table.add_column(column, justify="right")
-    for strength, nll, accuracy in zip(
-        *(calibration[name] for name in ("strengths", *METRICS_OF_STRENGTH)), strict=True
-    ):
+    for strength, nll, accuracy in zip(*(calibration[name] for name in CURVES), strict=True):
         chosen = "chosen" if strength == calibration["strength"] else "the Pilot alone" if strength == 0 else ""
         table.add_row(f"{strength:g}", f"{nll:.4f}", f"{accuracy:.1%}", chosen)
     return table

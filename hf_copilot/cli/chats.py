@@ -9,22 +9,16 @@ from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.rows import to_answer
-from ..training.chats import is_chat
+from ..training.chats import MESSAGES, PAIR, form_of, is_chat
 
-PAIR = ("prompt", "completion")
 READ_BY_TEMPLATES = ("tools", "chat_template_kwargs")  # columns beside the messages
 AS_TEXT = "say by --prompt and --completion how a row becomes text"
 
 
-def form_of(rows: Dataset) -> tuple[str, ...]:
-    """The columns that TRL reads: a prompt and a completion, where there are both, go before messages."""
-    return PAIR if {*PAIR} <= {*rows.column_names} or "messages" not in rows.column_names else ("messages",)
-
-
 def are_chats(rows: Dataset) -> bool:
     """Whether what TRL reads is messages, of one row at least."""
-    form = form_of(rows)
-    return form != PAIR or not isinstance(rows.features.get("prompt", Value("string")), Value)
+    form = form_of(rows.column_names)
+    return form == MESSAGES or form == PAIR and not isinstance(rows.features["prompt"], Value)
 
 
 def check_chats(rows: Dataset) -> Dataset:
@@ -33,7 +27,7 @@ def check_chats(rows: Dataset) -> Dataset:
     Raises:
         ValueError: That names the row at fault, if one is of another form, or has no assistant message.
     """
-    form = form_of(rows)
+    form = form_of(rows.column_names)
     for number, row in enumerate(rows, 1):
         fault = find_fault(row, form)
         if fault is not None:

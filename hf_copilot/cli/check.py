@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 
-from ..pilot.compatibility import check_pilot
+from ..pilot.compatibility import check_pilot, check_rows
+from ..pilot.head import PilotHead
 from ..training.report import show
 from .pair import PairArguments, empty_pilot, load_copilot, load_tokenizer
 from .parser import Parser, in_a_line
@@ -37,3 +38,7 @@ def check(argv: Sequence[str]) -> None:
     for warning in said:
         if issubclass(warning.category, UserWarning):
             show(f"But: {in_a_line(warning.message)}")
+    try:
+        check_rows(config, PilotHead(pilot).vocab_size)
+    except ValueError as error:
+        show(f"But for generation alone (calibrate, eval and fold raise). {in_a_line(error)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 import os
@@ -73,7 +74,7 @@ def read_file(path: str | os.PathLike) -> Dataset:
         raise ValueError(f"{path} is empty: it has no rows.")
     try:
         with without_log():
-            rows = load_dataset("json", data_files=str(path), split="train")
+            rows = load_dataset("json", data_files=glob.escape(str(path)), split="train")
     except KeyError as error:  # of datasets 4, where a later row lacks what the first one has
         raise ValueError(f"{path}: a row of the data has no field {error}.") from error
     except Exception as error:  # of several libraries, as they have it
@@ -138,6 +139,10 @@ def to_prompt_completion(rows: Dataset, prompt: str, completion: str) -> Dataset
         has = {name: value for name, value in row.items() if value is not None}
         try:
             return {"prompt": prompt.format(**has), "completion": completion.format(**has)}
+        except (AttributeError, TypeError) as error:  # of "{question.text}", "{question[text]}"
+            raise ValueError(
+                f"Row {index + 1} of the data does not suit --prompt and --completion: {error}."
+            ) from error
         except (KeyError, IndexError) as error:
             raise ValueError(
                 f"Row {index + 1} of the data has no field {error}; it has {sorted(has)}: set --prompt and "

@@ -18,7 +18,7 @@ from ..version import __version__
 from .chats import check_template
 from .data import read_answers
 from .pair import PairArguments, load_pair
-from .parser import Parser
+from .parser import Parser, check_least
 from .processes import is_launched, start_processes
 from .recipe import AnswerArguments
 
@@ -37,6 +37,13 @@ class EvalArguments(AnswerArguments, PairArguments):
     strength: float | None = field(default=None, metadata={"help": "λ; by default the Copilot's own."})
     batch_size: int = field(default=16, metadata={"help": "Rows in one forward, and answered together."})
     output_file: str | None = field(default=None, metadata={"help": "Where the figures go, as JSON."})
+
+    def __post_init__(self):
+        AnswerArguments.__post_init__(self)
+        PairArguments.__post_init__(self)
+        check_least(self, batch_size=1, limit=1, num_fewshot=0)
+        if self.output_file is not None and not Path(self.output_file).absolute().parent.is_dir():
+            raise ValueError(f"--output_file {self.output_file}: there is no such folder.")
 
 
 def parser() -> Parser:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from ..evaluation.rows import label_row
 from ..pilot.compatibility import check_pilot
+from ..training.checkpoint import WEIGHTS_FOLDER
 from ..training.folding import TOP_K, fold_copilot, mean_nll, share_kept
 from ..training.report import show
 from .chats import check_template
@@ -56,6 +58,11 @@ def fold(argv: Sequence[str]) -> None:
         raise ValueError("There is nothing to learn from: --data names a JSON Lines file.")
     if arguments.device is not None:
         raise ValueError("Folding trains on the first accelerator; --use_cpu chooses the processor, not --device.")
+    if Path(args.output_dir, WEIGHTS_FOLDER).is_dir():
+        raise ValueError(
+            f"{args.output_dir} has a Copilot in {WEIGHTS_FOLDER}/, which would be found beside the folded Pilot and "
+            "correct it twice: --output_dir names another folder."
+        )
     set_seed(args.seed)
     copilot, pilot, tokenizer = load_copilot(arguments), load_trainable(arguments), load_tokenizer(arguments)
     check_pilot(copilot, pilot, tokenizer)

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from ..model.configuration_copilot import CopilotConfig
+from ..model.fields import is_dtype
 from ..model.modeling_copilot import CopilotModel
 from ..pilot.compatibility import check_pilot, is_hub_id
 from ..training.checkpoint import WEIGHTS_FOLDER
@@ -43,6 +44,15 @@ class PairArguments:
     )
     dtype: str = field(default="auto", metadata={"help": "Type of the Pilot's weights, float32 or bfloat16."})
     device: str | None = field(default=None, metadata={"help": "cuda or cpu; by default the first there is."})
+
+    def __post_init__(self):
+        """What would be found out after loading."""
+        if self.dtype != "auto" and not is_dtype(self.dtype):
+            raise ValueError(f"--dtype {self.dtype}: choose auto, float32, bfloat16 or float16.")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {self.device}: {in_a_line(error)}") from error
 
     @property
     def copilot_place(self) -> tuple[str, str]:
@@ -90,6 +100,15 @@ def pilot_config(arguments: PairArguments) -> PreTrainedConfig:
 
 
 def load_pilot(arguments: PairArguments) -> PreTrainedModel:
+    """
+    Raises:
+        ValueError: For a folder with whole weights and an adapter, which would be added to them once more.
+    """
+    if Path(arguments.pilot, "model.safetensors").is_file() and has_adapter(arguments):
+        raise ValueError(
+            f"The folder {arguments.pilot} holds whole weights and an adapter, which transformers would add to them "
+            "once more: save a merged Pilot in a folder of its own."
+        )
     auto_class = AutoModelForSeq2SeqLM if pilot_config(arguments).is_encoder_decoder else AutoModelForCausalLM
     revision: dict[str, Any] = {"revision": arguments.pilot_revision}
     if has_adapter(arguments):

@@ -88,6 +88,14 @@ def describe(field: Field) -> str:
     return textwrap.fill(text, WIDTH, initial_indent=first.ljust(26), subsequent_indent=" " * 26)
 
 
+def check_least(arguments: Any, **least: int) -> None:
+    """Raise a `ValueError` for an argument that is below its least value."""
+    for name, lowest in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < lowest:
+            raise ValueError(f"--{name} {value}: it is at least {lowest}.")
+
+
 def in_a_line(error: BaseException) -> str:
     """What an error says, on one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -17,6 +17,7 @@ from ..evaluation.rows import label_row
 from ..model.configuration_copilot import CopilotConfig
 from .chats import to_answers
 from .data import COMPLETION, PROMPT, load_rows, to_rows
+from .parser import check_least
 
 MOST_VALIDATION_ROWS = 200
 
@@ -54,6 +55,7 @@ class AnswerArguments(RowArguments):
             raise ValueError(f"--answer_pattern {self.answer_pattern} is no regular expression: {error}.") from error
         if not groups:
             raise ValueError(f"--answer_pattern {self.answer_pattern} has no group (...): its first one is compared.")
+        check_least(self, generate_rows=0, max_new_tokens=1, num_beams=1)
 
     def is_right(self, answer: str, expected: str) -> bool:
         return bool(matches([answer], [expected], self.answer_pattern))
@@ -89,6 +91,7 @@ class RecipeArguments(AnswerArguments):
     def __post_init__(self):
         """On the command line the dictionaries are JSON."""
         super().__post_init__()
+        check_least(self, tokenizer_size=1, watch_rows=0)
         for name in ("from_config", "copilot_config"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, json.loads(getattr(self, name)))

@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+from trl.data_utils import common_prefix_length
 
-from ..training.chats import Message, chat_ids, is_chat, messages_of
+from ..training.chats import Message, chat_ids, is_chat, messages_of, row_tokens
 from ..training.records import IGNORE
 
 logger = logging.get_logger(__name__)
@@ -73,14 +74,8 @@ def label_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], has_en
             "input_ids": ids_with_end(tokenizer, row["prompt"]),
             "labels": ids_with_end(tokenizer, row["completion"], is_read=False),
         }
-    if is_chat(row):
-        ids = chat_ids(tokenizer, messages_of(row), row)
-    else:
-        end = "" if row["completion"].endswith(tokenizer.eos_token) else tokenizer.eos_token
-        ids = tokenizer(row["prompt"] + row["completion"] + end)["input_ids"]
-    prompt = as_ids(tokenizer, prompt_of(tokenizer, row), has_encoder=False)
-    same = [a == b for a, b in zip(prompt, ids, strict=False)] + [False]
-    border = same.index(False)  # the first token in which both differ, in most tokenizers behind the prompt
+    ids, prompt = row_tokens(tokenizer, row), as_ids(tokenizer, prompt_of(tokenizer, row), has_encoder=False)
+    border = common_prefix_length(prompt, ids)
     return {"input_ids": ids, "labels": [IGNORE] * border + ids[border:]}
 
 
@@ -107,6 +102,8 @@ def generate_answers(
     processors = [processor] if processor is not None else []
     for start in tqdm(range(0, len(prompts), batch_size), desc=title, disable=title is None):
         ids = [as_ids(tokenizer, prompt, has_encoder) for prompt in prompts[start : start + batch_size]]
+        if not any(ids):
+            raise ValueError("A prompt without a token can't be answered: a decoder goes on from one at least.")
         inputs = tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(pilot.device)
         out = pilot.generate(**inputs, logits_processor=processors, pad_token_id=tokenizer.pad_token_id, **generation)
         prompt = 0 if has_encoder else inputs["input_ids"].shape[1]

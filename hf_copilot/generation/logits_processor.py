@@ -29,8 +29,8 @@ class CopilotLogitsProcessor(LogitsProcessor):
 
     Works with greedy search, sampling, beams, left-padded batches, static and kept caches, streamers and pipelines.
     Its hooks on the Pilot go when the block ends, on [`detach`], or when the processor is garbage-collected. Scores
-    that are NaN stay NaN. Generating on from where the last call stopped continues it, as if there had been one call;
-    any other text starts anew.
+    that are NaN stay NaN. Generating on from where the last call stopped continues it, as if there had been one call,
+    and so does a text that is one given token longer; any other text starts anew, and so does another processor.
 
     Args:
         copilot: Trained beside this Pilot or one like it; it may live on another device and in another type.
@@ -44,6 +44,8 @@ class CopilotLogitsProcessor(LogitsProcessor):
         ValueError: If the Copilot does not fit the Pilot, if λ is negative or not finite, if it is on no GPU and
             `cuda_graphs` is asked for, and in use if it is called for tokens that the Pilot has not just been run on
             (assisted decoding, prompt lookup, guidance_scale).
+        NotImplementedError: For a Pilot that is sharded, offloaded at its head, has virtual tokens, or is no language
+            model of one piece.
     """
 
     def __init__(
@@ -55,13 +57,24 @@ class CopilotLogitsProcessor(LogitsProcessor):
         cuda_graphs: bool = False,
     ):
         check_pilot(copilot, pilot, tokenizer)
-        self.strength = check_strength(copilot.config.strength if strength is None else strength)
+        self._strength = check_strength(copilot.config.strength if strength is None else strength)
         self.fusion = copilot.config.fusion
         record = recorder(copilot.device) if cuda_graphs else None
         self.rectifier = Rectifier(copilot, pilot, record) if self.strength else None
         if self.strength:
             warn_if_left_behind(copilot.device, unwrap(pilot).device)
         self._finalizer = weakref.finalize(self, self.rectifier.close if self.rectifier else lambda: None)
+
+    @property
+    def strength(self) -> float:
+        """λ; it can be set, but for a processor that was made at 0 and has no hooks."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        if check_strength(value) and self.rectifier is None:
+            raise ValueError("This processor was made at λ = 0, without hooks: make one with strength=... instead.")
+        self._strength = value
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores `[R, V]` for the token after `input_ids` `[R, n]` -> rectified scores `[R, V]`."""

@@ -24,7 +24,7 @@ from ..pilot.tap import GenerationTap, PilotStates
 from ..pilot.vocabulary import lent_vocabulary
 from .cuda_graphs import Inputs, Record, RecordedStep
 from .follower import Follower, Piece, Step
-from .static_cache import StaticCache, power_of_two
+from .growing_cache import GrowingCache, power_of_two
 
 WITH_GRADIENT = (
     "The Pilot's last forward computed gradients, as in training, and a CopilotLogitsProcessor reads none of these: "
@@ -64,7 +64,7 @@ class Rectifier:
         self.lent: Vocabulary | None = None  # the Pilot's matrices, as they were when the run began
         # layers that keep the run of the queries, and that keep the memory of n positions
         own, memory = (sum(kind != other for kind in self.config.attention_types) for other in ("cross", "self"))
-        self.caches = Caches(StaticCache(own), StaticCache(memory))
+        self.caches = Caches(GrowingCache(own), GrowingCache(memory))
         self.last_logits: torch.Tensor | None = None  # [R, V] the Pilot's logits at the last call
         self.last_correction: torch.Tensor | None = None  # [R, V] f at the last call
         self.begun: tuple[PilotStates, torch.Tensor] | None = None  # a forward, and f `[R, V]`, which is on its way
@@ -235,11 +235,11 @@ class Rectifier:
         """What the Copilot is fed: the start vector, ℓ of the token just emitted, or (predicted) its own last f.
 
         Realised: ℓ_{i−1} = onehot(token) − p̂_{i−1}, as in training. Predicted (Algorithm 2): f_{i−1}. After a token
-        that the Copilot has no row for (a padding row of this Pilot) it is fed the start vector.
+        that it has no row for it is fed the start vector.
         """
-        vocab_size, token, before = self.config.vocab_size, inputs["token"], inputs.get("before")
-        is_start = (token >= vocab_size)[:, None] | (not self.caches.own.length)  # [R, 1]
-        token = token.clamp(max=vocab_size - 1)  # [R]
+        vocab_size, before = self.config.vocab_size, inputs.get("before")
+        token, is_unknown = self.copilot.known(inputs["token"])  # [R], [R]
+        is_start = is_unknown[:, None] | (not self.caches.own.length)  # [R, 1]
         if before is None:  # the first query of a run, or one that is fed the token alone
             values = torch.zeros(len(token), 1, 1, device=token.device)
             return {"input_indices": token[:, None, None], "input_values": values, "is_start": is_start}

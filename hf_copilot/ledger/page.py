@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import glob
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +89,7 @@ def read_rows(data: str | os.PathLike | Rows) -> Rows:
     if not Path(data).is_file():
         raise ValueError(f"{data} is not a file: pass the JSON Lines file that the run was trained on.")
     try:
-        return load_dataset("json", data_files=str(data), split="train")
+        return load_dataset("json", data_files=glob.escape(str(data)), split="train")
     except Exception as error:  # of several libraries
         raise ValueError(f"{data} can't be read as JSON Lines: {error}") from error
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..training.chats import chat_ids, is_chat, messages_of
+from ..training.chats import row_tokens
 from ..training.ledger import SAID_THE_LABEL, checksum
+from ..training.records import IGNORE
 from .mistake_ledger import Confusion, MistakeLedger
 
 OTHER_DATA = (
@@ -58,7 +59,7 @@ class RowTokens:
             return np.asarray(row[column], np.int64)
         if self.ledger.has_encoder or tokenizer is None:
             raise ValueError(f"The rows have no column `{column}`. {OTHER_DATA}")
-        return np.asarray(tokenize(row, tokenizer, self.ledger.chat_template), np.int64)
+        return np.asarray(row_tokens(tokenizer, row, self.ledger.chat_template), np.int64)
 
     def _check(self, sizes: np.ndarray) -> None:
         ledger = self.ledger
@@ -89,28 +90,9 @@ class RowTokens:
     def to_score(self, row: int) -> dict[str, list[int]]:
         """A row as [`score`] takes it: what the run read of it, with its labels."""
         positions, tokens = self.labelled(row), self.parts[row]
-        labels = np.full(len(tokens), -100)
+        labels = np.full(len(tokens), IGNORE)
         labels[positions] = tokens[positions]
         if self.ledger.has_encoder:
             return {"input_ids": list(self.rows[row]["input_ids"]), "labels": labels.tolist()}
         read = positions[-1] + 1
         return {"input_ids": tokens[:read].tolist(), "labels": labels[:read].tolist()}
-
-
-def tokenize(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
-) -> list[int]:
-    """A row of text as SFTTrainer tokenises it: prompt and completion, plain text, or a chat (by the tokenizer's
-    template, or another), with the end at its end.
-
-    Raises:
-        ValueError: For a row that is none of these.
-    """
-    if is_chat(row):
-        return chat_ids(tokenizer, messages_of(row), row, chat_template=chat_template)
-    text = row["text"] if "text" in row else row.get("completion")
-    if text is None:
-        raise ValueError(f"Rows with the columns {sorted(row)} can't be tokenised. {OTHER_DATA}")
-    if not text.endswith(tokenizer.eos_token or ""):
-        text += tokenizer.eos_token
-    return tokenizer((row.get("prompt") or "") + text)["input_ids"]

@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ..version import __version__
-from .fields import FIELDS, FORMAT_VERSION, check_fields, check_names
+from .fields import FIELDS, FORMAT_VERSION, check_fields, check_names, check_spelling
 
 # The loss that trains f and the space in which f is added belong together (docs/method.md).
 OBJECTIVE_OF_FUSION = {"logit": "cross_entropy", "probability": "rmse"}
@@ -17,7 +17,7 @@ OBJECTIVE_OF_FUSION = {"logit": "cross_entropy", "probability": "rmse"}
 STATE_FIELDS = ("pooled_layers", "pooling", "hidden_state_lag")  # which of the Pilot's states are in the memory
 PROVENANCE_FIELDS = (  # where a Copilot comes from and how it did; not what it computes or how it is trained
     *("init", "initializer_range", "strength", "results", "calibration"),
-    *("base_model_name_or_path", "base_model_revision", "pilot_model_type", "tokenizer_fingerprint"),
+    *("base_model_name_or_path", "pilot_model_type", "tokenizer_fingerprint"),
     *("hf_copilot_version", "format_version"),
 )
 
@@ -84,7 +84,7 @@ class CopilotConfig(PreTrainedConfig):
             Entries of the Pilot's distribution kept in a discrepancy, besides the label. Exact when >= vocabulary.
         strength (`float`, defaults to `1.0`):
             λ, the weight of the correction; finite and >= 0.
-        base_model_name_or_path, base_model_revision, pilot_model_type, tokenizer_fingerprint, hf_copilot_version:
+        base_model_name_or_path, pilot_model_type, tokenizer_fingerprint, hf_copilot_version:
             What the Copilot was trained beside; read by [`check_pilot`].
         format_version (`int`):
             Of the files that this Copilot is saved as. A Copilot of an older format loads; one of a newer raises.
@@ -133,7 +133,6 @@ class CopilotConfig(PreTrainedConfig):
     strength: float = 1.0
 
     base_model_name_or_path: str | None = None
-    base_model_revision: str | None = None
     pilot_model_type: str | None = None
     tokenizer_fingerprint: str | None = None
     hf_copilot_version: str | None = None
@@ -143,6 +142,7 @@ class CopilotConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any):
+        check_spelling(name for name in kwargs if not hasattr(type(self), name))
         super().__post_init__(**kwargs)
         self.check()
 

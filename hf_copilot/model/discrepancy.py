@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**24  # entries of one [chunk, V] float32 buffer: 64 MiB
 PROBABILITY_FLOOR = 1e-9  # fused probabilities are clamped here (Eq. 8 can turn negative)
+SMALLEST_SQUARE = 1e-12  # under the root of Eq. 7, whose gradient is infinite at 0
 BANNED_LOG_PROBABILITY = -100.0  # below it a token is banned, by whatever number: no Pilot is as sure by itself
 
 
@@ -100,8 +101,6 @@ def rmse_loss(
     target: SparseDiscrepancy,
     sequence: torch.Tensor,
     num_sequences: int,
-    gram: bool | None = None,
-    eps: float = 1e-12,
 ) -> torch.Tensor:
     """Eq. 7: Σ over sequences of sqrt(Σ_i ||f_i − ℓ_i||²), with f = W h. Divide by the sequences for the mean.
 
@@ -117,10 +116,10 @@ def rmse_loss(
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, weight = hidden.float(), weight.float()
         projected = F.embedding_bag(target.indices, weight, per_sample_weights=target.values, mode="sum")  # [m, d]
-        squares = squared_norm(hidden, weight, gram) - 2 * (hidden * projected).sum(-1)
+        squares = squared_norm(hidden, weight) - 2 * (hidden * projected).sum(-1)
         squares = squares + target.values.square().sum(-1)  # [m]
         per_sequence = squares.new_zeros(num_sequences).index_add(0, sequence, squares)  # [s]
-        return (per_sequence.clamp_min(0.0) + eps).sqrt().sum()
+        return (per_sequence.clamp_min(0.0) + SMALLEST_SQUARE).sqrt().sum()
 
 
 class FusedCrossEntropy(torch.autograd.Function):

@@ -16,8 +16,9 @@ FORMAT_VERSION = 1
 MOST = sys.float_info.max
 LARGEST_SIZE = 2**20  # of a layer, and the number of layers; a product of three stays a number that torch counts to
 LARGEST_VOCABULARY = 2**31
-FIGURES = ("pilot_nll", "rectified_nll", "pilot_token_accuracy", "rectified_token_accuracy")  # that a card shows
-CURVES = ("strengths", "nll", "token_accuracy")  # of a calibration, likewise
+QUANTITIES = ("nll", "token_accuracy")  # per labelled token
+FIGURES = tuple(f"{who}_{name}" for who in ("pilot", "rectified") for name in QUANTITIES)  # that a card shows
+CURVES = ("strengths", *QUANTITIES)  # of a calibration, likewise
 
 
 class Rule(NamedTuple):
@@ -67,7 +68,7 @@ def holds_curves(value: Any) -> bool:
         return False
     curves = [value[name] for name in CURVES]
     equal = len({len(curve) for curve in curves}) == 1
-    is_named = value.get("metric", "nll") in ("nll", "token_accuracy") and isinstance(value.get("data"), str)
+    is_named = value.get("metric", "nll") in QUANTITIES and isinstance(value.get("data"), str)
     is_counted = is_whole(value.get("targets")) and is_number(value.get("strength"))
     return equal and is_named and is_counted and all(is_number(figure) for curve in curves for figure in curve)
 
@@ -114,7 +115,7 @@ FIELDS: dict[str, Rule] = {
     "fusion": one_of("logit", "probability"),
     "error_feedback": one_of("realized", "predicted"),
     "format_version": one_of(FORMAT_VERSION),
-    **dict.fromkeys(("init", "base_model_name_or_path", "base_model_revision", "pilot_model_type"), TEXT),
+    **dict.fromkeys(("init", "base_model_name_or_path", "pilot_model_type"), TEXT),
     **dict.fromkeys(("tokenizer_fingerprint", "hf_copilot_version"), TEXT),
     "results": or_none(Rule(f"must hold numbers under the names {FIGURES}", holds_figures)),
     "calibration": or_none(Rule(f"must hold lists of one length under the names {CURVES}", holds_curves)),
@@ -127,6 +128,15 @@ def check_fields(values: Mapping[str, Any]) -> None:
     for name, rule in FIELDS.items():
         if name in values and not rule.holds(values[name]):
             raise ValueError(f"CopilotConfig.{name}={values[name]!r}: {rule.words}.")
+
+
+def check_spelling(unknown: Iterable[str]) -> None:
+    """Raise a `ValueError` for an unknown name that looks like a field's: it would do nothing. Others are of a newer
+    hf_copilot or transformers."""
+    for name in unknown:
+        like = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.75)
+        if like:
+            raise ValueError(f"CopilotConfig has no field {name!r}: is {like[0]!r} meant?")
 
 
 def check_names(written: Mapping[str, Any], unknown: Iterable[str]) -> None:

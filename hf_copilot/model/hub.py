@@ -115,7 +115,7 @@ def _listed(file: str) -> dict[str, list[int]]:
     try:
         with safe_open(file, "pt") as weights:
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
-            whole = [name for name, tensor in slices.items() if tensor.get_dtype()[0] not in "FB"]  # F32, BF16
+            whole = [name for name, tensor in slices.items() if not tensor.get_dtype().startswith(("F", "BF"))]
             shapes = {name: list(tensor.get_shape()) for name, tensor in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or cut off: {error}. Download or save it again.") from error

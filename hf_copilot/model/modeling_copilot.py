@@ -212,13 +212,24 @@ class CopilotModel(CopilotPreTrainedModel):
         return torch.where(is_start[..., None], self.start.weight, self.project_input(inputs))
 
     def embed_memory(self, memory: torch.Tensor) -> torch.Tensor:
-        """The Pilot's states `[B, s, d_P]`, or ids of tokens `[B, s]` with `memory="tokens"`, -> `[B, s, d]`. A token
-        that the Copilot has no row for (a padding row of its Pilot) is read as the start vector."""
-        dtype, last = self.norm.weight.dtype, self.config.vocab_size - 1
+        """The Pilot's states `[B, s, d_P]`, or ids of tokens `[B, s]` with `memory="tokens"`, -> `[B, s, d]`."""
+        dtype = self.norm.weight.dtype
         if self.config.reads_states:
             return self.memory_proj(memory.to(dtype)).to(dtype)  # autocast gives another
-        embedded = F.embedding(memory.clamp(max=last), self.embed_tokens.weight)  # [B, s, d]
-        return torch.where(memory[..., None] > last, self.start.weight, embedded).to(dtype)
+        ids, is_unknown = self.known(memory)
+        embedded = F.embedding(ids, self.embed_tokens.weight)  # [B, s, d]
+        return torch.where(is_unknown[..., None], self.start.weight, embedded).to(dtype)
+
+    def known(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids `[...]` of rows that there are, and `[...]` bool, which had none (padding rows of a Pilot): these are
+        read as the start vector."""
+        last = self.config.vocab_size - 1
+        return ids.clamp(max=last), ids > last
+
+    def logits(self, hidden_states: torch.Tensor, lent: Vocabulary | None = None) -> torch.Tensor:
+        """f = W h: `[..., e]` -> `[..., V]`."""
+        head = self.vocabulary(lent).head  # [V, e]
+        return F.linear(hidden_states.to(head.dtype), head)
 
     def project_input(self, inputs: torch.Tensor) -> torch.Tensor:
         """`[B, m, e]` -> `[B, m, d]`, in the Copilot's type."""
@@ -262,8 +273,7 @@ class CopilotModel(CopilotPreTrainedModel):
         inputs_embeds = inputs_embeds.to(self.norm.weight.dtype)  # [B, m, d]
         reads = memory_mask, self_mask, positions, memory_positions
         hidden_states = (decode or self.decode)(inputs_embeds, memory, *reads, cache)  # [B, m, e]
-        head = vocabulary.head  # [V, e]
-        return CopilotOutput(hidden_states, F.linear(hidden_states.to(head.dtype), head) if return_logits else None)
+        return CopilotOutput(hidden_states, self.logits(hidden_states, lent) if return_logits else None)
 
     def decode(
         self,

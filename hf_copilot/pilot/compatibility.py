@@ -59,7 +59,6 @@ def describe_pilot(config: CopilotConfig, pilot: nn.Module, tokenizer: PreTraine
         config.init = Path(config.init).name
     config.pilot_model_type = base.get_text_config().model_type
     config.base_model_name_or_path = base.name_or_path if is_hub_id(base.name_or_path) else None
-    config.base_model_revision = getattr(base, "_commit_hash", None)
     if tokenizer is not None:
         config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
     config.hf_copilot_version = __version__
@@ -100,8 +99,9 @@ def check_pilot(copilot: CopilotModel, pilot: nn.Module, tokenizer: PreTrainedTo
 
     Raises:
         ValueError: Another tokenizer, another number of rows without proof that the tokens are the same, another
-            hidden size (with `memory="pilot"`), a Pilot whose decoder, layers or head can't be found, or one that
-            can't lend its vocabulary to a Copilot that uses it (`vocab_projection="pilot"`).
+            hidden size (with `memory="pilot"`), a decoder where it reads an encoder or the other way, a Pilot whose
+            decoder, layers or head can't be found, or one that can't lend its vocabulary to a Copilot that uses it
+            (`vocab_projection="pilot"`).
         NotImplementedError: If it can't because it is sharded or offloaded, or for a Pilot that is no language model
             of one piece (speech, images, two models in one).
 
@@ -188,15 +188,18 @@ def check_teacher_forced(copilot: CopilotModel, pilot: nn.Module) -> None:
             "The Pilot's head is offloaded, and its logits can't be recomputed: keep it on a device "
             "(device_map with lm_head on one). Generation works as it is."
         )
-    rows = head.vocab_size
-    if copilot.config.vocab_size != rows:
-        raise ValueError(
-            f"The Copilot has {copilot.config.vocab_size} output rows and the Pilot {rows}: to "
-            "learn or be measured it needs as many. Take a Pilot that has, or build a Copilot with "
-            "copilot_for(pilot); only generation, CopilotLogitsProcessor(..., tokenizer=...), takes other padding "
-            "rows of the same tokenizer."
-        )
+    check_rows(copilot.config, head.vocab_size)
     check_pilot(copilot, pilot)
+
+
+def check_rows(config: CopilotConfig, rows: int) -> None:
+    """Raise a `ValueError` where a Copilot has another number of output rows than its Pilot, and can only generate."""
+    if config.vocab_size != rows:
+        raise ValueError(
+            f"The Copilot has {config.vocab_size} output rows and the Pilot {rows}: to learn or be measured it needs "
+            "as many. Take a Pilot that has, or build a Copilot with copilot_for(pilot); only generation, "
+            "CopilotLogitsProcessor(..., tokenizer=...), takes other padding rows of the same tokenizer."
+        )
 
 
 def check_generation(pilot: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Every hook on a Pilot's decoder and its layers, for training, generation and scoring.
+"""The hooks that read a Pilot's decoder and its layers, for training, generation and scoring.
 
 Shapes: B rows, T positions of one forward of the decoder, S of the encoder, d_P the Pilot's hidden size, V vocabulary.
 """
@@ -107,11 +107,10 @@ class PilotTap:
     """Reads every forward of the Pilot's decoder while `listen()` is true and hands it to `sink`.
 
     Hooks on the decoder open and close a window, hooks on its layers collect only inside it, so recomputation under
-    gradient checkpointing adds nothing. `open()` and `close()`, or a `with`; removes its own
-    handles and no others.
+    gradient checkpointing adds nothing. `open()` and `close()`, or a `with`; removes its own handles and no others.
 
     Args:
-        pilot: Any causal LM of transformers, wrapped or not.
+        pilot: A causal LM or an encoder-decoder of transformers, wrapped or not.
         config: Of the Copilot: with `memory="pilot"` its `pooled_layers` form h by its `pooling`; with `"tokens"` no
             layer is read, and no hook is on one.
         sink: Called with the [`PilotStates`] at the end of each forward.
@@ -234,6 +233,9 @@ class PilotTap:
             states.next_logits = logits[:, -1].detach().clone()
 
 
+left_out = torch.compiler.disable(reason="a CopilotLogitsProcessor reads the Pilot here: compile with fullgraph=False")
+
+
 class GenerationTap(PilotTap):
     """A tap of a Pilot that several threads may run at a time: what a forward shows belongs to its thread. What is
     compiled can't ask for its thread, so no hook is.
@@ -260,13 +262,13 @@ class GenerationTap(PilotTap):
         if states is None:
             del self.of_threads[get_ident()]
 
-    @torch.compiler.disable
+    @left_out
     def _begin_forward(self, decoder: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         super()._begin_forward(decoder, args, kwargs)
         if self.states is not None:
             self.begun(self.states)
 
-    _read_embeddings = torch.compiler.disable(PilotTap._read_embeddings)
-    _pool = torch.compiler.disable(PilotTap._pool)
-    _end_forward = torch.compiler.disable(PilotTap._end_forward)
-    _read_logits = torch.compiler.disable(PilotTap._read_logits)
+    _read_embeddings = left_out(PilotTap._read_embeddings)
+    _pool = left_out(PilotTap._pool)
+    _end_forward = left_out(PilotTap._end_forward)
+    _read_logits = left_out(PilotTap._read_logits)

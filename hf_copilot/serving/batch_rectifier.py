@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ..generation.rectifier import pad_to_vocabulary
 from ..model.attention import Span
@@ -96,16 +95,15 @@ class BatchRectifier:
         )
         for turn in turns:
             turn.request.held = turn.length
-        head = self.copilot.vocabulary(None).head  # [V, d]
-        return F.linear(output.last_hidden_state[:, -1].to(head.dtype), head).float()
+        return self.copilot.logits(output.last_hidden_state[:, -1]).float()
 
     # ---- what the queries are fed ----------------------------------------------------------------------------------
 
     def _inputs(self, turns: Sequence[Turn], ids: torch.Tensor, is_first: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As [`Rectifier._fed`] has it: at the last of the prompt the start vector, then ℓ of the token at the
-        query, `ids` `[R, m]`; after one that the Copilot has no row for, the start vector."""
-        is_start = is_first | (ids >= self.config.vocab_size)  # [R, m]
-        ids = ids.clamp(max=self.config.vocab_size - 1)
+        """At the last of the prompt the start vector, then ℓ of the token at the query, `ids` `[R, m]`; after one that
+        the Copilot has no row for, the start vector."""
+        ids, is_unknown = self.copilot.known(ids)  # [R, m], [R, m]
+        is_start = is_first | is_unknown  # [R, m]
         if self.config.copilot_input == "token":
             indices = ids[..., None]  # [R, m, 1]
             return {"input_indices": indices, "input_values": torch.zeros_like(indices).float(), "is_start": is_start}

@@ -39,8 +39,9 @@ def add_adapter(copilot: CopilotModel, peft_config: PeftConfig, compute_dtype: t
     own = ["embed_tokens"] if copilot.config.init == "random" and copilot.embed_tokens is not None else []
     new = [copilot.last_map, "start", *maps, *own]
     peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *new})
+    names = {*copilot.state_dict()}
     model = get_peft_model(copilot, peft_config)
-    _check_merges(model, type(peft_config).__name__)
+    _check_merges(model, names, type(peft_config).__name__)
     for parameter in copilot.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -52,11 +53,14 @@ def add_adapter(copilot: CopilotModel, peft_config: PeftConfig, compute_dtype: t
     return model
 
 
-def _check_merges(model: PeftModel, name: str) -> None:
-    """Merge one adapted layer of a copy: what can't be is found out before training."""
+def _check_merges(model: PeftModel, names: set[str], name: str) -> None:
+    """Merge one adapted layer of a copy, and all of one without values: what can't be, or leaves other weights than
+    these names', is found out before training."""
     adapted = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
     try:
         copy.deepcopy(adapted).merge()
+        if merged_copy(model, "meta").state_dict().keys() != names:
+            raise ValueError("weights of the adapter are left")
     except Exception as error:
         raise ValueError(
             f"copilot_peft_config={name} can't be merged into the Copilot's weights, as which a Copilot is saved "

@@ -25,19 +25,24 @@ class CopilotCallback(CopilotLifecycle):
     """Co-trains a Copilot in any `transformers.Trainer`: `Trainer(..., callbacks=[CopilotCallback()])`.
 
     It reads the labels and masks that the Pilot's forward is given in training. What a callback can't do, and
-    [`CopilotTrainer`] does: metrics in evaluation, `load_best_model_at_end`, pushing during training, finding torn
-    checkpoints, saving at once (`enable_jit_checkpoint`), removing its hooks when training ends with an exception
-    (call [`close`]), and putting its training metrics before reporters that were added earlier (they are in
-    `trainer.state.log_history`). A resumed run takes the Copilot up from `output_dir/checkpoint-<step>`; a second
-    `train()` trains the same Copilot on.
+    [`CopilotTrainer`] does: metrics in evaluation, choosing λ, `load_best_model_at_end` (it raises), pushing during
+    training, finding torn checkpoints, saving at once (`enable_jit_checkpoint`), removing its hooks when training ends
+    with an exception (call [`close`]), and putting its training metrics before reporters that were added earlier (they
+    are in `trainer.state.log_history`). A resumed run takes the Copilot up from `output_dir/checkpoint-<step>`; a
+    second `train()` trains the same Copilot on.
 
     Args:
         copilot, copilot_peft_config: As in [`CopilotTrainer`].
         copilot_args: The fields that begin with `copilot_`; by default those of the trainer's own `args`, if it has
             them.
+
+    Raises:
+        ValueError, NotImplementedError: Here or when training begins, for anything that is not supported; the message
+            says what to use instead.
     """
 
     learner_class = CopilotLearner
+    way_to_choose = "Choose it with callback.learner.calibrate()"
 
     def __init__(
         self,

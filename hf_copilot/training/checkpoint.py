@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -182,9 +183,8 @@ def newest_whole_checkpoint(output_dir: str | os.PathLike) -> str:
     Raises:
         ValueError: If there is none.
     """
-    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    numbered = {int(folder.name.rpartition("-")[2]): folder for folder in folders if folder.name[-1].isdigit()}
-    torn = {}
+    named = ((re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in Path(output_dir).glob("*"))
+    numbered, torn = {int(name[1]): path for name, path in named if name and path.is_dir()}, {}
     for _, folder in sorted(numbered.items(), reverse=True):
         fault = find_fault(folder)
         if fault is None:
@@ -239,16 +239,24 @@ def load_checkpoint(learner: CopilotLearner, checkpoint: str | os.PathLike, star
         )
 
 
+def resumed_strength(saved: CopilotConfig, now: CopilotConfig) -> float | None:
+    """λ of a run that goes on; None where a user has changed it."""
+    if saved.calibration or now.calibration or saved.strength == now.strength:
+        return saved.strength
+    if {saved.strength, now.strength} == {CopilotConfig.strength, UNCHOSEN_STRENGTH}:
+        return now.strength  # only whether it is chosen has changed
+    return None
+
+
 def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None:
     """Load the Copilot's exported weights, its λ and results; one that is trained with an adapter has its weights in
     its learner's state."""
     folder, config = Path(checkpoint) / WEIGHTS_FOLDER, learner.copilot.config
     saved = CopilotConfig.from_pretrained(folder)
     different = {name: (getattr(saved, name), getattr(config, name)) for name in saved.differences(config)}
-    strengths, was_chosen = (saved.strength, config.strength), (saved.calibration or config.calibration) is not None
-    is_now = not was_chosen and {*strengths} == {CopilotConfig.strength, UNCHOSEN_STRENGTH}  # whether one is chosen
-    if not was_chosen and not is_now and saved.strength != config.strength:
-        different["strength"] = strengths
+    strength = resumed_strength(saved, config)
+    if strength is None:
+        different["strength"] = saved.strength, config.strength
     if different:
         raise ValueError(
             f"The Copilot in {checkpoint} has other settings than this run's (saved, now): {different}. Resume with "
@@ -256,7 +264,7 @@ def load_weights(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None
         )
     if learner.peft_model is None:
         learner.copilot.load_state_dict(CopilotModel.from_pretrained(folder).state_dict())
-    config.strength = config.strength if is_now else saved.strength
+    config.strength = strength
     config.results, config.calibration = saved.results, saved.calibration
 
 

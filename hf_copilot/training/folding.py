@@ -173,6 +173,9 @@ def fold_copilot(
         strength: λ of the teacher; by default the Copilot's own.
         top_k: Tokens that are kept of each distribution, 8 bytes each.
 
+    Returns:
+        What [`transformers.Trainer.train`] returns.
+
     Raises:
         ValueError: If λ is 0, top_k below 1, no weight of the Pilot is trainable, no row has a target, or the two do
             not fit.

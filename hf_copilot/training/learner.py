@@ -55,10 +55,8 @@ class CopilotLearner(BesideThePilot):
     """Owns the Copilot, its optimizer, scheduler, Mistake Log and random generator (Algorithm 1 of the paper).
 
     The Pilot is only read: its losses, weights and the global random state are what they were without a learner.
-
     With several processes (DDP) each has its own log and draws; losses, gradients and metrics are summed over them, so
     every process must call `start`, `step` and `pop_metrics`. The Copilots stay the same on all.
-
     `exported().save_pretrained(...)` saves the Copilot; `hf_copilot.training.checkpoint` all that a run goes on from.
 
     Args:
@@ -69,12 +67,14 @@ class CopilotLearner(BesideThePilot):
         warmup_steps, lr_scheduler_type, lr_scheduler_kwargs: Of its schedule, as in transformers.
         log, log_dtype: Defaults to `MistakeLog()`; the type of the hidden states in it.
         steps_per_round: Optimizer steps of the Copilot in one round, each on documents of its own draw.
-        seed: Of the draws from the log and of the Copilot's dropout.
-        autocast_dtype: Runs the Copilot under autocast in this type; None for its own.
+        seed, autocast_dtype: Of the draws and of the Copilot's dropout; its type under autocast, None for its own.
         compile_backend: Compiles the Copilot's blocks with this backend of `torch.compile`; None does not.
         peft_config: Trains the Copilot with this adapter; its new modules are trained in full.
         ledger: Written of every round; see [`LedgerWriter`].
         own_stream: Runs rounds on a CUDA stream of their own, beside what comes next; see [`join`].
+
+    Raises:
+        ValueError, NotImplementedError: For what does not fit or is not supported; it says what to use instead.
     """
 
     teacher_forced_class = TeacherForced

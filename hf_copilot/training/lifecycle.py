@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig
 from transformers import (
     IntervalStrategy,
+    ProgressCallback,
     SchedulerType,
     Trainer,
     TrainerCallback,
@@ -19,6 +20,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -30,7 +32,7 @@ from ..pilot.copilot_for import copilot_for
 from .checkpoint import load_checkpoint
 from .learner import CopilotLearner
 from .ledger import LEDGER_FOLDER, LedgerWriter
-from .metrics import be_careful
+from .metrics import use_unchosen_strength
 from .mistake_log import MistakeLog
 from .mistake_source import FirstVisit, TrainingErrors
 from .preflight import Stopwatch, find_shortages
@@ -100,12 +102,12 @@ def make_learner(
     )
 
 
-def may_log(args: TrainingArguments, state: TrainerState, control: TrainerControl, has_length: bool) -> bool:
+def may_log(args: TrainingArguments, state: TrainerState, control: TrainerControl, knows_length: bool) -> bool:
     """Whether Trainer may log after this step. With `logging_strategy="epoch"` it says so only later: at the end of an
     epoch, which no one knows of a stream, or when training stops inside one."""
     if control.should_log or args.logging_strategy != IntervalStrategy.EPOCH:
         return control.should_log
-    return not has_length or control.should_training_stop or state.epoch == int(state.epoch)
+    return not knows_length or control.should_training_stop or state.epoch == int(state.epoch)
 
 
 @contextmanager
@@ -119,6 +121,24 @@ def optimizer_mode_kept(optimizer: Any) -> Iterator[None]:
             optimizer.train()
 
 
+@contextmanager
+def no_evaluation_told(handler: CallbackHandler) -> Iterator[None]:
+    """Callbacks are not told of an evaluation inside, whose metrics are none that they know, but for the one that
+    shows its progress."""
+
+    def on_evaluate(args, state, control, metrics):
+        for callback in handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.on_evaluate(args, state, control)
+        return control
+
+    handler.on_evaluate = on_evaluate
+    try:
+        yield
+    finally:
+        del handler.on_evaluate
+
+
 class CopilotLifecycle(TrainerCallback):
     """Starts a learner with the training of its Pilot, and steps it after every optimizer step, before logging,
     evaluation and saving.
@@ -128,9 +148,11 @@ class CopilotLifecycle(TrainerCallback):
         checkpoint: What the next training resumes from, if it does.
         source: Whose errors are logged.
         can_choose: Whether there is an evaluation set to choose λ on.
+        way_to_choose: What a user does where there is none.
     """
 
     can_choose = False
+    way_to_choose = "Pass an eval_dataset"
 
     def __init__(self, learner: CopilotLearner | None, copilot_args: CopilotArguments):
         self.learner, self.checkpoint = learner, None
@@ -153,10 +175,10 @@ class CopilotLifecycle(TrainerCallback):
         self.source.check(self.learner, state)
 
     def _leave_unchosen(self) -> None:
-        if be_careful(config := self.learner.copilot.config):
+        if use_unchosen_strength(config := self.learner.copilot.config):
             logger.warning(
-                f"λ is {config.strength}: there is no eval_dataset to choose it on, and {type(config).strength} is "
-                "often too sure. Pass an eval_dataset, or copilot_strength='config' to leave it as it was."
+                f"λ is {config.strength}: nothing is there to choose it on, and {type(config).strength} is often too "
+                f"sure. {self.way_to_choose}, or copilot_strength='config' to leave it as it was."
             )
 
     def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
@@ -170,6 +192,8 @@ class CopilotLifecycle(TrainerCallback):
 def add_lifecycle(trainer: Trainer, lifecycle: CopilotLifecycle) -> None:
     """As the last callback but for the one that saves at once when a process is told to end (`enable_jit_checkpoint`):
     the Copilot's step of a round comes before it is saved."""
+    if any(isinstance(callback, CopilotLifecycle) for callback in trainer.callback_handler.callbacks):
+        raise ValueError("This trainer trains a Copilot by itself: leave the CopilotCallback out.")
     saves_at_once = trainer.pop_callback(JITCheckpointCallback)
     trainer.add_callback(lifecycle)
     if saves_at_once is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..model.configuration_copilot import CopilotConfig, check_strength
+from ..model.fields import FIGURES, QUANTITIES
 from ..model.modeling_copilot import CopilotModel
 from ..pilot.inspect import eval_mode
 from .distributed import num_processes, process_index, sum_over_processes
@@ -22,8 +23,7 @@ from .teacher_forced import TeacherForced, label_figures, score
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("pilot_nll", "pilot_token_accuracy", "rectified_nll", "rectified_token_accuracy", "copilot_dropped_mass")
-METRICS_OF_STRENGTH = ("nll", "token_accuracy")
+METRICS = (*FIGURES, "copilot_dropped_mass")  # in the order of the sums
 # λ of the paper's Table 17 and around it
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
 # λ where nobody can choose it: docs/results.md ("Which λ?") has what it keeps of the best one, and what it costs
@@ -136,8 +136,8 @@ class RunningMetrics:
 def strengths_to_try(strengths: Sequence[float], metric: str) -> list[float]:
     """These λ and 0, in order; raises a `ValueError` for one that is negative or not finite, or for an unknown
     metric."""
-    if metric not in METRICS_OF_STRENGTH:
-        raise ValueError(f"metric={metric!r}: λ is chosen by one of {METRICS_OF_STRENGTH}.")
+    if metric not in QUANTITIES:
+        raise ValueError(f"metric={metric!r}: λ is chosen by one of {QUANTITIES}.")
     return sorted({0.0, *(check_strength(strength) for strength in strengths)})
 
 
@@ -163,7 +163,7 @@ def use_calibration(config: CopilotConfig, calibration: dict[str, Any]) -> None:
     config.results = results_at_chosen(calibration)
 
 
-def be_careful(config: CopilotConfig) -> bool:
+def use_unchosen_strength(config: CopilotConfig) -> bool:
     """Set λ where it is not chosen, by the user either: `UNCHOSEN_STRENGTH`. With Eq. 8 it stays the paper's. Returns
     whether it was set."""
     is_own = config.strength == type(config).strength and config.fusion == "logit"
@@ -206,7 +206,7 @@ def results_at_chosen(calibration: dict[str, Any]) -> dict[str, float]:
     """The evaluation's metrics at the λ that was chosen."""
     strengths = calibration["strengths"]
     at = {"pilot": strengths.index(0.0), "rectified": strengths.index(calibration["strength"])}
-    return {f"{name}_{metric}": calibration[metric][i] for name, i in at.items() for metric in METRICS_OF_STRENGTH}
+    return {f"{name}_{metric}": calibration[metric][i] for name, i in at.items() for metric in QUANTITIES}
 
 
 def calibrate_on_rows(

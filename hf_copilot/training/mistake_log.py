@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..model.fields import is_whole
+
 logger = logging.getLogger(__name__)
 
 
@@ -60,8 +62,10 @@ class MistakeRecord:
 
 def check_bounds(max_rounds: int, max_bytes: int) -> None:
     """Raise a `ValueError` for a log that could hold nothing."""
-    if max_rounds < 1 or max_bytes < 1:
-        raise ValueError(f"A Mistake Log of {max_rounds} rounds and {max_bytes} bytes: both must be at least 1.")
+    if not all(is_whole(bound) and bound >= 1 for bound in (max_rounds, max_bytes)):
+        raise ValueError(
+            f"A Mistake Log of {max_rounds} rounds and {max_bytes} bytes: both must be whole numbers, at least 1."
+        )
 
 
 class MistakeLog:
@@ -70,6 +74,9 @@ class MistakeLog:
     Args:
         max_rounds: Rounds that are kept (the paper keeps 128).
         max_bytes: Bound on the tensors' size; the oldest rounds go first. `capped` says whether it ever bound.
+
+    Raises:
+        ValueError: For a bound below 1.
     """
 
     def __init__(self, max_rounds: int = 128, max_bytes: int = 2**30):

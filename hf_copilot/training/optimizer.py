@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from ..model.fields import is_whole
 from ..model.modeling_copilot import CopilotModel
 from .batch import ROOM, CopilotBatch
 from .distributed import num_processes, sum_count, sum_over_processes
@@ -26,13 +27,13 @@ def check_ranges(
     steps_per_round: int, learning_rate: float, weight_decay: float, max_grad_norm: float, prefix: str = ""
 ) -> None:
     """Raise a `ValueError` for a number that no training can have."""
-    if steps_per_round < 1:
+    if not (is_whole(steps_per_round) and steps_per_round >= 1):
         raise ValueError(f"{prefix}steps_per_round={steps_per_round}: must be at least one step (the paper takes 1).")
     if not max_grad_norm >= 0:
         raise ValueError(f"{prefix}max_grad_norm={max_grad_norm}: must be at least 0, which does not clip.")
     for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
-        if not value >= 0:
-            raise ValueError(f"{prefix}{name}={value}: must be at least 0.")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{prefix}{name}={value}: must be finite and at least 0.")
 
 
 class CopilotOptimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def checkpoints_kept(args: TrainingArguments, state: TrainerState) -> int:
     if args.save_strategy == "no":
         return 0
     each = {
-        "steps": max(state.max_steps // max(state.save_steps, 1), 1),
+        "steps": math.ceil(state.max_steps / max(state.save_steps, 1)),  # one at the last step
         "epoch": min(state.num_train_epochs, state.max_steps),
     }
     saved = int(each.get(args.save_strategy, 1))

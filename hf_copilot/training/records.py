@@ -284,8 +284,8 @@ def encoder_outputs(states: PilotStates, rows: list[int]) -> Column:
 
 
 def random_start(record: MistakeRecord, generator: torch.Generator, has_encoder: bool) -> MistakeRecord:
-    """Where the run is the whole document (no prompt, no encoder that holds it), start it at a random target, so that
-    training looks like continuing a prompt; what comes before is memory only."""
+    """Where nothing stands before the first target's token (no prompt, no encoder that holds it), start at a random
+    target, so that training looks like continuing a prompt; what comes before is memory only."""
     if record.has_prompt or has_encoder:
         return record
     return record.starting_at(int(torch.randint(len(record.positions), (), generator=generator)))

@@ -6,10 +6,22 @@ from typing import Any
 
 from peft import PeftConfig
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import ProcessorMixin, Trainer, TrainingArguments, __version__
+from transformers.utils import logging
 
+from ..model.configuration_copilot import CopilotConfig
+from ..model.modeling_copilot import CopilotModel
 from ..pilot.compatibility import has_virtual_tokens
 from ..pilot.inspect import is_encoder_decoder, is_sharded
+from ..version import TESTED_TRANSFORMERS
+from .training_args import AUTO_STRENGTHS, CopilotArguments, least_is_best
+
+logger = logging.get_logger(__name__)
+
+OVERRIDDEN = (  # of Trainer, besides what is public; under another name what a trainer adds there would never run
+    *("_load_best_model", "_load_optimizer_and_scheduler", "_push_from_checkpoint"),
+    *("_save_checkpoint", "_save_rng_state"),
+)
 
 
 def check_callback_arguments(copilot_args: Any) -> None:
@@ -34,6 +46,11 @@ def check_callback(args: TrainingArguments, pilot: nn.Module) -> None:
             "visible with CUDA_VISIBLE_DEVICES, or use CopilotTrainer or CopilotSeq2SeqTrainer, which take "
             "several processes."
         )
+    if args.load_best_model_at_end:
+        raise NotImplementedError(
+            "CopilotCallback takes no Copilot along when the best Pilot is loaded, so that both would be of different "
+            "steps: use a trainer of hf_copilot, or leave load_best_model_at_end out; every checkpoint holds both."
+        )
     if has_virtual_tokens(pilot):
         raise NotImplementedError(
             "CopilotCallback does not see the token ids of a Pilot with virtual tokens (prompt tuning, prefix "
@@ -48,12 +65,50 @@ def check_trainer(trainer: Trainer, copilot_peft_config: PeftConfig | None) -> N
         NotImplementedError: For a way to spread or make the model, or a kind of model, that is not supported.
         ValueError: For arguments that do not go together.
     """
+    _check_parent(trainer)
     _check_processes(trainer, type(trainer).__name__)
     _check_model(trainer, type(trainer).__name__)
     if copilot_peft_config is not None and trainer.args.save_only_model and trainer.args.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end needs the Copilot's adapter, which save_only_model leaves out of checkpoints: "
             "set save_only_model=False."
+        )
+
+
+def check_pilot_given(model: Any) -> None:
+    """Raise a `ValueError` for a Copilot where the Pilot is to be."""
+    if isinstance(model, CopilotModel):
+        raise ValueError("model is a Copilot: pass its Pilot as the model, and the Copilot as copilot=...")
+
+
+def check_arguments(
+    args: TrainingArguments, copilot_args: CopilotArguments, copilot: Any, has_evaluation_set: bool
+) -> None:
+    """Raise a `ValueError` for arguments that do not go together, warn where they do harm.
+
+    Args:
+        copilot: As the trainer was given it.
+    """
+    strength = copilot_args.copilot_strength
+    if copilot_args.copilot_predict and not getattr(args, "predict_with_generate", False):
+        raise ValueError(
+            "copilot_predict=True needs CopilotSeq2SeqTrainer with predict_with_generate=True; elsewhere generate "
+            "with a CopilotLogitsProcessor."
+        )
+    if strength in AUTO_STRENGTHS and not has_evaluation_set:
+        raise ValueError(
+            f"copilot_strength={strength!r} chooses λ on `eval_dataset`: pass one, or leave it at 'config'."
+        )
+    is_given = isinstance(copilot, CopilotConfig) and copilot.strength != CopilotConfig.strength
+    if strength is None and has_evaluation_set and is_given:
+        logger.warning(
+            f"λ = {copilot.strength:g} of the config will give way to the one that is chosen on `eval_dataset`: "
+            "copilot_strength='config' keeps it."
+        )
+    if args.greater_is_better and least_is_best(args.metric_for_best_model):
+        logger.warning(
+            f"metric_for_best_model={args.metric_for_best_model!r} is best where it is least, and "
+            "greater_is_better=True keeps the checkpoint where it is greatest: set greater_is_better=False."
         )
 
 
@@ -108,6 +163,15 @@ def check_folding(pilot: nn.Module, args: TrainingArguments) -> None:
         raise ValueError("Folding learns from distributions, which are smooth: set label_smoothing_factor=0.")
 
 
+def _check_parent(trainer: Trainer) -> None:
+    lacking = [name for name in OVERRIDDEN if not hasattr(Trainer, name)]
+    if lacking:
+        raise NotImplementedError(
+            f"Trainer of transformers {__version__} has no {', '.join(lacking)}, where {type(trainer).__name__} saves "
+            f"and loads the Copilot: use a version from {' to '.join(TESTED_TRANSFORMERS)}."
+        )
+
+
 def _check_processes(trainer: Trainer, name: str) -> None:
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
@@ -144,7 +208,7 @@ def _check_model(trainer: Trainer, name: str) -> None:
             f"{name} is for decoder-only models, as SFTTrainer is: use CopilotSeq2SeqTrainer for "
             f"{type(trainer.model).__name__}."
         )
-    if getattr(trainer, "_is_vlm", False):
+    if isinstance(trainer.processing_class, ProcessorMixin):
         raise NotImplementedError(f"{name} is for language models; this is a vision-language model: use SFTTrainer.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..model.configuration_copilot import CopilotConfig
+from ..model.fields import FIGURES
 from .learner import CopilotLearner
+from .metrics import results_at_chosen
 from .preflight import MEASURED, Stopwatch, checkpoint_bytes, in_words, log_bytes, memory_bytes
 
 logger = logging.get_logger(__name__)
 
-QUANTITIES = (("nll", "NLL per token", ".4f"), ("token_accuracy", "token accuracy", ".1%"))
+SHOWN = {"nll": ("NLL per token", ".4f"), "token_accuracy": ("token accuracy", ".1%")}  # of `QUANTITIES`
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -60,10 +62,10 @@ def _print(renderable: Any) -> None:
     """With a question mark for what the encoding lacks."""
     console = Console()
     try:
-        console.print(renderable, highlight=False)
+        console.print(renderable, highlight=False, markup=False)
     except UnicodeEncodeError:
         with console.capture() as text:
-            console.print(renderable, highlight=False)
+            console.print(renderable, highlight=False, markup=False)
         console.file.write(text.get().encode(console.encoding, "replace").decode(console.encoding))
 
 
@@ -113,17 +115,18 @@ def table_of_training(
         table.add_column(column, justify="right" if column else "left")
     for prefix, where in (("", "training, before learning"), ("eval_", "evaluation")):
         entries = [entry for entry in log_history if f"{prefix}rectified_nll" in entry]
-        for quantity, title, form in QUANTITIES:
-            if entries:
-                figures = [format(entries[-1][f"{prefix}{who}_{quantity}"], form) for who in ("pilot", "rectified")]
-                table.add_row(f"{title} ({where})", *figures)
+        if entries:
+            add_figures(table, where, {name: entries[-1][prefix + name] for name in FIGURES})
     if calibration is not None:
-        best, on = calibration["strength"], f"{calibration['targets']:,} tokens of {calibration['data']}"
-        at = [calibration["strengths"].index(strength) for strength in (0.0, best)]
-        for quantity, title, form in QUANTITIES:
-            figures = [format(calibration[quantity][i], form) for i in at]
-            table.add_row(f"{title} (λ = {best:g}, chosen on {on})", *figures)
+        on = f"{calibration['targets']:,} tokens of {calibration['data']}"
+        add_figures(table, f"λ = {calibration['strength']:g}, chosen on {on}", results_at_chosen(calibration))
     return table if table.row_count else None
+
+
+def add_figures(table: Table, where: str, found: Mapping[str, float]) -> None:
+    for quantity, (title, form) in SHOWN.items():
+        figures = (format(found[f"{who}_{quantity}"], form) for who in ("pilot", "rectified"))
+        table.add_row(f"{title} ({where})", *figures)
 
 
 def cost_since(start: float) -> str:

@@ -221,15 +221,19 @@ class TeacherForced:
         self, rows: Sequence[Mapping[str, Any]], measure: Measure, batch_size: int = 16, title: str | None = None
     ) -> list[tuple[torch.Tensor, ...]]:
         """For each row, without padding, what `measure` gives at its m labelled tokens: tensors `[m, ...]` on the CPU.
-        Both models are in eval mode. Raises a `ValueError` where a forward is not finite, or the Pilot's logits are
-        not its head's."""
+        Both models are in eval mode. Raises a `ValueError` where a forward is not finite, a row is longer than the
+        Pilot can read, or the Pilot's logits are not its head's."""
         self.head.check()
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
         found: dict[int, tuple[torch.Tensor, ...]] = {}
         with eval_mode(self.head.trained), eval_mode(self.copilot):
             for start in tqdm(range(0, len(order), batch_size), desc=title, disable=title is None):
                 picked = order[start : start + batch_size]
-                found |= zip(picked, _measure_batch(self, [rows[i] for i in picked], measure), strict=True)
+                try:
+                    found |= zip(picked, _measure_batch(self, [rows[i] for i in picked], measure), strict=True)
+                except IndexError as error:  # of learned positions, on a CPU
+                    longest = len(rows[picked[0]]["input_ids"])
+                    raise ValueError(f"The Pilot can't read {longest} tokens: cut row {picked[0]}.") from error
         return [found[i] for i in range(len(rows))]
 
 
@@ -269,7 +273,9 @@ def score(
 
     Raises:
         ValueError: If the Copilot does not fit the Pilot, a λ is negative or not finite, a row is empty or its labels
-            have another length than its tokens, a forward is not finite, or the Pilot's logits can't be recomputed.
+            have another length than its tokens or is longer than the Pilot can read, a forward is not finite, or the
+            Pilot's logits can't be recomputed.
+        NotImplementedError: For a Pilot that is sharded, offloaded at its head, or no language model of one piece.
     """
     chosen = [0.0, copilot.config.strength] if strengths is None else [check_strength(s) for s in strengths]
     for i, row in enumerate(rows):

@@ -34,13 +34,20 @@ from .checkpoint import (
 from .distributed import num_processes, without_repeated_rows
 from .folding import FoldingMixin
 from .learner import CopilotLearner
-from .lifecycle import TrainerLifecycle, add_lifecycle, make_copilot, make_learner, optimizer_mode_kept
-from .metrics import STRENGTHS, NothingMeasured, be_careful
+from .lifecycle import (
+    TrainerLifecycle,
+    add_lifecycle,
+    make_copilot,
+    make_learner,
+    no_evaluation_told,
+    optimizer_mode_kept,
+)
+from .metrics import STRENGTHS, NothingMeasured, use_unchosen_strength
 from .mistake_source import hold_out
-from .refusals import check_data, check_trainer
+from .refusals import check_arguments, check_data, check_pilot_given, check_trainer
 from .report import show, table_of_training
 from .row_ids import RowIdsMixin, has_row_ids, with_row_ids
-from .training_args import AUTO_STRENGTHS, CopilotArguments, least_is_best
+from .training_args import AUTO_STRENGTHS, CopilotArguments
 
 logger = logging.get_logger(__name__)
 
@@ -72,6 +79,7 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
         copilot_peft_config: PeftConfig | None = None,
         **kwargs,
     ):
+        check_pilot_given(model)
         copilot_peft_config = copy.deepcopy(copilot_peft_config)  # PEFT writes into the Pilot's, perhaps the same
         bound = inspect.signature(super().__init__).bind_partial(model, args, *more, **kwargs)
         for argument in ("train_dataset", "eval_dataset"):
@@ -87,7 +95,7 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
             raise ValueError("No row of `train_dataset` has a labelled token: look at its masks and at max_length.")
         check_trainer(self, copilot_peft_config)
         self.copilot_args = self.args if isinstance(self.args, CopilotArguments) else CopilotArguments()
-        self._check_arguments()
+        check_arguments(self.args, self.copilot_args, copilot, self.eval_dataset is not None)
         self.learner = make_learner(
             make_copilot(copilot, self.model, self.processing_class),
             self.model,
@@ -108,24 +116,6 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
     @property
     def copilot(self) -> CopilotModel:
         return self.learner.exported()
-
-    def _check_arguments(self) -> None:
-        """Raise a `ValueError` for arguments that do not go together, warn where they do harm."""
-        if self.copilot_args.copilot_predict and not getattr(self.args, "predict_with_generate", False):
-            raise ValueError(
-                "copilot_predict=True needs CopilotSeq2SeqTrainer with predict_with_generate=True; elsewhere generate "
-                "with a CopilotLogitsProcessor."
-            )
-        strength = self.copilot_args.copilot_strength
-        if strength in AUTO_STRENGTHS and self.eval_dataset is None:
-            raise ValueError(
-                f"copilot_strength={strength!r} chooses λ on `eval_dataset`: pass one, or leave it at 'config'."
-            )
-        if self.args.greater_is_better and least_is_best(self.args.metric_for_best_model):
-            logger.warning(
-                f"metric_for_best_model={self.args.metric_for_best_model!r} is best where it is least, and "
-                "greater_is_better=True keeps the checkpoint where it is greatest: set greater_is_better=False."
-            )
 
     # ---- training and evaluation -----------------------------------------------------------------------------------
 
@@ -157,7 +147,7 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
                 is_everywhere = isinstance(error, NothingMeasured)
                 if num_processes() > 1 and not is_everywhere:
                     raise  # others wait for this process
-                be_careful(self.learner.copilot.config)
+                use_unchosen_strength(self.learner.copilot.config)
                 chosen = self.learner.copilot.config.strength
                 logger.warning(f"λ is {chosen:g}. It could not be chosen: {error}", exc_info=not is_everywhere)
 
@@ -203,8 +193,8 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
 
     def calibrate(self, eval_dataset=None, strengths=STRENGTHS, metric="nll"):
         """Choose the Copilot's λ by teacher-forced NLL, or by `metric="token_accuracy"`, on a data set, `eval_dataset`
-        by default; see [`CopilotLearner.calibrate`]. An evaluation like others: callbacks see it, with the prefix
-        `calibration_`. Returns what is stored in `copilot.config.calibration`.
+        by default; see [`CopilotLearner.calibrate`]. An evaluation whose metrics begin with `calibration_`: they are
+        logged, but no callback is told of an evaluation. Returns what is stored in `copilot.config.calibration`.
 
         Raises:
             ValueError: Without a data set, without a labelled token in it, for a λ that is negative or not finite, or
@@ -217,7 +207,7 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
             data = self.eval_dataset[data]
         parts = list(data.values()) if isinstance(data, dict) else [data]
         rows = [f"{len(part)} rows" if hasattr(part, "__len__") else "a stream" for part in parts]
-        with self.learner.calibrate(strengths, " and ".join(rows), metric):
+        with self.learner.calibrate(strengths, " and ".join(rows), metric), no_evaluation_told(self.callback_handler):
             self.evaluate(eval_dataset, metric_key_prefix="calibration")
         return self.learner.copilot.config.calibration
 
@@ -310,7 +300,8 @@ class CopilotSeq2SeqTrainer(CopilotMixin, Seq2SeqTrainer):
     As [`CopilotTrainer`], for encoder-decoders (T5, FLAN-T5, BART, ...). With `predict_with_generate=True` generation
     is the Pilot's own, or the rectified one with `CopilotSeq2SeqConfig(copilot_predict=True)`; none of it is recorded.
 
-    Takes every argument of Seq2SeqTrainer, and `copilot` and `copilot_peft_config` of [`CopilotTrainer`].
+    Takes every argument of Seq2SeqTrainer, and `copilot` and `copilot_peft_config` of [`CopilotTrainer`]; raises as
+    that does.
     """
 
     def __init__(self, *args, **kwargs):

@@ -10,7 +10,7 @@ import torch
 LEAST = 64  # entries
 
 
-class StaticCache:
+class GrowingCache:
     """Nothing is copied when it grows by an entry: new ones are written behind those that are there.
 
     Args:
@@ -46,7 +46,8 @@ class StaticCache:
         self.make_room(end)
         for held, new in zip(self.held[:, layer], (keys, values), strict=True):
             held[:, :, self.length : end] = new
-        return self.held[0, layer, :, :, :end], self.held[1, layer, :, :, :end]  # [R, kv_heads, e + s, head_dim]
+        keys_of_all, values_of_all = self.held[:, layer, :, :, :end].to(keys.dtype)  # autocast may have come or gone
+        return keys_of_all, values_of_all  # [R, kv_heads, e + s, head_dim]
 
     def make_room(self, length: int) -> None:
         """For so many entries, in another place where there are too few."""
