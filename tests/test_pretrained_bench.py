@@ -331,6 +331,11 @@ def test_results_are_stored_without_loss_for_the_tables(bench, tmp_path, monkeyp
     assert text.startswith("a CPU, 2 arms") and "token-0.0005-s4" in text and "Pilot alone, dora" in text
     assert report.text_of(report.Results.read(tmp_path / "tiny.json")) + "\n" == text
     assert (tmp_path / "tiny.md").read_text() == text
+    (folder / "arms" / "0.json").unlink()
+    given = ["report", str(tmp_path / "tiny.json"), str(folder), "--store", "tiny", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", given)
+    report.main()
+    assert capsys.readouterr().out == text  # what is stored already, and of the folder what is new
 
 
 def test_the_size_of_a_correction_and_the_lens(bench):

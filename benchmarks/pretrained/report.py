@@ -2,6 +2,7 @@
 
     python -m benchmarks.pretrained.report WORK                # of a folder of arms, as search.py writes them
     python -m benchmarks.pretrained.report WORK --store NAME   # kept as results/pretrained/NAME.{json,md}
+    python -m benchmarks.pretrained.report FILE WORK --store NAME  # the arms of both, of one machine
     python -m benchmarks.pretrained.report benchmarks/results/pretrained/search_h100.json
 
 Every arm stands beside the Pilot alone that is best on validation rows among those that took no more training time
@@ -63,6 +64,14 @@ class Results:
         arms = [json.loads(file.read_text()) for file in sorted((source / "arms").glob("*.json"))]
         files = {file.stem.removeprefix("timing_"): file for file in source.glob("timing_*.json")}
         return cls(arms, {task: json.loads(file.read_text()) for task, file in files.items()})
+
+    @classmethod
+    def read_all(cls, sources: Sequence[Path]) -> Results:
+        """Of one machine."""
+        found = [cls.read(source) for source in sources]
+        arms = {arm["name"]: arm for results in found for arm in results.arms}
+        timings = {task: timing for results in found for task, timing in results.timings.items()}
+        return cls(list(arms.values()), timings, found[0].machine)
 
     def write(self, file: Path) -> None:
         """All that the tables need, an arm a line."""
@@ -238,14 +247,14 @@ def text_of(results: Results) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder of search.py, or a file that --store wrote")
+    parser.add_argument("sources", type=Path, nargs="+", help="folders of search.py, or files that --store wrote")
     parser.add_argument("--store", help="keep it under this name")
     parser.add_argument("--machine", default="", help="device and versions, in words, to be stored")
     parser.add_argument("--folder", type=Path, default=RESULTS / "pretrained", help="where --store writes")
     arguments = parser.parse_args()
-    results = Results.read(arguments.source)
+    results = Results.read_all(arguments.sources)
     if arguments.store:
-        results.machine = arguments.machine
+        results.machine = arguments.machine or results.machine
         results.write(arguments.folder / f"{arguments.store}.json")
         (arguments.folder / f"{arguments.store}.md").write_text(text_of(results) + "\n")
     print(text_of(results))

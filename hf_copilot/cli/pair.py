@@ -104,7 +104,7 @@ def load_pilot(arguments: PairArguments) -> PreTrainedModel:
     Raises:
         ValueError: For a folder with whole weights and an adapter, which would be added to them once more.
     """
-    if Path(arguments.pilot, "model.safetensors").is_file() and has_adapter(arguments):
+    if any(Path(arguments.pilot).glob("model*.safetensors")) and has_adapter(arguments):
         raise ValueError(
             f"The folder {arguments.pilot} holds whole weights and an adapter, which transformers would add to them "
             "once more: save a merged Pilot in a folder of its own."

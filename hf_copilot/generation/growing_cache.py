@@ -46,8 +46,8 @@ class GrowingCache:
         self.make_room(end)
         for held, new in zip(self.held[:, layer], (keys, values), strict=True):
             held[:, :, self.length : end] = new
-        keys_of_all, values_of_all = self.held[:, layer, :, :, :end].to(keys.dtype)  # autocast may have come or gone
-        return keys_of_all, values_of_all  # [R, kv_heads, e + s, head_dim]
+        every = self.held[:, layer, :, :, :end].to(keys.dtype)  # autocast may have come or gone
+        return every[0], every[1]  # [R, kv_heads, e + s, head_dim]
 
     def make_room(self, length: int) -> None:
         """For so many entries, in another place where there are too few."""

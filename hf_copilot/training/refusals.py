@@ -209,7 +209,10 @@ def _check_model(trainer: Trainer, name: str) -> None:
             f"{type(trainer.model).__name__}."
         )
     if isinstance(trainer.processing_class, ProcessorMixin):
-        raise NotImplementedError(f"{name} is for language models; this is a vision-language model: use SFTTrainer.")
+        raise NotImplementedError(
+            f"{name} is for language models, and this one has a processor, as a vision-language model has: use "
+            "SFTTrainer."
+        )
 
 
 def check_data(argument: str, data: Any) -> None:
