@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import tiny_pilot
 
 from benchmarks.accuracy.moves import ARMS
@@ -52,9 +53,24 @@ def test_an_arm_runs(bench, copilot):
     assert len(result["rows"][0]["nll"]) == 6 and len(result["greedy"][0]["right"]) == 6
     grid, nll = result["grid"], result["valid"]["nll"]
     assert grid.index(ALONE) == 0 and len(nll) == len(grid) and result["chosen"]["nll"] == grid[nll.index(min(nll))]
-    assert (len(grid) > 1) == (copilot is not None) == ("copilot_parameters" in result)
+    assert ({weight for _, weight in grid} > {0.0}) == (copilot is not None) == ("copilot_parameters" in result)
     assert ("sampled" in result) == (copilot is None)
     json.dumps(result)
+
+
+def test_a_pilot_alone_has_a_temperature(bench):
+    """α z, and the same greedy answers."""
+    prompt, completion = bench.encoded(bench.splits["mawps"].test)[0]
+    with torch.no_grad():
+        logits = bench.base(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    model = Model(bench.base, bench.tokenizer)
+    found = model.likelihoods([Example(prompt, completion)])
+    for scale in (1.0, 0.5, 1.3):
+        expected = F.cross_entropy(scale * logits.float(), torch.tensor(completion), reduction="sum")
+        assert found.at((scale, 0.0))["nll"] == pytest.approx([expected.item()], abs=1e-3)
+    assert (
+        len({*map(tuple, [model.answers([Example(prompt, completion)], MAWPS, (a, 0.0))[0] for a in (1.0, 0.5)])}) == 1
+    )
 
 
 def test_a_copilot_learns_on_from_the_log(bench, monkeypatch):

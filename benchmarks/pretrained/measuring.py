@@ -23,6 +23,7 @@ from hf_copilot.training.records import IGNORE
 Weights = tuple[float, float]  # α, λ
 ALONE: Weights = (1.0, 0.0)
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0)
+PILOT_GRID = [ALONE] + [(scale, 0.0) for scale in (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3)]  # a temperature
 COPILOT_GRID = [(1.0, strength) for strength in STRENGTHS]
 ENSEMBLE_GRID = [ALONE] + [
     (round(total * (1 - share), 3), round(total * share, 3))
@@ -70,7 +71,7 @@ class Model:
     @property
     def grid(self) -> list[Weights]:
         if self.learner is None and self.second is None:
-            return [ALONE]
+            return PILOT_GRID
         return ENSEMBLE_GRID if self.second is not None or self.learner.alone else COPILOT_GRID
 
     @torch.no_grad()
@@ -97,7 +98,7 @@ class Model:
     def mixed(self, z: torch.Tensor, f: torch.Tensor | None, weights: Weights) -> torch.Tensor:
         """α z + λ f `[c, V]`, or Eq. 8 for a Copilot that was trained for it."""
         if f is None:
-            return z
+            return weights[0] * z
         if self.learner is not None and self.learner.copilot.config.fusion == "probability":
             return fuse(z.log_softmax(-1), f, weights[1], "probability")
         return weights[0] * z + weights[1] * f
@@ -155,8 +156,9 @@ class Model:
         return self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
 
     def processor(self, weights: Weights, mask: torch.Tensor) -> AbstractContextManager:
-        """A context with what mixes the logits in `generate`, or None for the Pilot alone."""
-        if weights == ALONE:
+        """A context with what mixes the logits in `generate`, or None for the Pilot alone, whose greedy answers no
+        temperature changes."""
+        if weights[1] == 0:
             return nullcontext()
         if self.learner is not None:
             return self.learner.processor(weights)
