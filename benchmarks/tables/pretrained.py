@@ -117,6 +117,21 @@ def pretrained_seeds() -> str:
     return table(("", "seeds", "NLL, λ chosen", "right, λ chosen", "less NLL than its Pilot"), rows)
 
 
+def pretrained_full() -> str:
+    """Copilots beside full fine-tuning, and what they do to the rows of other tasks."""
+    found, rows, others = Search("search_cpu"), [], ("gsm8k", "commonsense")
+    arms = {"token-0.0005-s4": "+ token Copilot", "language model-0.0005-s4": "+ its network, as a language model"}
+    for copilot, title in arms.items():
+        arm = found.arms.get(f"mawps full-0.0002-x1.5 {copilot} seed0")
+        if arm is None:
+            continue
+        _, nll, *rest = found.cells("full-0.0002-x1.5", copilot)
+        harm = (f"{arm['other'][task]['alone']:.2f}, {arm['other'][task]['chosen']:.2f}" for task in others)
+        rows.append([title, f"{arm['test']['nll'][0]:.3f}", nll, *rest, found.gain("full-0.0002-x1.5", copilot), *harm])
+    head = ("", "NLL of its Pilot", *FIGURES_OF_SEARCH[1:], "less NLL than its Pilot")
+    return table((*head, *(f"NLL of `{task}`: Pilot, with it" for task in others)), rows)
+
+
 def steps_beside_pretrained() -> str:
     """Four steps in a round and one, beside the Pilot at its best rate."""
     found = Search("search_h100")
@@ -153,6 +168,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained": pretrained,
     "pretrained-ways": pretrained_ways,
     "pretrained-seeds": pretrained_seeds,
+    "pretrained-full": pretrained_full,
     "pretrained-steps": steps_beside_pretrained,
     "fixed-strengths": fixed_strengths,
 }
