@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig
 from test_compiled import varied_batch
 from test_data import train
-from tiny import QUIET, addition, assert_same, tiny_pilot, tiny_tokenizer, trained_like
+from test_learner import observe
+from tiny import addition, assert_same, tiny_pilot, trained_like
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks as global_hooks
 from trl import SFTConfig, SFTTrainer
@@ -18,8 +19,6 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks.counting import waits_of_a_round
 from benchmarks.streams import Stream, pretended_streams
 from hf_copilot import (
-    CopilotArguments,
-    CopilotCallback,
     CopilotConfig,
     CopilotLearner,
     CopilotSFTConfig,
@@ -27,7 +26,6 @@ from hf_copilot import (
 )
 from hf_copilot.training.beside import BesideThePilot, OwnStream
 from hf_copilot.training.checkpoint import save_state, save_weights
-from hf_copilot.training.lifecycle import CopilotLifecycle
 from hf_copilot.training.metrics import RunningMetrics
 from hf_copilot.training.optimizer import CopilotOptimizer
 from hf_copilot.training.refusals import check_own_stream
@@ -212,22 +210,16 @@ def test_a_trainer_does_not_join_before_it_must(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("joins", [True, False])
-def test_the_callback_joins_before_a_best_model_is_loaded(tmp_path, joins, monkeypatch):
-    """Which nobody tells of: an epoch's end comes before."""
-    if not joins:
-        monkeypatch.setattr(CopilotLifecycle, "on_epoch_end", lambda *_, **__: None)
-    settings = SETTINGS | {"max_steps": 2, "eval_steps": 1, "learning_rate": 1.0, "save_strategy": "best"}
+def test_a_best_model_is_loaded_behind_the_last_round(tmp_path, joins, monkeypatch):
+    settings = SETTINGS | {"max_steps": 2, "metric_for_best_model": "loss", "copilot_own_stream": True}
     with pretended_streams() as streams:
-        trainer = SFTTrainer(
-            model=tiny_pilot(),
-            args=SFTConfig(str(tmp_path), metric_for_best_model="loss", **QUIET | settings),
-            train_dataset=addition(32),
-            eval_dataset=addition(8),
-            processing_class=tiny_tokenizer(),
-            callbacks=[CopilotCallback(copilot_args=CopilotArguments(copilot_own_stream=True))],
-        )
-        trainer.train()
-    assert trainer.state.best_global_step < 2 and bool(streams.races) is not joins
+        trainer = train(WithEvaluation, CopilotSFTConfig, tmp_path, addition(32), **settings)
+        observe(trainer.learner, trainer.model, varied_batch(0))
+        trainer.learner.step()
+        if not joins:
+            monkeypatch.setattr(BesideThePilot, "join", lambda self: None)
+        trainer._load_best_model()
+    assert bool(streams.races) is not joins
 
 
 # ---- where there can't be one ---------------------------------------------------------------------------------------

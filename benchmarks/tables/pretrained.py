@@ -127,7 +127,9 @@ def pretrained_full() -> str:
             continue
         _, nll, *rest = found.cells("full-0.0002-x1.5", copilot)
         harm = (f"{arm['other'][task]['alone']:.2f}, {arm['other'][task]['chosen']:.2f}" for task in others)
-        rows.append([title, f"{arm['test']['nll'][0]:.3f}", nll, *rest, found.gain("full-0.0002-x1.5", copilot), *harm])
+        rows.append(
+            [title, f"{arm['test']['nll'][0]:.3f}", nll, *rest, found.gain("full-0.0002-x1.5", copilot), *harm]
+        )
     head = ("", "NLL of its Pilot", *FIGURES_OF_SEARCH[1:], "less NLL than its Pilot")
     return table((*head, *(f"NLL of `{task}`: Pilot, with it" for task in others)), rows)
 

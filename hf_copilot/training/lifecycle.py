@@ -185,9 +185,6 @@ class CopilotLifecycle(TrainerCallback):
         measure = may_log(args, state, control, has_length(train_dataloader))
         self.learner.step(measure, self.source.records(self.learner, state))
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.learner.join()  # Trainer may load its best model next
-
 
 def add_lifecycle(trainer: Trainer, lifecycle: CopilotLifecycle) -> None:
     """As the last callback but for the one that saves at once when a process is told to end (`enable_jit_checkpoint`):

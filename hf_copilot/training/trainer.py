@@ -244,6 +244,7 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
         self.lifecycle.checkpoint = checkpoint
 
     def _load_best_model(self):
+        self.learner.join()  # its rounds read the Pilot
         super()._load_best_model()
         load_best(self.learner, self.state.best_model_checkpoint)
 
