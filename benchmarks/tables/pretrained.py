@@ -120,16 +120,14 @@ def pretrained_seeds() -> str:
 def pretrained_full() -> str:
     """Copilots beside full fine-tuning, and what they do to the rows of other tasks."""
     found, rows, others = Search("search_cpu"), [], ("gsm8k", "commonsense")
-    arms = {"token-0.0005-s4": "+ token Copilot", "language model-0.0005-s4": "+ its network, as a language model"}
-    for copilot, title in arms.items():
-        arm = found.arms.get(f"mawps full-0.0002-x1.5 {copilot} seed0")
-        if arm is None:
-            continue
-        _, nll, *rest = found.cells("full-0.0002-x1.5", copilot)
+    pilot, token, language_model = "full-0.0002-x1.5", "token-0.0005-s4", "language model-0.0005-s4"
+    for copilot, title in {token: "+ token Copilot", language_model: "+ its network, as a language model"}.items():
+        arm = found.arms[f"mawps {pilot} {copilot} seed0"]
+        _, nll, *rest = found.cells(pilot, copilot)
         harm = (f"{arm['other'][task]['alone']:.2f}, {arm['other'][task]['chosen']:.2f}" for task in others)
-        rows.append(
-            [title, f"{arm['test']['nll'][0]:.3f}", nll, *rest, found.gain("full-0.0002-x1.5", copilot), *harm]
-        )
+        rows.append([title, f"{arm['test']['nll'][0]:.3f}", nll, *rest, found.gain(pilot, copilot), *harm])
+    both = ([found.arms[f"mawps {pilot} {copilot} seed0"]] for copilot in (token, language_model))
+    rows.append(["token Copilot over language model", *[""] * 6, nll_gain(*both).replace("-", "−"), "", ""])
     head = ("", "NLL of its Pilot", *FIGURES_OF_SEARCH[1:], "less NLL than its Pilot")
     return table((*head, *(f"NLL of `{task}`: Pilot, with it" for task in others)), rows)
 
