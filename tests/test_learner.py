@@ -7,7 +7,20 @@ import inspect
 
 import pytest
 import torch
-from peft import BeftConfig, LilyConfig, LNTuningConfig, LoraConfig, PolyConfig, PromptTuningConfig
+from peft import (
+    BeftConfig,
+    DeloraConfig,
+    LilyConfig,
+    LNTuningConfig,
+    LoraConfig,
+    OSFConfig,
+    PolyConfig,
+    PromptTuningConfig,
+    RandLoraConfig,
+    ShiraConfig,
+    VBLoRAConfig,
+    WaveFTConfig,
+)
 from tiny import MEMORIES, OBJECTIVES, VOCAB_SIZE, assert_same, tiny_pilot, tiny_seq2seq, trained_like
 
 from hf_copilot import CopilotArguments, CopilotConfig, CopilotLearner, MistakeLog, copilot_for
@@ -131,6 +144,17 @@ def test_frozen_weights_are_held_in_the_type_of_autocast(pilot):
     assert {tensor.dtype for tensor in held.values()} == {torch.float32}
     for name, tensor in held.items():
         torch.testing.assert_close(tensor, cast[name], rtol=0, atol=1e-6)
+
+
+OTHERS = {VBLoRAConfig: {"vector_length": 8, "num_vectors": 8}, WaveFTConfig: {"n_frequency": 16}}
+OTHERS |= {ShiraConfig: {"r": 2}} | dict.fromkeys((RandLoraConfig, OSFConfig, DeloraConfig), {})
+
+
+@pytest.mark.parametrize(("make_config", "settings"), OTHERS.items(), ids=lambda given: getattr(given, "__name__", ""))
+def test_an_adapter_that_needs_values_to_be_merged_is_taken(pilot, make_config, settings):
+    config = make_config(target_modules=["q_proj", "v_proj"], **settings)
+    learner = CopilotLearner(copilot_for(pilot), pilot, peft_config=config)
+    assert learner.exported().state_dict().keys() == copilot_for(pilot).state_dict().keys()
 
 
 @pytest.mark.parametrize("make_config", [PolyConfig, LilyConfig, BeftConfig, LNTuningConfig])

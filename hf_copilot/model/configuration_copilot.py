@@ -85,7 +85,7 @@ class CopilotConfig(PreTrainedConfig):
         strength (`float`, defaults to `1.0`):
             λ, the weight of the correction; finite and >= 0.
         base_model_name_or_path, pilot_model_type, tokenizer_fingerprint, hf_copilot_version:
-            What the Copilot was trained beside; read by [`check_pilot`].
+            What the Copilot was trained beside, and by which version; [`check_pilot`] compares the two in the middle.
         format_version (`int`):
             Of the files that this Copilot is saved as. A Copilot of an older format loads; one of a newer raises.
         results (`dict`, *optional*):

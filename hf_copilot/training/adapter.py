@@ -54,12 +54,10 @@ def add_adapter(copilot: CopilotModel, peft_config: PeftConfig, compute_dtype: t
 
 
 def _check_merges(model: PeftModel, names: set[str], name: str) -> None:
-    """Merge one adapted layer of a copy, and all of one without values: what can't be, or leaves other weights than
-    these names', is found out before training."""
-    adapted = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    """Merge a copy, as for saving: what can't be, or leaves other weights than these names', is found out before
+    training. With its values, without which some adapters can't be merged."""
     try:
-        copy.deepcopy(adapted).merge()
-        if merged_copy(model, "meta").state_dict().keys() != names:
+        if merged_copy(model, model.get_base_model().device).state_dict().keys() != names:
             raise ValueError("weights of the adapter are left")
     except Exception as error:
         raise ValueError(

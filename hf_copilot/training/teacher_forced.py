@@ -231,9 +231,12 @@ class TeacherForced:
                 picked = order[start : start + batch_size]
                 try:
                     found |= zip(picked, _measure_batch(self, [rows[i] for i in picked], measure), strict=True)
-                except IndexError as error:  # of learned positions, on a CPU
+                except IndexError as error:  # of learned positions or ids, on a CPU
                     longest = len(rows[picked[0]]["input_ids"])
-                    raise ValueError(f"The Pilot can't read {longest} tokens: cut row {picked[0]}.") from error
+                    raise ValueError(
+                        f"The Pilot can't read {longest} tokens: cut row {picked[0]}, or look there for ids that are "
+                        "not its tokenizer's."
+                    ) from error
         return [found[i] for i in range(len(rows))]
 
 
