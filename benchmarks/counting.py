@@ -164,6 +164,7 @@ def waits_of_a_round(
             with gpu.counted() as step:
                 learner.step()
         weights = torch.cat([parameter.detach().cpu().flatten() for parameter in learner.copilot.parameters()])
+        learner.stream.close()
     return look - alone, step, weights
 
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, Phase, settings
 from tiny import tiny_pilot, tiny_tokenizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks as optimizer_hooks
 
 torch.set_num_threads(THREADS)
 transformers.logging.set_verbosity_error()
@@ -32,6 +33,14 @@ def pytest_configure(config):
     """What is an error here, since it will go, is one in the scripts that tests run too."""
     rules = [rule for rule in config.getini("filterwarnings") if rule.endswith(":FutureWarning")]
     os.environ["PYTHONWARNINGS"] = ",".join(rules)
+
+
+@pytest.fixture(autouse=True)
+def no_optimizer_is_watched_afterwards():
+    """A hook that a test leaves would act in every later test of its process."""
+    before = list(optimizer_hooks.values())
+    yield
+    assert list(optimizer_hooks.values()) == before
 
 
 @pytest.fixture

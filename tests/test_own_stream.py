@@ -149,6 +149,7 @@ def test_all_that_a_round_writes_joins_by_itself(tmp_path):
             assert learner.stream.is_pending
             save(learner, tmp_path / "saved")
             assert not learner.stream.is_pending
+        learner.close()
 
 
 def test_a_learner_that_is_closed_leaves_optimizers_alone():
@@ -219,6 +220,7 @@ def test_a_best_model_is_loaded_behind_the_last_round(tmp_path, joins, monkeypat
         if not joins:
             monkeypatch.setattr(BesideThePilot, "join", lambda self: None)
         trainer._load_best_model()
+        trainer.learner.stream.close()
     assert bool(streams.races) is not joins
 
 
