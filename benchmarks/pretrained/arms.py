@@ -231,6 +231,8 @@ def beside_full(results: list[Result]) -> Iterator[Arm]:
 
 def other_task(results: list[Result], task: str) -> Iterator[Arm]:
     answers = task not in LIKELIHOOD_ALONE
+    for copilot in (TOKEN, LANGUAGE_MODEL):  # beside full fine-tuning at the best rate on MAWPS
+        yield Arm(task, PilotSpec("full", FULL_RATES[0], SHORT), copilot, answers=answers)
     for epochs in (LONG, SHORT):
         for rate in best_rates(results, task, epochs, 3):
             pilot = lora(rate, epochs)
