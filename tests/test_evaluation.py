@@ -29,10 +29,10 @@ from hf_copilot.evaluation.rows import generate_answers, label_row
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def sft(folder, pilot=None, **changes) -> CopilotTrainer:
+def sft(folder, pilot=None, trainer_class=CopilotTrainer, **changes) -> CopilotTrainer:
     settings = QUIET | {"max_steps": 4, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
     settings |= {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2}
-    return CopilotTrainer(
+    return trainer_class(
         model=pilot or tiny_pilot(attention_dropout=0.1),
         args=CopilotSFTConfig(output_dir=str(folder), **(settings | changes)),
         train_dataset=addition(32),
@@ -59,6 +59,19 @@ def test_figures_are_those_of_the_trainers_evaluation(tmp_path):
     for found, name in ((nll, "nll"), (accuracy, "token_accuracy")):
         assert found.pilot == pytest.approx(metrics[f"eval_pilot_{name}"], abs=1e-4)
         assert found.rectified == pytest.approx(metrics[f"eval_rectified_{name}"], abs=1e-4)
+
+
+def test_an_evaluation_past_the_copilot_says_so(tmp_path, caplog):
+    class Own(CopilotTrainer):
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            with torch.no_grad():
+                return model(**inputs).loss, None, None
+
+    trainer = sft(tmp_path, trainer_class=Own)
+    logging.enable_propagation()
+    assert "eval_rectified_nll" not in trainer.evaluate()
+    logging.disable_propagation()
+    assert "A prediction_step of your own" in caplog.text
 
 
 # ---- comparison -----------------------------------------------------------------------------------------------------

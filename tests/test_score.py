@@ -9,6 +9,7 @@ from tiny import VOCAB_SIZE, teacher_forced, tiny_pilot, tiny_seq2seq, trained_l
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, RobertaConfig, RobertaForCausalLM
 
 from hf_copilot import CopilotConfig, score
+from hf_copilot.training.folding import teach
 
 ROWS = [  # a prompt and a completion; two completions; no prompt; nothing labelled
     {"input_ids": [5, 9, 12, 20, 21, 2], "labels": [-100, -100, -100, 20, 21, 2]},
@@ -101,6 +102,11 @@ def test_a_quantised_pilot_is_scored_without_its_dropout(pilot, tmp_path):
 def test_what_can_not_be_scored_raises(pilot, copilot):
     with pytest.raises(ValueError, match="Row 1 has 3 tokens and 2 labels"):
         score(pilot, copilot, [ROWS[0], {"input_ids": [5, 6, 7], "labels": [6, 7]}])
+    for row in ({"prompt": "2+2=", "completion": "4"}, {"input_ids": [5]}, "2+2="):
+        with pytest.raises(ValueError, match="Row 1 has no input_ids and labels"):
+            score(pilot, copilot, [ROWS[0], row])
+        with pytest.raises(ValueError, match="Row 1 has no input_ids and labels"):
+            teach(pilot, copilot, [ROWS[0], row])
     with pytest.raises(ValueError, match="Row 0 has 0 tokens"):
         score(pilot, copilot, [{"input_ids": [], "labels": []}])
     with pytest.raises(ValueError, match="finite"):

@@ -177,8 +177,8 @@ def fold_copilot(
         What [`transformers.Trainer.train`] returns.
 
     Raises:
-        ValueError: If λ is 0, top_k below 1, no weight of the Pilot is trainable, no row has a target, or the two do
-            not fit.
+        ValueError: If λ is 0, top_k below 1, no weight of the Pilot is trainable, a row can't be read or none has a
+            target, or the two do not fit.
         NotImplementedError: With several processes or devices.
     """
     if (copilot.config.strength if strength is None else strength) == 0:

@@ -221,8 +221,9 @@ class TeacherForced:
         self, rows: Sequence[Mapping[str, Any]], measure: Measure, batch_size: int = 16, title: str | None = None
     ) -> list[tuple[torch.Tensor, ...]]:
         """For each row, without padding, what `measure` gives at its m labelled tokens: tensors `[m, ...]` on the CPU.
-        Both models are in eval mode. Raises a `ValueError` where a forward is not finite, a row is longer than the
-        Pilot can read, or the Pilot's logits are not its head's."""
+        Both models are in eval mode. Raises a `ValueError` as [`check_rows`], where a forward is not finite, a row is
+        longer than the Pilot can read, or the Pilot's logits are not its head's."""
+        check_rows(rows, self.copilot.config.pilot_is_encoder_decoder)
         self.head.check()
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
         found: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -281,12 +282,19 @@ def score(
         NotImplementedError: For a Pilot that is sharded, offloaded at its head, or no language model of one piece.
     """
     chosen = [0.0, copilot.config.strength] if strengths is None else [check_strength(s) for s in strengths]
-    for i, row in enumerate(rows):
-        sizes = len(row["input_ids"]), len(row["labels"])
-        if not all(sizes) or (sizes[0] != sizes[1] and not copilot.config.pilot_is_encoder_decoder):
-            raise ValueError(f"Row {i} has {sizes[0]} tokens and {sizes[1]} labels, which can't be scored.")
     with TeacherForced(copilot, pilot) as forced:
         return forced.score(rows, chosen, batch_size)
+
+
+def check_rows(rows: Sequence[Mapping[str, Any]], is_encoder_decoder: bool) -> None:
+    """Raise a `ValueError` for a row that can't be read: without tokens and labels, or with other labels than its
+    tokens have."""
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping) or not {"input_ids", "labels"} <= row.keys():
+            raise ValueError(f"Row {i} has no input_ids and labels (−100 where there is none): tokenize them first.")
+        sizes = len(row["input_ids"]), len(row["labels"])
+        if not all(sizes) or (sizes[0] != sizes[1] and not is_encoder_decoder):
+            raise ValueError(f"Row {i} has {sizes[0]} tokens and {sizes[1]} labels, which can't be scored.")
 
 
 def _measure_batch(

@@ -187,8 +187,15 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
                 self.learner.close()
         results = self.learner.pop_metrics("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in results.items()})
-        if results and metric_key_prefix.startswith("eval"):
+        if not metric_key_prefix.startswith("eval"):
+            return output
+        if results:
             self.learner.copilot.config.results = results
+        else:
+            logger.warning_once(
+                "The evaluation has no figures of the Copilot: no label came to compute_loss. A prediction_step of "
+                "your own has to call it."
+            )
         return output
 
     def calibrate(self, eval_dataset=None, strengths=STRENGTHS, metric="nll"):
