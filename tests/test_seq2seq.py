@@ -10,7 +10,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_generation import DECODINGS, NEW_TOKENS, Recorder, generate
 from test_trainer import count_hooks
-from tiny import QUIET, SEQ2SEQ, assert_same, sums, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
+from tiny import (
+    QUIET,
+    SEQ2SEQ,
+    assert_same,
+    check_every_row,
+    sums,
+    tiny_pilot,
+    tiny_seq2seq,
+    tiny_tokenizer,
+    trained_like,
+)
 from transformers import (
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,
@@ -56,28 +66,17 @@ def family(request):
     return request.param
 
 
-@torch.no_grad()
-def teacher_forced(copilot, pilot, encoder_ids, decoder_ids):
-    """f of the training path after every token of `decoder_ids` `[n]`: `[n, V]`."""
-    learner = CopilotLearner(copilot, pilot, log_dtype=torch.float32)
-    labels = torch.cat([decoder_ids[1:], decoder_ids[-1:]])[None]
-    inputs = {"input_ids": encoder_ids[None], "labels": labels}
-    with learner.observe(inputs):
-        pilot(**inputs)
-    learner.close()
-    (batch,) = learner.forced.batches(learner.round)
-    copilot.eval()
-    return copilot(**batch.inputs, return_logits=True, lent=learner.forced.lent).logits[0]
-
-
 def check_against_training_path(copilot, pilot, calls, prompts=IDS):
-    worst = 0.0
-    for ids, f in calls:
-        for i, (row, row_f) in enumerate(zip(ids, f, strict=True)):
-            prompt = prompts[i * len(prompts) // len(ids)]
-            expected = teacher_forced(copilot, pilot, prompt[prompt != 0], row)
-            worst = max(worst, (expected[-1] - row_f).abs().max().item())
-    assert worst < 2e-4, worst
+    found = [
+        (i * len(prompts) // len(ids), row, row_f)
+        for ids, f in calls
+        for i, (row, row_f) in enumerate(zip(ids, f, strict=True))
+    ]
+
+    def labelled(i: int, row: list[int]) -> dict[str, list[int]]:
+        return {"input_ids": [token for token in prompts[i].tolist() if token], "labels": [*row[1:], row[-1]]}
+
+    check_every_row(copilot, pilot, found, labelled, 2e-4)
 
 
 @pytest.mark.parametrize("decoding", SEQ2SEQ_DECODINGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -29,6 +31,7 @@ from transformers import (
 )
 
 from hf_copilot import CopilotConfig, CopilotLearner, CopilotModel, copilot_for
+from hf_copilot.training.teacher_forced import TeacherForced
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
 CHARACTERS = list("0123456789+-=?. abcdefghijklmnopqrstuvwxyz")
@@ -191,6 +194,31 @@ def teacher_forced(copilot: CopilotModel, pilot: PreTrainedModel, ids: torch.Ten
     (batch,) = learner.forced.batches(learner.round)
     copilot.eval()
     return copilot(**batch.inputs, return_logits=True, lent=learner.forced.lent).logits[0]
+
+
+def check_every_row(
+    copilot: CopilotModel,
+    pilot: PreTrainedModel,
+    found: list[tuple[int, torch.Tensor, torch.Tensor]],
+    labelled: Callable[[int, list[int]], dict[str, list[int]]],
+    tolerance: float,
+) -> None:
+    """Compare f after rows of tokens with that of the training path, where one forward gives it after every beginning
+    of a row.
+
+    Args:
+        found: Which prompt, a row `[n]` that goes on from it, and f `[V]` after it.
+        labelled: A prompt's row for training, with a label after each of its beginnings that is generated.
+    """
+    keys = {(prompt, *row.tolist()) for prompt, row, _ in found}
+    beginnings = {key[:-i] for key in keys for i in range(1, len(key))}
+    longest, expected = sorted(keys - beginnings), {}
+    with TeacherForced(copilot, pilot) as forced:
+        trained = forced.measured([labelled(prompt, row) for prompt, *row in longest], lambda z, f, labels: [f])
+    for key, (f,) in zip(longest, trained, strict=True):
+        expected |= {key[: len(key) - i]: f[-1 - i] for i in range(len(f))}
+    worst = max((expected[prompt, *row.tolist()] - f).abs().max().item() for prompt, row, f in found)
+    assert worst < tolerance, worst
 
 
 def assert_same(a: torch.nn.Module, b: torch.nn.Module) -> None:
