@@ -217,8 +217,8 @@ def check_every_row(
         trained = forced.measured([labelled(prompt, row) for prompt, *row in longest], lambda z, f, labels: [f])
     for key, (f,) in zip(longest, trained, strict=True):
         expected |= {key[: len(key) - i]: f[-1 - i] for i in range(len(f))}
-    worst = max((expected[prompt, *row.tolist()] - f).abs().max().item() for prompt, row, f in found)
-    assert worst < tolerance, worst
+    for prompt, row, f in found:
+        torch.testing.assert_close(f, expected[prompt, *row.tolist()], rtol=0, atol=tolerance)
 
 
 def assert_same(a: torch.nn.Module, b: torch.nn.Module) -> None:
