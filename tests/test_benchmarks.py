@@ -62,7 +62,14 @@ def test_cost_of_generation():
     assert table([tokens, states]).count("|") == 4 * (len(tokens) + 1)
 
 
-def test_what_is_checked_on_a_device_holds_here(monkeypatch):
+@pytest.fixture
+def small_checks(monkeypatch):
+    """bf16 is slow on many CPUs."""
+    for name, size in {"STEPS": 2, "NEW": 6, "ROWS": 4, "LENGTH": 16}.items():
+        monkeypatch.setattr(check_device, name, size)
+
+
+def test_what_is_checked_on_a_device_holds_here(small_checks, monkeypatch):
     monkeypatch.setattr(Follower, "waits", False)
     losses = {}
     for found in (
@@ -74,8 +81,7 @@ def test_what_is_checked_on_a_device_holds_here(monkeypatch):
         assert len(found) >= 3 and all(difference <= bound for _, difference, bound in found)
 
 
-def test_a_device_with_streams_is_asked_for_one(monkeypatch):
-    monkeypatch.setattr(check_device, "STEPS", 2)
+def test_a_device_with_streams_is_asked_for_one(small_checks):
     with pretended_streams() as streams:
         found = list(check_device.check_training("cpu", "tokens", {}))
     assert len(found) == 5 and all(difference <= bound for _, difference, bound in found)
