@@ -91,10 +91,16 @@ def fed() -> str:
 
 
 def fed_tokens() -> str:
-    """The same of token Copilots, which can be served."""
-    sums = Experiment("input", "arithmetic")
-    rows = [[f"`{name}`", sums.change(name), sums.right(name)] for name in ("both", "token")]
-    return table(("`copilot_input`", "`arithmetic`, NLL", "answers right"), rows)
+    """The same of token Copilots, which can be served; answers in arithmetic seed by seed."""
+    sums, text = (Experiment("input", task) for task in ("arithmetic", "text"))
+    rows = []
+    for name in ("Pilot", "both", "token"):
+        seeds = [run[name]["own"]["answers right"] for run in sums.runs]
+        row = ["Pilot alone" if name == "Pilot" else f"`{name}`", ", ".join(map(share, seeds))]
+        row += ["" if name == "Pilot" else found.change(name) for found in (sums, text)]
+        rows.append([*row, text.right(name, "token accuracy")])
+    head = ("`copilot_input`", "`arithmetic`, answers right", "NLL", "`text`, NLL", "right tokens")
+    return table(head, rows)
 
 
 def defaults() -> str:
