@@ -68,6 +68,7 @@ FEATURES = CopilotSpec("features", 1e-3, config=LENT, make="features", shape="fe
 FEATURES_OWN = CopilotSpec("features, own vocabulary", config=AT_LAG_0, make="features", shape="token")
 FEATURES_ONLY = replace(FEATURES, kind="features, no memory", features={"attends": False})
 FEATURES_RANK = replace(FEATURES, kind="features, head of rank 16", features={"rank": 16})
+FED_TOKENS = replace(TOKEN, kind="token, fed tokens alone", config={"copilot_input": "token"})
 LANGUAGE_MODEL = CopilotSpec(
     "language model", config={"copilot_input": "token"}, learner={"alone": True, "weight_decay": 0.1}
 )
@@ -170,7 +171,7 @@ def beside_first_look() -> Iterator[Arm]:
 
 def beside_best_rate(results: list[Result]) -> Iterator[Arm]:
     for rate in best_rates(results, "mawps", SHORT, len(RATES)):
-        for copilot in (TOKEN, replace(TOKEN, steps=1), STATE, FEATURES, LANGUAGE_MODEL):
+        for copilot in (TOKEN, FED_TOKENS, replace(TOKEN, steps=1), STATE, FEATURES, LANGUAGE_MODEL):
             yield Arm("mawps", lora(rate, SHORT), copilot, samples=copilot in (TOKEN, STATE))
         yield Arm("mawps", lora(rate, SHORT), second=True, samples=True)
 
@@ -225,13 +226,13 @@ def beside_full(results: list[Result]) -> Iterator[Arm]:
     """Full fine-tuning costs less than LoRA where the Pilot is small, and learns more: what is left for a Copilot?"""
     for epochs in (SHORT, LONG):
         for rate in best_rates(results, "mawps", epochs, len(FULL_RATES), method="full"):
-            for copilot in (TOKEN, LANGUAGE_MODEL):
+            for copilot in (TOKEN, FED_TOKENS, LANGUAGE_MODEL):
                 yield Arm("mawps", PilotSpec("full", rate, epochs), copilot)
 
 
 def other_task(results: list[Result], task: str) -> Iterator[Arm]:
     answers = task not in LIKELIHOOD_ALONE
-    for copilot in (TOKEN, LANGUAGE_MODEL):  # beside full fine-tuning at the best rate on MAWPS
+    for copilot in (TOKEN, FED_TOKENS, LANGUAGE_MODEL):  # beside full fine-tuning at the best rate on MAWPS
         yield Arm(task, PilotSpec("full", FULL_RATES[0], SHORT), copilot, answers=answers)
     for epochs in (LONG, SHORT):
         for rate in best_rates(results, task, epochs, 3):
