@@ -92,15 +92,16 @@ def fed() -> str:
 
 def fed_tokens() -> str:
     """The same of token Copilots, which can be served; answers in arithmetic seed by seed."""
-    sums, text = (Experiment("input", task) for task in ("arithmetic", "text"))
+    sums, text, mawps = (Experiment("input", task) for task in ("arithmetic", "text", "mawps"))
     rows = []
     for name in ("Pilot", "both", "token"):
         seeds = [run[name]["own"]["answers right"] for run in sums.runs]
         row = ["Pilot alone" if name == "Pilot" else f"`{name}`", ", ".join(map(share, seeds))]
         row += ["" if name == "Pilot" else found.change(name) for found in (sums, text)]
-        rows.append([*row, text.right(name, "token accuracy")])
-    head = ("`copilot_input`", "`arithmetic`, answers right", "NLL", "`text`, NLL", "right tokens")
-    return table(head, rows)
+        row += ["" if name == "Pilot" else mawps.change(name, "chosen"), mawps.right(name)]
+        rows.append(row)
+    head = ("`copilot_input`", "`arithmetic`, answers right", "NLL", "`text`, NLL", "`mawps`, NLL at its chosen λ")
+    return table((*head, "answers right"), rows)
 
 
 def defaults() -> str:
