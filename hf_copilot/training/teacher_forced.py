@@ -221,9 +221,9 @@ class TeacherForced:
         self, rows: Sequence[Mapping[str, Any]], measure: Measure, batch_size: int = 16, title: str | None = None
     ) -> list[tuple[torch.Tensor, ...]]:
         """For each row, without padding, what `measure` gives at its m labelled tokens: tensors `[m, ...]` on the CPU.
-        Both models are in eval mode. Raises a `ValueError` as [`check_rows`], where a forward is not finite, a row is
-        longer than the Pilot can read, or the Pilot's logits are not its head's."""
-        check_rows(rows, self.copilot.config.pilot_is_encoder_decoder)
+        Both models are in eval mode. Raises a `ValueError` as [`check_labelled_rows`], where a forward is not finite,
+        a row is longer than the Pilot can read, or the Pilot's logits are not its head's."""
+        check_labelled_rows(rows, self.copilot.config.pilot_is_encoder_decoder)
         self.head.check()
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
         found: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -286,7 +286,7 @@ def score(
         return forced.score(rows, chosen, batch_size)
 
 
-def check_rows(rows: Sequence[Mapping[str, Any]], is_encoder_decoder: bool) -> None:
+def check_labelled_rows(rows: Sequence[Mapping[str, Any]], is_encoder_decoder: bool) -> None:
     """Raise a `ValueError` for a row that can't be read: without tokens and labels, or with other labels than its
     tokens have."""
     for i, row in enumerate(rows):
