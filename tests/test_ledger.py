@@ -82,8 +82,8 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_token_leads_to_its_row(tmp_path, form):
-    """`RowTokens` compares the labels of every document with those of the row that the ledger names. All rows are
-    seen once, and some twice."""
+    """`RowTokens` compares the labels of every document with those of the row that the ledger names. Every row
+    is seen."""
     name, changes = FORMS[form]
     rows = different_rows(48, name)
     train_on(rows, tmp_path, **{"max_steps": 15} | changes)

@@ -381,8 +381,9 @@ def test_an_empty_data_set_and_a_wrong_copilot_raise(tmp_path):
         build(args=SFTConfig(**settings(tmp_path, max_length=3)))
     with pytest.raises(TypeError, match="CopilotConfig"):
         build(copilot=3)
-    with pytest.raises(ValueError, match="pass one of PEFT"):
-        build(copilot_peft_config={"r": 8})
+    for adapter in ({"r": 8}, {}):
+        with pytest.raises(ValueError, match="pass a config of PEFT"):
+            build(copilot_peft_config=adapter)
     from tiny import trained_like
 
     with pytest.raises(ValueError, match="vocabulary rows"):

@@ -20,13 +20,9 @@ def add_adapter(copilot: CopilotModel, peft_config: PeftConfig, compute_dtype: t
         compute_dtype: Of autocast, where there is one: frozen matrices are held in it, and not cast at every use.
 
     Raises:
-        ValueError: If it is no adapter of weights, lies on the embedding, or can't be merged.
+        ValueError: If it is no config of PEFT, no adapter of weights, lies on the embedding, or can't be merged.
     """
-    if peft_config.is_prompt_learning:
-        raise ValueError(
-            f"copilot_peft_config={type(peft_config).__name__} adds virtual tokens, and a Copilot has no prompt: use "
-            "an adapter of its weights, such as LoraConfig()."
-        )
+    _check_kind(peft_config)
     peft_config = copy.deepcopy(peft_config)  # PEFT writes into it, and the Pilot may have been given the same
     peft_config.task_type = None
     peft_config.target_modules = peft_config.target_modules or "all-linear"
@@ -51,6 +47,16 @@ def add_adapter(copilot: CopilotModel, peft_config: PeftConfig, compute_dtype: t
             for parameter in frozen:
                 parameter.data = parameter.data.to(compute_dtype)
     return model
+
+
+def _check_kind(peft_config: PeftConfig) -> None:
+    if not isinstance(peft_config, PeftConfig):
+        raise ValueError(f"copilot_peft_config={peft_config!r}: pass a config of PEFT, as LoraConfig(r=8) is.")
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"copilot_peft_config={type(peft_config).__name__} adds virtual tokens, and a Copilot has no prompt: use "
+            "an adapter of its weights, such as LoraConfig()."
+        )
 
 
 def _check_merges(model: PeftModel, names: set[str], name: str) -> None:

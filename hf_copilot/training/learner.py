@@ -105,7 +105,7 @@ class CopilotLearner(BesideThePilot):
         self.forced = self.teacher_forced_class(copilot, pilot, autocast_dtype, compile_backend)
         self.head, self.copilot = self.forced.head, copilot
         with isolated_rng(self.device, seed):
-            self.peft_model = peft_config and add_adapter(copilot, peft_config, autocast_dtype)
+            self.peft_model = None if peft_config is None else add_adapter(copilot, peft_config, autocast_dtype)
         self.warmup_steps, self.ledger = warmup_steps, ledger
         settings = {"lr_scheduler_type": lr_scheduler_type, "lr_scheduler_kwargs": lr_scheduler_kwargs or {}}
         settings |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}

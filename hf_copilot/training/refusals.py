@@ -68,8 +68,6 @@ def check_trainer(trainer: Trainer, copilot_peft_config: PeftConfig | None) -> N
     _check_parent(trainer)
     _check_processes(trainer, type(trainer).__name__)
     _check_model(trainer, type(trainer).__name__)
-    if not isinstance(copilot_peft_config, PeftConfig | None):
-        raise ValueError(f"copilot_peft_config={copilot_peft_config!r}: pass one of PEFT, as LoraConfig(r=8) is.")
     if copilot_peft_config is not None and trainer.args.save_only_model and trainer.args.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end needs the Copilot's adapter, which save_only_model leaves out of checkpoints: "
