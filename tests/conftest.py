@@ -1,5 +1,6 @@
 """No network, quiet libraries, and the tiny Pilot that most tests share."""
 
+import gc
 import os
 import tempfile
 
@@ -33,6 +34,12 @@ def pytest_configure(config):
     """What is an error here, since it will go, is one in the scripts that tests run too."""
     rules = [rule for rule in config.getini("filterwarnings") if rule.endswith(":FutureWarning")]
     os.environ["PYTHONWARNINGS"] = ",".join(rules)
+
+
+def pytest_collection_finish():
+    """All is imported, and stays: `train()` collects garbage, and would go through a million objects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -72,13 +72,18 @@ def assert_same_run(a, b):
     assert a.learner.steps == b.learner.steps and len(a.learner.log) == len(b.learner.log)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.fixture(scope="module", params=VARIANTS)
+def uninterrupted(request, tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp(request.param), **VARIANTS[request.param])
+    trainer.train()
+    return request.param, trainer
+
+
 @pytest.mark.parametrize("step", [2, 4])
-def test_resumed_equals_uninterrupted(tmp_path, variant, step):
-    uninterrupted = make_trainer(tmp_path / "a", **VARIANTS[variant])
-    uninterrupted.train()
-    resumed = make_trainer(tmp_path / "b", **VARIANTS[variant])
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+def test_resumed_equals_uninterrupted(tmp_path, uninterrupted, step):
+    variant, uninterrupted = uninterrupted
+    resumed = make_trainer(tmp_path, **VARIANTS[variant])
+    resumed.train(resume_from_checkpoint=str(Path(uninterrupted.args.output_dir, f"checkpoint-{step}")))
     assert uninterrupted.state.global_step == 6
     assert_same_run(uninterrupted, resumed)
 

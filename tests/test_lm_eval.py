@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from hf_copilot.evaluation.tasks import check_shares  # noqa: E402
+from hf_copilot.evaluation.tasks import check_shares, manager_of  # noqa: E402
 from hf_copilot.lm_eval import CopilotLM  # noqa: E402
 
 PER_TOKEN = 1e-5
@@ -249,6 +250,18 @@ def test_a_task_too_small_for_the_processes_is_named(folder):
     for limit, processes in ((None, 7), (1, 2)):
         with pytest.raises(ValueError, match="sums_choice has . documents for . processes"):
             check_shares(manager, TASKS, limit, processes)
+
+
+def test_a_folder_that_has_all_tasks_is_read_alone(folder, monkeypatch):
+    """lm-eval's own are thousands of files, and read where one of them is asked for."""
+    assert set(manager_of(TASKS, str(folder)).all_tasks) == set(TASKS)
+    asked = []
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager", lambda **given: asked.append(given) or SimpleNamespace(all_subtasks=TASKS)
+    )
+    manager_of([*TASKS, "piqa"], "folder")
+    manager_of(["piqa"], None)
+    assert asked[1:] == [{"include_path": "folder"}, {"include_path": None}]
 
 
 @pytest.mark.slow

@@ -34,12 +34,11 @@ def compare_on_tasks(
     """
     try:
         from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
 
         from ..lm_eval import CopilotLM
     except ImportError as error:
         raise ValueError(NO_LM_EVAL) from error
-    manager = TaskManager(include_path=include_path)
+    manager = manager_of(tasks, include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ValueError(f"lm-eval has no task {', '.join(unknown)}: --include_path names a folder with task files.")
@@ -53,6 +52,18 @@ def compare_on_tasks(
     if None in found:  # of a process that is not the main one
         return {}
     return {task: compare_task(*found, task) for task in found[0]["samples"]}
+
+
+def manager_of(tasks: Sequence[str], include_path: str | None) -> Any:
+    """The `TaskManager` in which to look for these tasks. A folder that has them all is read alone: to read lm-eval's
+    own, thousands of files, takes longer than a small task."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if set(tasks) <= set(manager.all_subtasks):
+            return manager
+    return TaskManager(include_path=include_path)
 
 
 def check_shares(manager: Any, tasks: Sequence[str], limit: int | None, processes: int) -> None:
