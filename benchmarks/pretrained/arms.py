@@ -256,7 +256,7 @@ def seeds(results: list[Result]) -> Iterator[Arm]:
     for seed in SEEDS:
         for epochs in (LONG, SHORT):
             for rate in best_rates(results, "mawps", epochs, len(RATES)):
-                for copilot in (None, TOKEN, STATE, LANGUAGE_MODEL):
+                for copilot in (None, TOKEN, FED_TOKENS, STATE, LANGUAGE_MODEL):
                     yield Arm("mawps", lora(rate, epochs), copilot, seed)
                 yield Arm("mawps", lora(rate, epochs), None, seed, second=True)
         for rate in best_rates(results, "mawps", LONG, len(RATES)):
