@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .training.callback import CopilotCallback
     from .training.folding import fold_copilot
     from .training.learner import CopilotLearner
+    from .training.metrics import calibrate_on_rows
     from .training.mistake_log import MistakeLog
     from .training.teacher_forced import score
     from .training.trainer import CopilotSeq2SeqTrainer, CopilotTrainer
@@ -42,6 +43,7 @@ _ON_FIRST_USE = {
     "MistakeLedger": ".ledger.mistake_ledger",
     "MistakeLog": ".training.mistake_log",
     "RectifiedGeneration": ".evaluation.rectified_generation",
+    "calibrate_on_rows": ".training.metrics",
     "fold_copilot": ".training.folding",
     "score": ".training.teacher_forced",
 }
@@ -61,6 +63,7 @@ __all__ = [
     "MistakeLog",
     "RectifiedGeneration",
     "__version__",
+    "calibrate_on_rows",
     "check_pilot",
     "copilot_for",
     "fold_copilot",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ from tiny import QUIET, addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trai
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 
 from benchmarks import tables
-from hf_copilot import CopilotCallback, CopilotLogitsProcessor, CopilotSFTConfig, CopilotTrainer
+from hf_copilot import (
+    CopilotArguments,
+    CopilotCallback,
+    CopilotConfig,
+    CopilotLogitsProcessor,
+    CopilotSFTConfig,
+    CopilotTrainer,
+)
 from hf_copilot.training.refusals import OVERRIDDEN, check_trainer
 
 TESTS = Path(__file__).parent
@@ -88,6 +96,12 @@ def sentence_lengths(page: str) -> list[int]:
     sentences = [part for block in prose for part in re.split(r"(?<=[.?!])\*{0,2} +", block)]
     counts = [sum(any(c.isalnum() for c in word) for word in sentence.split()) for sentence in sentences]
     return [count for count in counts if count]
+
+
+def test_every_field_is_on_the_page_of_arguments():
+    names = {*CopilotConfig.__annotations__, *(field.name for field in fields(CopilotArguments))} - {"model_type"}
+    listed = re.findall(r"^\| (`.*?`) \| ", PAGES["docs/arguments.md"], re.M)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(listed))) == sorted(names)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -90,7 +90,7 @@ PUBLIC = (
     *("CopilotArguments", "CopilotCallback", "CopilotConfig", "CopilotLearner", "CopilotLogitsProcessor"),
     *("CopilotModel", "CopilotSFTConfig", "CopilotSeq2SeqConfig", "CopilotSeq2SeqTrainer", "CopilotTrainer"),
     *("MistakeLedger", "MistakeLog", "RectifiedGeneration", "check_pilot", "copilot_for", "fold_copilot", "score"),
-    "__version__",
+    *("__version__", "calibrate_on_rows"),
 )
 
 

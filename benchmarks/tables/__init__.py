@@ -11,14 +11,14 @@ from __future__ import annotations
 import re
 
 from benchmarks.common import RESULTS
-from benchmarks.tables import benches, costs, expected, experiments, ledger, pretrained, scaling, tasks
+from benchmarks.tables import arguments, benches, costs, expected, experiments, ledger, pretrained, scaling, tasks
 from benchmarks.tables.cells import as_printed
 
 ROOT = RESULTS.parent.parent
 PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md")))
 BETWEEN = re.compile(r"(?<=<!-- table: )(\S+)( -->\n)(.*?)(?=<!-- end -->)", re.S)
 
-MODULES = (tasks, benches, pretrained, costs, experiments, ledger, scaling, expected)
+MODULES = (arguments, tasks, benches, pretrained, costs, experiments, ledger, scaling, expected)
 TABLES = {name: make for module in MODULES for name, make in module.TABLES.items()}
 TABLES["theorem"] = as_printed("theorem")
 

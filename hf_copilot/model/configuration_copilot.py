@@ -45,6 +45,8 @@ class CopilotConfig(PreTrainedConfig):
             Whether the MLP is W_down (act(W_gate x) * W_up x) or W_down act(W_up x), as in T5.
         dropout (`float`, defaults to `0.1`):
             Dropout on both residual branches of every layer, in training.
+        initializer_range (`float`, defaults to `0.02`):
+            Standard deviation of random weights.
         memory (`str`, *optional*):
             What cross-attention reads: the `"pilot"`'s states [X̃ ; h] (the paper), or the `"tokens"` so far by the
             Copilot's own embedding. Then it reads nothing of the Pilot but its distribution, and fits every
@@ -75,6 +77,8 @@ class CopilotConfig(PreTrainedConfig):
         vocab_projection (`str`, defaults to `"own"`):
             Whose embedding and output matrix the Copilot uses: its own, or the `"pilot"`'s, with a learned map of
             d_P x d beside each. Then it holds nothing of the size of the vocabulary.
+        tie_word_embeddings (`bool`, defaults to `False`):
+            No other value: these are two matrices.
         objective, fusion (`str`, default to `"cross_entropy"` and `"logit"`):
             `rmse` (Eq. 7) goes with `probability` (Eq. 8), `cross_entropy` of the fused logits with `logit`.
         error_feedback (`str`, defaults to `"realized"`):

@@ -42,7 +42,7 @@ class CopilotCallback(CopilotLifecycle):
     """
 
     learner_class = CopilotLearner
-    way_to_choose = "Choose it with callback.learner.calibrate()"
+    way_to_choose = "Choose it with hf_copilot.calibrate_on_rows(pilot, callback.copilot, rows)"
 
     def __init__(
         self,

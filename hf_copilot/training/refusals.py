@@ -29,7 +29,7 @@ def check_callback_arguments(copilot_args: Any) -> None:
     if copilot_args.copilot_strength not in (None, "config") or copilot_args.copilot_predict:
         raise ValueError(
             "CopilotCallback sees no evaluation: copilot_strength='auto' or 'auto_accuracy' and copilot_predict "
-            "need a trainer of hf_copilot. Calibrate with callback.learner.calibrate()."
+            "need a trainer of hf_copilot. After training, calibrate_on_rows(pilot, callback.copilot, rows) chooses λ."
         )
     if copilot_args.copilot_mistake_source == "holdout":
         raise ValueError(
