@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from transformers.utils import logging
 
 from hf_copilot import CopilotModel
 from hf_copilot.cli.__main__ import COMMANDS, main, usage
-from hf_copilot.cli.data import read_file
+from hf_copilot.cli.card import choose_figure
+from hf_copilot.cli.data import load_rows, read_answers, read_file, to_rows
 from hf_copilot.cli.pair import PairArguments, load_copilot, load_pilot
 from hf_copilot.cli.parser import WIDTH
 from hf_copilot.cli.scratch import train_tokenizer
@@ -276,6 +278,9 @@ def test_card_and_push(tmp_path, out, rows, capsys, monkeypatch):
     (tmp_path / "later.png").write_bytes(b"another")
     assert run("card", folder, "--picture", tmp_path / "later.png") == 0
     assert "(assets/later.png)" in (folder / "README.md").read_text()
+    assert run("card", folder, "--picture", folder / "assets" / "later.png") == 0  # where it is already
+    assert run("card", folder, *results[:-1], "sums/all") == 0
+    assert (folder / ".eval_results" / "sums-all-pilot.yaml").is_file()
     assert run("card", folder, "--results", tmp_path / "e.json") == 1
     assert "--dataset_id" in capsys.readouterr().err
 
@@ -389,6 +394,7 @@ def bad_files(folder) -> dict[str, tuple[list, int, str]]:
         "no row together": (["calibrate", *measure[1:], rows, "--batch_size", "0"], 2, "--batch_size 0"),
         "fewer than no rows": ([*measure, rows, "--limit", "-1"], 2, "--limit -1"),
         "no folder for figures": ([*measure, rows, "--output_file", folder / "gone" / "a.json"], 2, "no such folder"),
+        "a lonely brace": (["eval", out, "--prompt", "{question", "--data", rows], 1, "'{question' is no format"),
         "a field of a text": (["eval", out, "--prompt", "{question.text}", "--data", rows], 1, "does not suit"),
         "an empty prompt": (["eval", out, "--data", folder / "unasked.jsonl"], 1, "without a token"),
         "folding where the Copilot is": (["fold", *measure[1:], rows, "--output_dir", out], 1, "correct it twice"),
@@ -419,6 +425,41 @@ def test_a_file_with_brackets_in_its_name_is_that_file(tmp_path):
     for name, value in {"rows1.jsonl": 1, "rows[1].jsonl": 2}.items():
         (tmp_path / name).write_text(json.dumps({"a": value}) + "\n")
     assert read_file(tmp_path / "rows[1].jsonl")[0] == read_rows(tmp_path / "rows[1].jsonl")[0] == {"a": 2}
+
+
+def test_values_are_read_as_they_are_written(tmp_path):
+    """A data set has one type for a column: it would make "2.0" of 2, and a moment of a day."""
+    lines = [
+        '{"answer": 2, "day": "2024-01-05", "id": 12345678901234567890123}',
+        '{"answer": 1.50, "day": "2024-01-05T10:00:00", "id": 1, "note": null}',
+    ]
+    texts = [
+        {"prompt": "2024-01-05, 12345678901234567890123", "completion": "2"},
+        {"prompt": "2024-01-05T10:00:00, 1", "completion": "1.50"},
+    ]
+    (tmp_path / "lines.jsonl").write_text("\ufeff" + "\n\n".join(lines), encoding="utf-8")
+    assert read_answers(tmp_path / "lines.jsonl", "{day}, {id}", "{answer}") == texts
+    (tmp_path / "array.json").write_text('[{"answer": 2}, {"answer": 1.50}]')
+    for form, expected in (("{answer}", ["2", "1.50"]), ("{answer:.1f}", ["2.0", "1.5"])):
+        assert [row["completion"] for row in read_answers(tmp_path / "array.json", "?", form)] == expected
+    split = load_rows(str(tmp_path / "lines.jsonl"), partial(to_rows, prompt="{day}, {id}", completion="{answer}"))
+    assert [split["train"][0], split["test"][0]] == texts
+
+
+def test_the_figure_of_a_card_is_the_tasks():
+    results = {
+        "piqa, λ = 1": [{"metric": "acc", "pilot": 0.7, "rectified": 0.71}],
+        "arc, λ = 1": [
+            {"metric": "acc", "pilot": 0.4, "rectified": 0.45},
+            {"metric": "f1", "pilot": 0, "rectified": 1},
+        ],
+    }
+    assert choose_figure(results, "acc", "arc")["pilot"] == 0.4
+    assert choose_figure(results, "f1", "anything")["rectified"] == 1
+    with pytest.raises(ValueError, match="piqa, λ = 1; arc"):
+        choose_figure(results, "acc", "anything")
+    with pytest.raises(ValueError, match=r"No metric 'em', only \['acc', 'f1'\]"):
+        choose_figure(results, "em", "arc")
 
 
 def test_help_where_the_encoding_lacks_its_letters():

@@ -11,6 +11,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import QUIET, addition, assert_same, sums, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
+from tokenizers.decoders import Fuse
+from tokenizers.processors import TemplateProcessing
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -24,7 +26,7 @@ from hf_copilot import (
 )
 from hf_copilot.evaluation.comparison import compare, compare_answers, compare_likelihoods, matches, table_of
 from hf_copilot.evaluation.rectified_generation import markdown
-from hf_copilot.evaluation.rows import generate_answers, label_row
+from hf_copilot.evaluation.rows import as_ids, expected_answer, generate_answers, label_row
 from hf_copilot.training.trainer import logger
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -95,6 +97,11 @@ def test_the_interval_is_the_bootstraps(weighted):
         assert end == pytest.approx(differences.quantile(share).item(), abs=0.15 * (high - low))
 
 
+def test_without_anything_to_measure_it_raises():
+    with pytest.raises(ValueError, match="no row has a labelled token"):
+        compare("NLL", torch.zeros(2), torch.zeros(2), torch.zeros(2))
+
+
 def test_without_a_spread_there_is_no_interval():
     same = torch.tensor([1.0, 0.0, 1.0])
     assert compare("right", same, same).interval is None
@@ -106,6 +113,26 @@ def test_answers_are_compared_by_their_last_match():
     answers, expected = ["1 #### 2 #### 3", "#### 4", "5"], ["#### 3", "#### 5", "#### 5"]
     assert matches(answers, expected, "#### (.*?)(?= ####|$)").tolist() == [1.0, 0.0, 0.0]
     assert matches(["none", "a 5"], ["5", "5"], "none|([0-9])").tolist() == [0.0, 1.0]  # a match without its group
+
+
+def test_an_end_token_is_no_part_of_an_answer():
+    """Be it of the completion's text, or one that the tokenizer adds behind a prompt."""
+    tokenizer, row = tiny_tokenizer(), {"prompt": "1+1=", "completion": "42<eos>"}
+    assert expected_answer(tokenizer, row) == tokenizer.decode(tokenizer("42")["input_ids"])
+    plain = as_ids(tokenizer, "1+1=", has_encoder=False)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 2)])
+    assert tokenizer("1+1=")["input_ids"] == [*plain, 2]
+    assert as_ids(tokenizer, "1+1=", has_encoder=False) == plain
+    assert as_ids(tokenizer, "1+1=<eos>", has_encoder=False) == [*plain, 2]
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end token"):
+        label_row(tokenizer, row, has_encoder=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_prompt_without_a_token_raises_in_any_batch(pilot, batch_size):
+    with pytest.raises(ValueError, match="without a token"):
+        generate_answers(pilot, tiny_tokenizer(), ["1+1=", ""], None, batch_size=batch_size, max_new_tokens=2)
 
 
 def test_texts_of_an_encoder_decoder_are_cut_where_its_tokenizer_says(caplog):
@@ -125,6 +152,7 @@ def test_texts_of_an_encoder_decoder_are_cut_where_its_tokenizer_says(caplog):
 def test_answers_of_both_are_counted(family):
     pilot = (tiny_seq2seq() if family == "t5" else tiny_pilot()).eval()
     copilot, tokenizer, rows = trained_like(pilot), tiny_tokenizer(), list(addition(4))
+    tokenizer.backend_tokenizer.decoder = Fuse()  # a text's tokens give the text
     with CopilotLogitsProcessor(copilot, pilot) as processor:
         prompts = [row["prompt"] for row in rows]
         said = generate_answers(pilot, tokenizer, prompts, processor, max_new_tokens=4, do_sample=False)
@@ -170,6 +198,7 @@ def test_the_shares_are_those_of_the_answers(tmp_path):
     )
     seen = []
     rows = list(addition(3, seed=1))
+    trainer.processing_class.backend_tokenizer.decoder = Fuse()  # a text's tokens give the text
     callback = RectifiedGeneration(trainer, rows, lambda said, expected: seen.append((said, expected)) or True)
     trainer.add_callback(callback)
     trainer.train()
@@ -183,9 +212,8 @@ def test_the_shares_are_those_of_the_answers(tmp_path):
     assert trainer.model.training and len(alone) == len(both) == 3
     with CopilotLogitsProcessor(trainer.copilot, trainer.model.eval()) as processor:
         prompts = [row["prompt"] for row in rows]
-        expected = generate_answers(
-            trainer.model, tiny_tokenizer(), prompts, processor, max_new_tokens=64, do_sample=False
-        )
+        tokenizer = trainer.processing_class
+        expected = generate_answers(trainer.model, tokenizer, prompts, processor, max_new_tokens=64, do_sample=False)
     assert both == expected
 
 
@@ -233,6 +261,10 @@ def test_what_it_can_not_answer_raises(tmp_path, monkeypatch):
         RectifiedGeneration(trainer, [])
     with pytest.raises(ValueError, match="needs rows, each with a text"):
         RectifiedGeneration(trainer, [{"prompt": [{"role": "user", "content": "?"}], "completion": "!"}])
+    trainer.processing_class, tokenizer = None, trainer.processing_class
+    with pytest.raises(ValueError, match="processing_class="):
+        RectifiedGeneration(trainer, addition(1))
+    trainer.processing_class = tokenizer
     plain = Trainer(model=tiny_pilot(), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
     with pytest.raises(TypeError, match="not a Trainer"):
         RectifiedGeneration(plain, addition(1))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import QUIET, VOCAB_SIZE, addition, assert_same, sums, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, TrainingArguments
 from trl import SFTConfig
 
 from hf_copilot import CopilotConfig, CopilotSeq2SeqTrainer, CopilotTrainer, fold_copilot, score
-from hf_copilot.training.folding import SoftTargets, collate, folding_loss, teach, with_soft_targets
+from hf_copilot.training.folding import SoftTargets, collate, folding_loss, labelled_rows, teach, with_soft_targets
 
 ROWS = [  # a prompt and a completion; no prompt; nothing labelled; two completions
     {"input_ids": [5, 9, 12, 20, 21, 2], "labels": [-100, -100, -100, 20, 21, 2]},
@@ -68,6 +68,17 @@ def test_who_knows_it_all_learns_nothing(sharp):
     assert loss.abs() < 1e-5 and logits.grad.abs().max() < 1e-5
 
 
+def test_a_sure_teacher_of_an_unsure_pilot():
+    """Nothing is left of the teacher beside its k tokens, and something of the Pilot."""
+    logits = torch.zeros(2, VOCAB_SIZE, requires_grad=True)
+    sharp = torch.full((2, VOCAB_SIZE), -100.0).scatter_(1, torch.tensor([[3], [5]]), 0.0)
+    log_probs, tokens = sharp.topk(4)
+    loss = folding_loss(logits, tokens, log_probs)
+    loss.backward()
+    assert loss.item() == pytest.approx(2 * torch.tensor(VOCAB_SIZE).log().item(), rel=1e-4)
+    assert logits.grad.isfinite().all() and logits.grad[0, 3] < 0 < logits.grad[0, 5]
+
+
 # ---- the teacher ----------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +120,8 @@ def divergence(pilot, teacher):
     dataset = with_soft_targets(ROWS, teacher)
     with torch.no_grad():
         batch = collate(dataset)
-        logits = pilot(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logits = pilot(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = logits[:, -batch["labels"].shape[1] : -1]  # without virtual tokens
     labels = batch["labels"][:, 1:]
     return folding_loss(logits[labels != -100], batch["teacher_tokens"], batch["teacher_log_probs"]).item()
 
@@ -130,6 +142,27 @@ def test_the_pilot_learns_the_rectified_distribution(tmp_path, way):
     assert all(torch.equal(kept[name], tensor) for name, tensor in copilot.state_dict().items())
     if way != "checkpointing":  # which has a hook of its own
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in pilot.modules())
+
+
+def test_virtual_tokens_are_no_targets(tmp_path):
+    """Beside which a Copilot can't generate."""
+    pilot = get_peft_model(tiny_pilot(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    copilot = trained_like(pilot)
+    teacher = teach(pilot, copilot, ROWS)
+    before = divergence(pilot, teacher)
+    fold_copilot(pilot, copilot, ROWS, arguments(tmp_path, learning_rate=0.1))
+    assert divergence(pilot, teacher) < before
+
+
+def test_a_resumed_folding_is_the_uninterrupted_one(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 1}
+    folded = []
+    for name, resume in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-2"))):
+        pilot = tiny_pilot()
+        args = arguments(tmp_path / name, resume_from_checkpoint=resume, **settings)
+        fold_copilot(pilot, trained_like(pilot), ROWS, args)
+        folded.append(pilot)
+    assert_same(*folded)
 
 
 def test_the_loss_is_a_mean_over_targets(tmp_path):
@@ -231,6 +264,22 @@ def test_an_encoder_decoder_folds(tmp_path):
     assert found["folded_nll"] < found["pilot_nll"]
     with pytest.raises(AssertionError):
         assert_same(before, pilot)
+
+
+def test_rows_of_an_encoder_decoder_are_whole(tmp_path):
+    """Padded to the same length as their prompts, and beside a column that only the trainer ignores."""
+    rows = sums(10)
+    rows = rows.add_column("question", ["a text"] * len(rows))
+    trainer = CopilotSeq2SeqTrainer(
+        tiny_seq2seq(),
+        Seq2SeqTrainingArguments(str(tmp_path), **QUIET, per_device_eval_batch_size=4),
+        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer(), pad_to_multiple_of=8),
+        train_dataset=rows,
+        processing_class=tiny_tokenizer(),
+    )
+    found = labelled_rows(trainer, trainer.train_dataset)
+    assert [row["input_ids"].tolist() for row in found] == rows["input_ids"]
+    assert [row["labels"][row["labels"] != -100].tolist() for row in found] == rows["labels"]
 
 
 def test_packed_rows_streams_and_several_evaluation_sets_raise(tmp_path):

@@ -20,7 +20,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from hf_copilot.evaluation.tasks import check_shares, manager_of  # noqa: E402
+from hf_copilot.evaluation.tasks import check_shares, compare_on_tasks, manager_of  # noqa: E402
 from hf_copilot.lm_eval import CopilotLM  # noqa: E402
 
 PER_TOKEN = 1e-5
@@ -250,6 +250,20 @@ def test_a_task_too_small_for_the_processes_is_named(folder):
     for limit, processes in ((None, 7), (1, 2)):
         with pytest.raises(ValueError, match="sums_choice has . documents for . processes"):
             check_shares(manager, TASKS, limit, processes)
+
+
+def test_groups_and_patterns(folder):
+    """A group has a figure of its own, without an interval; names may be a pattern."""
+    group = {"group": "all_sums", "task": ["sums_choice"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (folder / "group.yaml").write_text(yaml.safe_dump(group))
+    pilot, copilot = tiny_pilot(), trained_like(tiny_pilot())
+    found = {}
+    for name in ("all_sums", " sums_ch*"):
+        found[name] = compare_on_tasks(pilot, copilot, tiny_tokenizer(), [name], 1.0, str(folder))
+    assert [*found[" sums_ch*"]] == ["sums_choice"] and {*found["all_sums"]} == {"all_sums", "sums_choice"}
+    (own,), (acc, _) = found["all_sums"]["all_sums"], found["all_sums"]["sums_choice"]
+    assert own.metric == "acc" and own.interval is None
+    assert (own.pilot, own.rectified) == pytest.approx((acc.pilot, acc.rectified))
 
 
 def test_a_folder_that_has_all_tasks_is_read_alone(folder, monkeypatch):

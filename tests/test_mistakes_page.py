@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from test_ledger import different_rows, train_on
-from tiny import tiny_tokenizer
+from test_seq2seq import make as make_seq2seq
+from tiny import sums, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_copilot import MistakeLedger
+from hf_copilot import CopilotSeq2SeqConfig, CopilotSeq2SeqTrainer, MistakeLedger
 from hf_copilot.cli.__main__ import main
 from hf_copilot.ledger.page import IN_FULL, decoder_of, mistakes
 from hf_copilot.training.ledger import (
@@ -148,6 +149,16 @@ def test_text_is_never_markup(tmp_path):
     page = Page(mistakes(tmp_path / "run", tmp_path / "page.html", rows))
     assert page.tags.count("script") == 2 and "img" not in page.tags and page.links == []
     assert MARKUP in "".join(token[0].removeprefix(" ") or " " for token in page.data["cards"][0]["tokens"])
+
+
+def test_labels_of_an_encoder_decoder_may_be_padded(tmp_path):
+    rows = sums(64)
+    rows = rows.map(lambda row: {"labels": row["labels"] + [-100] * (8 - len(row["labels"]))})
+    trainer = make_seq2seq(CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, tmp_path, data=rows, max_steps=4)
+    trainer.train()
+    trainer.save_model()
+    page = Page(mistakes(tmp_path, data=rows))
+    assert all(0 < len(card["tokens"]) < 8 for card in page.data["cards"])
 
 
 def test_words_stay_apart():

@@ -226,7 +226,7 @@ def test_check_pilot_tells_the_kinds_apart():
 # ---- trainers ------------------------------------------------------------------------------------------------------
 
 
-def make(trainer_class, config_class, folder, pilot=None, rows=64, **changes):
+def make(trainer_class, config_class, folder, pilot=None, data=None, **changes):
     pilot = pilot if pilot is not None else tiny_seq2seq()
     if changes.pop("lora", False):
         torch.manual_seed(0)
@@ -237,7 +237,7 @@ def make(trainer_class, config_class, folder, pilot=None, rows=64, **changes):
     return trainer_class(
         model=pilot,
         args=config_class(output_dir=str(folder), **(QUIET | args | changes)),
-        train_dataset=sums(rows),
+        train_dataset=sums(64) if data is None else data,
         eval_dataset=sums(8, seed=3),
         data_collator=DataCollatorForSeq2Seq(tiny_tokenizer(), pilot),
         processing_class=tiny_tokenizer(),
@@ -278,7 +278,7 @@ def test_every_copilot_parameter_moves(tmp_path, config):
 
 def test_the_copilot_learns_what_the_pilot_gets_wrong(tmp_path):
     settings = {"learning_rate": 1e-4, "copilot_learning_rate": 3e-3, "max_steps": 60}
-    trainer = make(CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, tmp_path, rows=240, **settings)
+    trainer = make(CopilotSeq2SeqTrainer, CopilotSeq2SeqConfig, tmp_path, data=sums(240), **settings)
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_rectified_nll"] < 0.9 * metrics["eval_pilot_nll"]

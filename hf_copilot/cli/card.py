@@ -76,7 +76,8 @@ def copy_picture(picture: Path, assets: Path) -> str:
     if picture.suffix != ".png":
         raise ValueError(f"The picture {picture} is no PNG by its name: the card shows a .png.")
     assets.mkdir(exist_ok=True)
-    shutil.copy(picture, assets / picture.name)
+    if picture.resolve() != (assets / picture.name).resolve():
+        shutil.copy(picture, assets / picture.name)
     return picture.name
 
 
@@ -85,18 +86,30 @@ def write_results(arguments: CardArguments, folder: Path) -> None:
     if arguments.dataset_id is None or arguments.task_id is None:
         raise ValueError("Results on the Hub belong to a data set: --dataset_id and --task_id name it.")
     figures = read_figures(Path(arguments.results))
-    comparisons = [comparison for group in figures["results"].values() for comparison in group]
-    found = [entry for entry in comparisons if arguments.metric in (None, entry["metric"])]
-    if not found:
-        raise ValueError(f"No metric {arguments.metric!r}, only {[entry['metric'] for entry in comparisons]}.")
+    measured = choose_figure(figures["results"], arguments.metric, arguments.task_id)
     entry = EvalResultEntry(
         dataset_id=arguments.dataset_id,
         task_id=arguments.task_id,
         value=None,
         dataset_revision=arguments.dataset_revision,
-        notes=found[0]["metric"],
+        notes=measured["metric"],
     )
-    write_eval_results(folder, entry, found[0]["pilot"], found[0]["rectified"], figures["strength"])
+    write_eval_results(folder, entry, measured["pilot"], measured["rectified"], figures["strength"])
+
+
+def choose_figure(results: dict[str, list[dict[str, Any]]], metric: str | None, task_id: str) -> dict[str, Any]:
+    """The first of this metric, of the task where its name is among several that were measured."""
+    titles = [title for title in results if title.startswith(f"{task_id}, ")] or list(results)
+    found = {title: [entry for entry in results[title] if metric in (None, entry["metric"])] for title in titles}
+    found = {title: entries for title, entries in found.items() if entries}
+    if not found:
+        raise ValueError(f"No metric {metric!r}, only {[e['metric'] for title in titles for e in results[title]]}.")
+    if len(found) > 1:
+        raise ValueError(
+            f"The results are of {'; '.join(found)}: --task_id is to be the name of one of these tasks, or measure it "
+            "by itself."
+        )
+    return next(iter(found.values()))[0]
 
 
 def read_figures(file: Path) -> dict[str, Any]:

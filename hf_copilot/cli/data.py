@@ -6,10 +6,11 @@ import glob
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from string import Formatter
+from typing import Any, TextIO
 
 from datasets import Dataset, DatasetDict, load_dataset, logging
 
@@ -24,13 +25,13 @@ PROMPT, COMPLETION = "{prompt}", "{completion}"  # format strings, where nothing
 
 def load_rows(
     name: str | None,
-    convert: Callable[[Dataset], Dataset],
+    convert: Callable[..., Dataset],
     train: str = "train",
     test: str = "test",
     config: str | None = None,
 ) -> DatasetDict:
     """The training and the test split, of a folder, of a JSON Lines file (its last tenth is the test split) or of the
-    Hub; rows as `convert` makes them.
+    Hub; rows as `convert` makes them, [`to_rows`] with its format strings.
 
     Raises:
         ValueError: In a sentence, for what holds no rows.
@@ -43,9 +44,11 @@ def load_rows(
         missing = [split for split in files if not files[split]]
         if missing:
             raise ValueError(f"{path} has no file {' or '.join(f'{split}.jsonl[.gz]' for split in missing)}.")
-        return DatasetDict({split: convert(read_file(files[split][0])) for split in files})
+        return DatasetDict(
+            {split: convert(read_file(file), written=written(file)) for split, (file, *_) in files.items()}
+        )
     if path.is_file():
-        rows = convert(read_file(path))
+        rows = convert(read_file(path), written=written(path))
         if len(rows) < 2:
             raise ValueError(f"{path} has one row; with a test row it needs two at least.")
         return rows.train_test_split(max(1, round(TEST_SHARE * len(rows))), shuffle=False)
@@ -95,9 +98,37 @@ def without_log() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+def text_of(path: Path) -> TextIO:
+    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else open(path, encoding="utf-8-sig")
+
+
+class Written(float):
+    """A number that is printed as its file has it: "1.50"."""
+
+    def __new__(cls, text: str):
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __format__(self, form: str) -> str:
+        return format(float(self), form) if form else self.text
+
+
+def written(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The rows of a file that [`read_file`] reads, with values as they stand there. A column of a data set has one
+    type: 2 beside 0.5 becomes "2.0", and a text that looks like a date a moment."""
+    with text_of(Path(path)) as file:
+        if file.read(1) == "[":  # one array, no lines
+            file.seek(0)
+            yield from json.load(file, parse_float=Written)
+            return
+        file.seek(0)
+        yield from (json.loads(line, parse_float=Written) for line in file if line.strip())
+
+
 def find_fault(path: Path) -> str | None:
     """What is wrong with the first line that is no JSON object."""
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
+    with text_of(path) as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip() and not isinstance(json.loads(line), dict):
@@ -109,44 +140,53 @@ def find_fault(path: Path) -> str | None:
     return None
 
 
-def to_rows(rows: Dataset, prompt: str, completion: str) -> Dataset:
+def to_rows(
+    rows: Dataset, prompt: str, completion: str, written: Iterable[Mapping[str, Any]] | None = None
+) -> Dataset:
     """Rows in a form of TRL's: chats as they are, unless the format strings are asked for, else prompts and
-    completions by these.
+    completions by these, of the same rows as they are written where they come from a file.
 
     Raises:
         ValueError: That names the row at fault.
     """
     if (prompt, completion) == (PROMPT, COMPLETION) and are_chats(rows):
         return check_chats(rows)
-    return to_prompt_completion(rows, prompt, completion)
+    return to_prompt_completion(rows if written is None else written, prompt, completion)
 
 
 def read_answers(file: str | os.PathLike, prompt: str, completion: str) -> list[dict[str, Any]]:
     """The rows of a file, each with a prompt and its completion."""
-    return to_answers(to_rows(read_file(file), prompt, completion))
+    return to_answers(to_rows(read_file(file), prompt, completion, written(file)))
 
 
-def to_prompt_completion(rows: Dataset, prompt: str, completion: str) -> Dataset:
+def to_prompt_completion(rows: Iterable[Mapping[str, Any]], prompt: str, completion: str) -> Dataset:
     """Rows in TRL's prompt-completion form, by two format strings over a row's fields.
 
     Raises:
-        ValueError: If a row lacks a field, or has nothing in it.
+        ValueError: If one is no format string, or a row lacks a field, or has nothing in it.
     """
+    forms = {"prompt": prompt.replace("\\n", "\n"), "completion": completion.replace("\\n", "\n")}  # of a command line
+    for name, form in forms.items():
+        check_form(name, form)
+    return Dataset.from_list([formatted(row, number, forms) for number, row in enumerate(rows, 1)])
 
-    prompt, completion = (text.replace("\\n", "\n") for text in (prompt, completion))  # of a command line
 
-    def convert(row: dict, index: int) -> dict[str, str]:
-        has = {name: value for name, value in row.items() if value is not None}
-        try:
-            return {"prompt": prompt.format(**has), "completion": completion.format(**has)}
-        except (AttributeError, TypeError) as error:  # of "{question.text}", "{question[text]}"
-            raise ValueError(
-                f"Row {index + 1} of the data does not suit --prompt and --completion: {error}."
-            ) from error
-        except (KeyError, IndexError) as error:
-            raise ValueError(
-                f"Row {index + 1} of the data has no field {error}; it has {sorted(has)}: set --prompt and "
-                "--completion."
-            ) from error
+def check_form(name: str, form: str) -> None:
+    try:
+        list(Formatter().parse(form))
+    except ValueError as error:
+        raise ValueError(
+            f"--{name} {form!r} is no format string: {error}. A brace of the text is written twice."
+        ) from error
 
-    return rows.map(convert, with_indices=True, remove_columns=rows.column_names)
+
+def formatted(row: Mapping[str, Any], number: int, forms: Mapping[str, str]) -> dict[str, str]:
+    has = {name: value for name, value in row.items() if value is not None}
+    try:
+        return {name: form.format(**has) for name, form in forms.items()}
+    except (AttributeError, TypeError, ValueError) as error:  # of "{question.text}", "{question[text]}", "{answer:d}"
+        raise ValueError(f"Row {number} of the data does not suit --prompt and --completion: {error}.") from error
+    except (KeyError, IndexError) as error:
+        raise ValueError(
+            f"Row {number} of the data has no field {error}; it has {sorted(has)}: set --prompt and --completion."
+        ) from error

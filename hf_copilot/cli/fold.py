@@ -70,7 +70,9 @@ def fold(argv: Sequence[str]) -> None:
     rows = labelled(arguments.data, arguments, tokenizer, has_encoder)
     held_out = labelled(arguments.held_out, arguments, tokenizer, has_encoder) if arguments.held_out else []
     strength = copilot.config.strength if arguments.strength is None else arguments.strength
-    before = mean_nll(pilot, copilot, held_out, [0.0, strength])
+    before = mean_nll(pilot.to(args.device), copilot, held_out, [0.0, strength])
+    if args.resume_from_checkpoint in ("True", "true"):
+        args.resume_from_checkpoint = True
     fold_copilot(pilot, copilot, rows, args, strength, arguments.top_k)
     pilot.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

@@ -18,7 +18,7 @@ from ..generation.logits_processor import CopilotLogitsProcessor
 from ..model.modeling_copilot import CopilotModel
 from ..training.distributed import process_index, share
 from ..training.teacher_forced import score
-from .rows import generate_answers, label_row, prompt_of, text_of
+from .rows import expected_answer, generate_answers, label_row, prompt_of
 
 OF_95_PERCENT = 1.96  # standard errors
 
@@ -48,10 +48,15 @@ def compare(
     Args:
         pilot, rectified: `[n]`, a and b.
         weights: `[n]`, w.
+
+    Raises:
+        ValueError: If the weights sum to nothing.
     """
     pilot, rectified = pilot.double(), rectified.double()  # [n]
     weights = torch.ones_like(pilot) if weights is None else weights.double()  # [n]
     count, total = len(pilot), weights.sum().item()
+    if not total:
+        raise ValueError(f"There is nothing to measure {metric} on: no row has a labelled token.")
     before, after = pilot.sum().item() / total, rectified.sum().item() / total
     spread = (rectified - pilot - (after - before) * weights).square().sum().item()
     if count < 2 or not spread:  # no item differs from the others
@@ -121,7 +126,7 @@ def compare_answers(
     """Right answers, generated greedily or by beams: those whose last match of the pattern is the completion's."""
 
     def measure(own: Sequence[dict[str, Any]]) -> list[list[float]]:
-        prompts, expected = [prompt_of(tokenizer, row) for row in own], [text_of(row["completion"]) for row in own]
+        prompts, expected = ([form(tokenizer, row) for row in own] for form in (prompt_of, expected_answer))
         answer = partial(generate_answers, pilot, tokenizer, prompts, do_sample=False, **generation)
         titles = ("Pilot", "Pilot + Copilot") if process_index() == 0 else (None, None)
         alone = answer(None, titles[0])

@@ -19,7 +19,7 @@ from ..training.chats import is_chat
 from ..training.distributed import copy_from_main_process
 from ..training.report import show
 from ..training.trainer import CopilotMixin
-from .rows import generate_answers, prompt_of, text_of, to_answer
+from .rows import expected_answer, generate_answers, prompt_of, text_of, to_answer
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +49,8 @@ class RectifiedGeneration(TrainerCallback):
         max_seconds: The bound on both generations together; answers that it cuts short are named in a warning.
 
     Raises:
-        ValueError: Without rows, for rows without these texts, for a chat without an answer.
+        ValueError: Without rows, for rows without these texts, for a chat without an answer, for a trainer without a
+            `processing_class`.
         TypeError: For another trainer.
         NotImplementedError: When training starts, for a sharded Pilot (FSDP2).
     """
@@ -72,6 +73,10 @@ class RectifiedGeneration(TrainerCallback):
             raise ValueError(
                 "RectifiedGeneration needs rows, each with a text `prompt` and a text `completion`, or with messages."
             )
+        tokenizer = trainer.processing_class
+        if tokenizer is None:
+            raise ValueError("RectifiedGeneration reads texts: give the trainer its tokenizer, processing_class=...")
+        self.expected = [expected_answer(tokenizer, row) for row in self.rows]
         self.generation = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
         self.answered: int | None = None  # the step of the last answers
 
@@ -104,8 +109,8 @@ class RectifiedGeneration(TrainerCallback):
         self.trainer.log(found)
 
     def share_of_right(self, answers: Sequence[str]) -> float:
-        pairs = zip(answers, self.rows, strict=True)
-        return sum(bool(self.is_right(said, text_of(row["completion"]))) for said, row in pairs) / len(self.rows)
+        pairs = zip(answers, self.expected, strict=True)
+        return sum(bool(self.is_right(*pair)) for pair in pairs) / len(self.rows)
 
     def generate(self) -> tuple[list[str], list[str]]:
         """The answers of both."""
@@ -130,8 +135,8 @@ class RectifiedGeneration(TrainerCallback):
     def report(self, answers: tuple[list[str], list[str]], args: Any, step: int) -> None:
         """The table of all answers, everywhere that the run reports to."""
         rows = [
-            (text_of(row["prompt"]), text_of(row["completion"]), *(said.strip() for said in pair))
-            for row, pair in zip(self.rows, zip(*answers, strict=True), strict=True)
+            (text_of(row["prompt"]), expected, *(said.strip() for said in pair))
+            for row, expected, pair in zip(self.rows, self.expected, zip(*answers, strict=True), strict=True)
         ]
         if not args.disable_tqdm:
             show(self.table(rows, f"Answers at step {step}"))

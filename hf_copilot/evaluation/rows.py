@@ -31,6 +31,8 @@ def ids_with_end(
             nothing ends there.
     """
     ids, end = tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("The tokenizer has no end token, with which texts of an encoder-decoder end: set eos_token.")
     ids = ids if ids[-1:] == [end] else [*ids, end]
     longest = tokenizer.model_max_length if max_length is None else max_length
     if len(ids) <= longest:
@@ -61,6 +63,12 @@ def text_of(part: str | Sequence[Message]) -> str:
     return part if isinstance(part, str) else part[-1]["content"]
 
 
+def expected_answer(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> str:
+    """A row's completion as [`generate_answers`] would give it: without an end token, say, that its text ends with."""
+    ids = tokenizer(text_of(row["completion"]), add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def prompt_of(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> str | list[int]:
     """What a Pilot reads before it answers: a text, or token ids of messages and the beginning of its turn."""
     return chat_ids(tokenizer, row["prompt"], row, add_generation_prompt=True) if is_chat(row) else row["prompt"]
@@ -80,9 +88,14 @@ def label_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], has_en
 
 
 def as_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int], has_encoder: bool) -> list[int]:
+    """A prompt as it is read before an answer: by a decoder without an end token that the tokenizer adds."""
     if not isinstance(prompt, str):
         return prompt
-    return ids_with_end(tokenizer, prompt) if has_encoder else tokenizer(prompt)["input_ids"]
+    if has_encoder:
+        return ids_with_end(tokenizer, prompt)
+    ids, own = tokenizer(prompt)["input_ids"], tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    has_end = ids[-len(own) - 1 :] == [*own, tokenizer.eos_token_id]
+    return ids[:-1] if has_end else ids
 
 
 @torch.no_grad()
@@ -102,7 +115,7 @@ def generate_answers(
     processors = [processor] if processor is not None else []
     for start in tqdm(range(0, len(prompts), batch_size), desc=title, disable=title is None):
         ids = [as_ids(tokenizer, prompt, has_encoder) for prompt in prompts[start : start + batch_size]]
-        if not any(ids):
+        if not all(ids):
             raise ValueError("A prompt without a token can't be answered: a decoder goes on from one at least.")
         inputs = tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(pilot.device)
         out = pilot.generate(**inputs, logits_processor=processors, pad_token_id=tokenizer.pad_token_id, **generation)

@@ -26,8 +26,8 @@ def compare_on_tasks(
     accelerator: Accelerator | None = None,
     **settings: Any,
 ) -> dict[str, list[Comparison]]:
-    """The metrics of each task. With an accelerator its processes share the documents, and the main one gets all
-    metrics, the others none.
+    """The metrics of each task, and of each group of tasks that has some. With an accelerator its processes share the
+    documents, and the main one gets all metrics, the others none.
 
     Raises:
         ValueError: Without lm-eval, for a task that it does not know, or for one of fewer documents than processes.
@@ -38,20 +38,23 @@ def compare_on_tasks(
         from ..lm_eval import CopilotLM
     except ImportError as error:
         raise ValueError(NO_LM_EVAL) from error
+    tasks = [task.strip() for task in tasks]
     manager = manager_of(tasks, include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ValueError(f"lm-eval has no task {', '.join(unknown)}: --include_path names a folder with task files.")
+    tasks = list(dict.fromkeys(name for task in tasks for name in manager.match_tasks([task])))  # of patterns
     model = CopilotLM(pilot, copilot, 0.0, tokenizer=tokenizer, batch_size=batch_size)
     if accelerator is not None:
         check_shares(manager, tasks, settings.get("limit"), accelerator.num_processes)
         model.accelerator = accelerator  # as `hf` has it where it loads the Pilot itself
     found = []
     for model.strength in (0.0, strength):
-        found.append(simple_evaluate(model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, **settings))
+        found.append(simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0, **settings))
     if None in found:  # of a process that is not the main one
         return {}
-    return {task: compare_task(*found, task) for task in found[0]["samples"]}
+    compared = {name: compare_task(*found, name) for name in found[0]["results"]}
+    return {name: comparisons for name, comparisons in compared.items() if comparisons}
 
 
 def manager_of(tasks: Sequence[str], include_path: str | None) -> Any:
@@ -75,13 +78,14 @@ def check_shares(manager: Any, tasks: Sequence[str], limit: int | None, processe
 
 
 def compare_task(pilot: dict[str, Any], rectified: dict[str, Any], task: str) -> list[Comparison]:
-    """Of two results of `simple_evaluate`; without an interval where a metric is no mean over documents."""
+    """Of two results of `simple_evaluate`; without an interval where a metric is no mean over documents, or of a
+    group."""
     comparisons = []
     for name, before in pilot["results"][task].items():
         metric, _, filtered = name.partition(",")
         if not isinstance(before, float | int) or not filtered or metric.endswith("_stderr"):
             continue
-        values = [per_document(results["samples"][task], metric, filtered) for results in (pilot, rectified)]
+        values = [per_document(results["samples"].get(task, ()), metric, filtered) for results in (pilot, rectified)]
         after = rectified["results"][task][name]
         title = metric if filtered == "none" else f"{metric} ({filtered})"
         found = compare(title, *values) if None not in values else None

@@ -164,6 +164,8 @@ def card(
     last = {int(token["position"]): token for _, tokens in documents for token in tokens}
     order = {position: i for i, position in enumerate(text.labelled(row).tolist())}
     for position, token in enumerate(text.parts[row].tolist()):
+        if token < 0:  # padding of an encoder-decoder's labels
+            continue
         entry = [text_of(token)]
         if position in last:
             _, p, said = last[position].tolist()
@@ -196,8 +198,9 @@ def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
 
 def scored(run: str | os.PathLike, ledger: MistakeLedger, text: RowTokens, rows: list[int]) -> dict[int, RowScore]:
     """These rows by the trained Pilot, and by Pilot + Copilot."""
-    pilot = load_from(run, AutoModelForSeq2SeqLM if ledger.has_encoder else AutoModelForCausalLM)
-    copilot = load_from(Path(run) / WEIGHTS_FOLDER, CopilotModel)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pilot = load_from(run, AutoModelForSeq2SeqLM if ledger.has_encoder else AutoModelForCausalLM).to(device)
+    copilot = load_from(Path(run) / WEIGHTS_FOLDER, CopilotModel).to(device)
     return dict(zip(rows, score(pilot, copilot, [text.to_score(row) for row in rows]), strict=True))
 
 

@@ -183,7 +183,7 @@ def write_eval_results(
         notes = ", ".join(filter(None, [who, entry.notes]))
         data = eval_result_entries_to_yaml([replace(entry, value=value, notes=notes)])
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-        (place / f"{entry.task_id}-{name}.yaml").write_text(text, encoding="utf-8")
+        (place / f"{entry.task_id.replace('/', '-')}-{name}.yaml").write_text(text, encoding="utf-8")
 
 
 def _needs(config: CopilotConfig) -> str:

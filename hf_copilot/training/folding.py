@@ -86,8 +86,8 @@ def folding_loss(logits: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Te
     """
     teacher = log_probs.exp()  # [M, k]
     student = logits.float().log_softmax(-1).gather(-1, tokens.long())  # [M, k]
-    rest_of_teacher = _rest(teacher)  # [M]
-    of_rest = torch.special.xlogy(rest_of_teacher, rest_of_teacher / _rest(student.exp()).clamp_min(ROUNDING))
+    rest_of_teacher, rest_of_student = _rest(teacher), _rest(student.exp())  # [M] each
+    of_rest = rest_of_teacher * (_log(rest_of_teacher) - _log(rest_of_student))  # [M], with 0 log 0 = 0
     return (teacher * (log_probs - student)).sum() + of_rest.sum()
 
 
@@ -95,6 +95,11 @@ def _rest(probabilities: torch.Tensor) -> torch.Tensor:
     """What is left of 1 `[M]`; nothing where it is only rounding."""
     rest = 1 - probabilities.sum(-1)
     return rest.where(rest > ROUNDING, 0.0)
+
+
+def _log(rest: torch.Tensor) -> torch.Tensor:
+    """Finite at 0 too, and so is its gradient."""
+    return rest.clamp_min(ROUNDING).log()
 
 
 class FoldingTrainer(Trainer):
@@ -127,7 +132,8 @@ class FoldingTrainer(Trainer):
         if not is_encoder_decoder:
             labels = inputs.pop("labels")[:, 1:]  # [B, T - 1]
         outputs = model(**inputs)
-        logits = outputs.logits if is_encoder_decoder else outputs.logits[:, :-1]  # [B, T - 1, V]
+        virtual = outputs.logits.shape[1] - labels.shape[1] - 1  # of prompt tuning, before the row's own
+        logits = outputs.logits if is_encoder_decoder else outputs.logits[:, virtual:-1]  # [B, T - 1, V]
         loss = folding_loss(logits[labels != IGNORE], tokens, log_probs)
         loss = loss / (len(tokens) if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -169,7 +175,8 @@ def fold_copilot(
         pilot: A causal LM or an encoder-decoder, trained in place: its adapter, or all of it.
         rows: `input_ids` and `labels` (−100 where nothing is taught) of each, as [`score`] takes them. Prompts and
             generated texts may be labelled too.
-        args: Of the training; rows are drawn, accumulated and scheduled as in [`transformers.Trainer`].
+        args: Of the training; rows are drawn, accumulated and scheduled as in [`transformers.Trainer`], and
+            `resume_from_checkpoint` goes on with a run of the same Pilot, Copilot and rows.
         strength: λ of the teacher; by default the Copilot's own.
         top_k: Tokens that are kept of each distribution, 8 bytes each.
 
@@ -183,7 +190,8 @@ def fold_copilot(
     """
     if (copilot.config.strength if strength is None else strength) == 0:
         raise ValueError("λ is 0: Pilot + Copilot is the Pilot, and there is nothing to fold. Pass strength=...")
-    return FoldingTrainer(pilot, args, copilot, rows, strength, top_k).train()
+    trainer = FoldingTrainer(pilot, args, copilot, rows, strength, top_k)
+    return trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
 
 class FoldingMixin:
@@ -259,12 +267,13 @@ def folding_args(args: TrainingArguments, num_train_epochs: float, learning_rate
     args.num_train_epochs, args.max_steps = num_train_epochs, -1
     args.learning_rate = args.learning_rate if learning_rate is None else learning_rate
     args.eval_strategy = args.save_strategy = "no"
+    args.resume_from_checkpoint = None
     args.load_best_model_at_end = args.push_to_hub = args.do_eval = args.eval_on_start = False
     return args
 
 
 def labelled_rows(trainer: Trainer, dataset) -> list[dict[str, torch.Tensor]]:
-    """The rows of a prepared data set, labelled by the trainer's collator, without padding.
+    """The rows of a prepared data set as the trainer's evaluation reads them, without padding.
 
     Raises:
         NotImplementedError: For a stream, or for rows that hold several documents.
@@ -282,10 +291,15 @@ def labelled_rows(trainer: Trainer, dataset) -> list[dict[str, torch.Tensor]]:
             "Rows with several documents can't be folded on: load Pilot and Copilot, and call hf_copilot.fold_copilot "
             "with one document in each row."
         )
-    return [_row(trainer.data_collator([row])) for row in dataset]
+    has_encoder = trainer.model.config.is_encoder_decoder
+    return [row for batch in trainer.get_eval_dataloader(dataset) for row in unpadded(batch, has_encoder)]
 
 
-def _row(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    is_real = batch["attention_mask"][0].bool() if "attention_mask" in batch else slice(None)
-    ids, labels = batch["input_ids"][0], batch["labels"][0]
-    return {"input_ids": ids[is_real], "labels": labels[is_real] if len(labels) == len(ids) else labels}
+def unpadded(batch: Mapping[str, torch.Tensor], has_encoder: bool) -> list[dict[str, torch.Tensor]]:
+    """The rows of a batch, on the CPU. Labels stand at a decoder's ids; beside an encoder they are a text of their
+    own."""
+    ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()  # [B, T], [B, T or of their own]
+    masks = batch["attention_mask"].cpu().bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
+    labels = labels if has_encoder else [row[mask] for row, mask in zip(labels, masks, strict=True)]
+    pairs = zip(ids, labels, masks, strict=True)
+    return [{"input_ids": row[mask], "labels": of_row} for row, of_row, mask in pairs]
