@@ -116,6 +116,7 @@ CONFIGS = {
     "states_pattern2_lag0": CopilotConfig(**STATES, pattern=2, num_hidden_layers=1, hidden_state_lag=0),
     "token_max_half": CopilotConfig(**STATES, copilot_input="token", pooling="max", pooled_layers="second_half"),
     "pilot_vocabulary": CopilotConfig(vocab_projection="pilot"),
+    "fed_tokens": CopilotConfig(copilot_input="token"),
     "pattern2": CopilotConfig(pattern=2, num_hidden_layers=1),
     "tokens_unplaced": CopilotConfig(position_embedding="none"),
     "tokens_paper": CopilotConfig.paper(memory="tokens", num_hidden_layers=2, error_feedback="realized"),

@@ -293,7 +293,8 @@ def test_a_non_finite_document_is_not_logged(pilot):
 
 
 def test_a_non_finite_step_is_left_out(pilot):
-    learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=2, steps_per_round=1)
+    copilot = copilot_for(pilot, CopilotConfig(copilot_input="both"))
+    learner = CopilotLearner(copilot, pilot, num_training_steps=2, steps_per_round=1)
     records = observe(learner, pilot, padded_batch())
     records[0].values[:] = torch.inf
     before = [p.clone() for p in learner.copilot.parameters()]

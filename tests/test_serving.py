@@ -203,7 +203,7 @@ def test_keys_and_values_go_with_their_request(module, tmp_path, pilot, kind, fe
 
 
 def test_discrepancies_that_are_gone_are_missed(module, tmp_path, pilot):
-    runner = make(module, saved(tmp_path, trained_like(pilot)), "first", pilot)
+    runner = make(module, saved(tmp_path, trained_like(pilot, DISCREPANCIES)), "first", pilot)
     runner.processor.slots.kept = 0
     with pytest.raises(RuntimeError, match="discrepancies of its tokens"):
         runner.serve(jobs())
@@ -241,7 +241,7 @@ def test_pages_are_rows_of_a_cache_and_what_is_not_finite_stays_where_it_is():
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
-STATES, DISCREPANCIES = CopilotConfig(memory="pilot"), CopilotConfig()
+STATES, DISCREPANCIES = CopilotConfig(memory="pilot"), CopilotConfig(copilot_input="both")
 PREDICTED = CopilotConfig(objective="rmse", fusion="probability", error_feedback="predicted")
 
 
@@ -269,11 +269,11 @@ def test_what_can_not_be_served_is_refused_at_load(module, tmp_path, pilot, conf
 
 def test_the_second_runner_serves_copilots_that_read_tokens_alone(module, tmp_path, pilot):
     with pytest.raises(NotImplementedError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-        make(module, saved(tmp_path, trained_like(pilot)), "second", pilot)
+        make(module, saved(tmp_path, trained_like(pilot, DISCREPANCIES)), "second", pilot)
 
 
 def test_what_hangs_on_tokens_alone_is_served_with_any_schedule(module, tmp_path, pilot):
-    folder = saved(tmp_path, trained_like(pilot, CopilotConfig(copilot_input="token")))
+    folder = saved(tmp_path, trained_like(pilot))
     make(module, folder, "first", pilot, scheduler_config__policy="priority", lora_config=object())
 
 
