@@ -20,7 +20,7 @@ from tiny import addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_lik
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import logging
 
-from hf_copilot import CopilotModel
+from hf_copilot import CopilotModel, CopilotTrainer
 from hf_copilot.cli.__main__ import COMMANDS, main, usage
 from hf_copilot.cli.card import choose_figure
 from hf_copilot.cli.data import load_rows, read_answers, read_file, to_rows
@@ -103,12 +103,15 @@ def test_a_page_of_mistakes_finds_its_rows_by_itself(tmp_path, rows, capsys, com
     assert "holds other tokens" in capsys.readouterr().err
 
 
-def test_adapters_of_a_run_are_found(tmp_path, out, rows):
-    """The Pilot's folder holds an adapter alone."""
+def test_adapters_of_a_run_are_found(tmp_path, out, rows, monkeypatch):
+    """The Pilot's folder holds an adapter alone; the Copilot's is merged."""
+    trainers, train = [], CopilotTrainer.train
+    monkeypatch.setattr(CopilotTrainer, "train", lambda self, **given: trainers.append(self) or train(self, **given))
     settings = {"--model_name_or_path": out, "--dataset_name": rows, "--output_dir": tmp_path / "lora"}
     given = [part for pair in settings.items() for part in pair]
     short = [part for name, value in SHORT.items() for part in (f"--{name}", str(value).lower())]
-    assert run("sft", *given, *short, "--use_peft", "--generate_rows", 0, *FORM) == 0
+    assert run("sft", *given, *short, "--use_peft", "--copilot_lora_r", 2, "--generate_rows", 0, *FORM) == 0
+    assert trainers[0].learner.peft_model.peft_config["default"].r == 2
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
     assert run("eval", tmp_path / "lora", "--data", rows, "--generate_rows", 0, *FORM) == 0
     assert run("check", tmp_path / "lora") == 0

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
 
@@ -81,6 +82,9 @@ class RecipeArguments(AnswerArguments):
     copilot_config: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "What differs from the preset, fields of CopilotConfig: {memory: pilot}."}
     )
+    copilot_lora_r: int | None = field(
+        default=None, metadata={"help": "Train the Copilot's layers by LoRA of this rank; by default all of it."}
+    )
     validation_rows: int | None = field(
         default=None, metadata={"help": "Rows of the training split for evaluation; by default a tenth, at most 200."}
     )
@@ -91,7 +95,7 @@ class RecipeArguments(AnswerArguments):
     def __post_init__(self):
         """On the command line the dictionaries are JSON."""
         super().__post_init__()
-        check_least(self, tokenizer_size=1, watch_rows=0)
+        check_least(self, tokenizer_size=1, watch_rows=0, copilot_lora_r=1)
         for name in ("from_config", "copilot_config"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, json.loads(getattr(self, name)))
@@ -104,6 +108,11 @@ class RecipeArguments(AnswerArguments):
     def copilot(self) -> CopilotConfig:
         make_config = CopilotConfig.paper if self.copilot_preset == "paper" else CopilotConfig
         return make_config(**(self.copilot_config or {}))
+
+    def copilot_adapter(self) -> LoraConfig | None:
+        return (
+            None if self.copilot_lora_r is None else LoraConfig(r=self.copilot_lora_r, lora_alpha=self.copilot_lora_r)
+        )
 
 
 class TaskRows(NamedTuple):

@@ -139,6 +139,7 @@ def sft(argv: Sequence[str]) -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         copilot=task.recipe.copilot(),
+        copilot_peft_config=task.recipe.copilot_adapter(),
     )
     train_and_compare(trainer, task)
     if args.push_to_hub:
@@ -169,6 +170,7 @@ def seq2seq(argv: Sequence[str]) -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
         processing_class=tokenizer,
         copilot=task.recipe.copilot(),
+        copilot_peft_config=task.recipe.copilot_adapter(),
     )
     train_and_compare(trainer, task)
     if task.args.push_to_hub:
