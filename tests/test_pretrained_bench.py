@@ -237,7 +237,7 @@ def test_the_plan_goes_on_from_what_is_known():
 
 def test_arms_beside_one_pilot_are_handed_out_together(tmp_path):
     """Those that come soon, as long as there is time; one that has failed is tried by itself."""
-    options = {"work": tmp_path, "steps": None}
+    options = {"work": tmp_path, "rows": None, "steps": None}
     searching = search.Search(options, ["mawps"], time.monotonic() + 1000)
     first = searching.next_arms()
     assert [arm.name for arm in first][0] == next(plan([], ["mawps"])).name
@@ -256,13 +256,15 @@ def test_a_search_goes_on_from_a_stored_one(tmp_path):
     """What it has is not run again, and its best rates count; `only` picks arms by a regular expression."""
     done = report.Results.read(RESULTS / "pretrained" / "search_h200.json").arms
     known = {result["name"] for result in done}
-    options, only = {"work": tmp_path, "steps": None}, r"lora-0\.002-x1\.5 token-0\.0005-s4 seed"
+    options, only = {"work": tmp_path, "rows": None, "steps": None}, r"lora-0\.002-x1\.5 token-0\.0005-s4 seed"
     searching = search.Search(options, ["mawps"], time.monotonic() + 1000, only, done)
     names = [arm.name for arm in searching.open_arms(set())]
     assert names == [f"mawps lora-0.002-x1.5 token-0.0005-s4 seed{seed}" for seed in arms.SEEDS]
     assert names[0].replace("seed1", "seed0") in known and not known & {*names}
     alone = search.Search(options, ["mawps"], time.monotonic() + 1000, only)
     assert not list(alone.open_arms(set()))  # which rate is the best is not known yet
+    with pytest.raises(ValueError, match="holds arms of"):  # a trial's would count as done
+        search.Search(options | {"steps": 5}, ["mawps"], time.monotonic() + 1000)
 
 
 def test_a_mixture_of_sets_in_equal_parts(tmp_path):

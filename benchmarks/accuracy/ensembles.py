@@ -22,7 +22,7 @@ from benchmarks.accuracy.run import metrics_of, run_seeds, variant_settings
 from benchmarks.accuracy.scoring import Figures
 from benchmarks.accuracy.training import Setting, Variant
 from benchmarks.common import table
-from benchmarks.pretrained.measuring import ALONE, Model
+from benchmarks.pretrained.measuring import ALONE, ENSEMBLE_GRID, Model
 from benchmarks.pretrained.tasks import Example
 from benchmarks.pretrained.variants import Learner
 from hf_copilot.training.records import IGNORE
@@ -40,7 +40,7 @@ VARIANTS = {
     "copilot": Variant(learner=Learner),
     "language model": Variant({"copilot_input": "token"}, learner=LanguageModel),
 }
-DEPENDS_ON = {"variants": variant_settings(VARIANTS)}
+DEPENDS_ON = {"variants": variant_settings(VARIANTS), "grid": ENSEMBLE_GRID}
 TITLES = {
     "pilot": "Pilot",
     "copilot": "+ token Copilot",

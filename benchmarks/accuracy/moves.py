@@ -212,4 +212,5 @@ def report(setting: Setting, runs: list[dict[str, Any]], settings: dict[str, Any
 
 
 if __name__ == "__main__":
-    run_seeds(__doc__, "moves", {"variants": variant_settings(VARIANTS), "dpo": DPO}, run_seed, report)
+    depends_on = {"variants": variant_settings(VARIANTS), "dpo": DPO, "chosen_on": CHOSEN_ON, "halves": "in turn"}
+    run_seeds(__doc__, "moves", depends_on, run_seed, report)

@@ -95,13 +95,11 @@ class Results:
         return sorted((r for r in self.arms if r["arm"]["task"] == task), key=nll_of)
 
     def reference(self, result: Result) -> Result | None:
-        """The best Pilot alone of the same seed (or else of the first) in the time of this arm."""
+        """The best Pilot alone of the same seed in the time of this arm, if there is one."""
         time, arm = self.seconds(result), result["arm"]
         alone = [r for r in self.of(arm["task"]) if r["arm"]["copilot"] is None and not r["arm"]["second"]]
-        in_time = [r for r in alone if self.seconds(r) <= TOLERANCE * time]
-        same_seed = [r for r in in_time if r["arm"]["seed"] == arm["seed"]]
-        found = same_seed or in_time
-        return found[0] if found else None
+        same_seed = (r for r in alone if r["arm"]["seed"] == arm["seed"])
+        return next((r for r in same_seed if self.seconds(r) <= TOLERANCE * time), None)
 
 
 def seconds_among_others(result: Result) -> float:

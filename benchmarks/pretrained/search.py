@@ -55,6 +55,15 @@ def result_file(work: Path, name: str) -> Path:
     return work / "arms" / (re.sub(r"[^\w.-]+", "_", name) + ".json")
 
 
+def check_limits(file: Path, limits: dict[str, Any]) -> None:
+    """Arms are known by their names: raise a `ValueError` where a trial's are kept, of fewer rows or steps."""
+    if file.is_file() and json.loads(file.read_text()) != limits:
+        raise ValueError(
+            f"{file.parent} holds arms of {file.read_text()}, not of {limits}: --work names another folder."
+        )
+    write(file, limits)
+
+
 def write(file: Path, content: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
@@ -114,6 +123,7 @@ class Search:
 
     def __post_init__(self):
         self.work = Path(self.options["work"])
+        check_limits(self.work / "limits.json", {name: self.options[name] for name in ("rows", "steps")})
         for file in sorted((self.work / "arms").glob("*.json")):
             self.results.append(json.loads(file.read_text()))
         self.started |= {result["name"] for result in self.results}

@@ -22,7 +22,7 @@ ARMS = {
     "copilot, λ by accuracy": "+ token Copilot, λ with the most right tokens",
     "states": "+ state Copilot, λ = 1",
     "paper": "+ the paper's preset, λ = 1",
-    "joint": "larger Pilot of the same total size",
+    "joint": "deeper Pilot of the same total size",
     "longer": "Pilot, 2.5 times the steps",
 }
 COPILOTS = {"tokens": "token Copilot", "pilot": "state Copilot"}

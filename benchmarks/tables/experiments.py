@@ -101,7 +101,7 @@ def fed_tokens() -> str:
         row += ["" if name == "Pilot" else mawps.change(name, "chosen"), mawps.right(name)]
         rows.append(row)
     head = ("`copilot_input`", "`arithmetic`, answers right", "NLL", "`text`, NLL", "`mawps`, NLL at its chosen λ")
-    return table((*head, "answers right"), rows)
+    return table((*head, "answers right, λ = 1"), rows)
 
 
 def defaults() -> str:

@@ -19,7 +19,7 @@ def helps() -> str:
         clear = is_clear(arms["copilot"][metric])
         cells["copilot"] = f"**{cells['copilot']}**" if clear else f"{cells['copilot']} (not clear of zero)"
         rows.append([title, *cells.values(), f"{times['training']:.1f} ×"])
-    head = ("task", "Pilot", "+ Copilot", "larger Pilot, same total size", "Pilot, 2.5 × the steps")
+    head = ("task", "Pilot", "+ Copilot", "deeper Pilot, same total size", "Pilot, 2.5 × the steps")
     return table((*head, "training time with the Copilot"), rows)
 
 
