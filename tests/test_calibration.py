@@ -95,6 +95,23 @@ def test_a_gain_that_may_be_chance_is_said(nll, metric, said, caplog):
     assert bool(caplog.text) == bool(said) and said in caplog.text
 
 
+def test_a_reporter_that_has_closed_its_run_is_not_told(tmp_path):
+    class Reporter(TrainerCallback):
+        is_closed = False
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.is_closed = True
+
+        def on_log(self, args, state, control, **kwargs):
+            assert not self.is_closed
+
+    trainer = make_trainer(tmp_path, addition(8, seed=1), copilot_strength="auto")
+    trainer.add_callback(Reporter())
+    trainer.train()
+    assert trainer.copilot.config.calibration is not None
+    assert "calibration_loss" in trainer.state.log_history[-1]
+
+
 @pytest.mark.parametrize("strength, best", [(None, "nll"), ("auto", "nll"), ("auto_accuracy", "token_accuracy")])
 def test_the_argument_names_the_metric(tmp_path, strength, best):
     trainer = make_trainer(tmp_path, addition(8, seed=1), copilot_strength=strength)

@@ -246,11 +246,13 @@ def test_resuming_from_plain_sft_names_the_flag(tmp_path):
         train_dataset=addition(64),
         processing_class=tiny_tokenizer(),
     ).train()
+    trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match="copilot_start_fresh=True"):
-        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.lifecycle.checkpoint is None  # so that the next run begins anew
     fresh = make_trainer(tmp_path, copilot_start_fresh=True)
     fresh.train(resume_from_checkpoint=True)
-    assert fresh.learner.steps == 2
+    assert fresh.learner.steps == 2 and fresh.learner.optimizer.scheduler.get_last_lr()[0] == 0  # of a linear schedule
 
 
 def test_a_best_checkpoint_of_before_there_was_a_copilot(tmp_path, caplog, monkeypatch):

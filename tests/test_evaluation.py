@@ -75,7 +75,7 @@ def test_an_evaluation_past_the_copilot_says_so(tmp_path, caplog):
     logging.enable_propagation()
     metrics = trainer.evaluate()
     logging.disable_propagation()
-    assert "eval_rectified_nll" not in metrics and "A prediction_step of your own" in caplog.text
+    assert "eval_rectified_nll" not in metrics and "prediction_step of your own" in caplog.text
 
 
 # ---- comparison -----------------------------------------------------------------------------------------------------

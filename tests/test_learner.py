@@ -78,6 +78,8 @@ def test_padding_free_documents():
     assert [tuple(d) for d in find_documents(packed)] == [(0, 0, 3), (0, 3, 5), (0, 5, 8)]
     bare = {"input_ids": torch.zeros(2, 3), "labels": torch.zeros(2, 3)}
     assert [tuple(d) for d in find_documents(bare)] == [(0, 0, 3), (1, 0, 3)]
+    bare["position_ids"] = torch.tensor([[0, 1, 0]])  # of all rows
+    assert [tuple(d) for d in find_documents(bare)] == [(0, 0, 2), (0, 2, 3), (1, 0, 2), (1, 2, 3)]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,7 @@ def test_padding_free_documents():
         ({"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 1]])}, r"holes in rows \[1\]"),
         ({"position_ids": torch.tensor([[0, 1, 2], [1, 2, 3]])}, "row 1 begin at 1"),
         ({"position_ids": torch.tensor([[3, 0, 1], [0, 1, 2]])}, "row 0 begin at 3"),
+        ({"cu_seq_lens_q": torch.tensor([0, 2, 3])}, "position_ids too"),
     ],
 )
 def test_a_batch_whose_documents_are_unclear_raises(more, match):
@@ -301,6 +304,14 @@ def test_a_non_finite_step_is_left_out(pilot):
     learner.step()
     assert learner.skipped_steps == 1 and learner.pop_metrics()["copilot_skipped_steps"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, learner.copilot.parameters(), strict=True))
+
+
+def test_a_run_begins_without_the_gradients_of_an_interrupted_one(pilot):
+    learner = CopilotLearner(copilot_for(pilot), pilot, num_training_steps=2)
+    for parameter in learner.copilot.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    learner.start(2)
+    assert all(parameter.grad is None for parameter in learner.copilot.parameters())
 
 
 def test_a_norm_of_zero_does_not_clip(pilot):

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from hf_copilot import CopilotArguments, CopilotCallback, CopilotSeq2SeqConfig, CopilotSFTConfig, CopilotTrainer
+from hf_copilot.pilot.inspect import without_logits
 from hf_copilot.training.mistake_source import Holdout, split_holdout
 
 
@@ -110,6 +111,8 @@ def test_a_holdout_of_packed_rows(tmp_path, form):
     trainer = make_trainer(tmp_path, "holdout", addition(64), copilot_holdout=0.25, **form)
     trainer.train()
     assert len(trainer.learner.log.rounds) == 6
+    inputs = without_logits(trainer.model, {"input_ids": None, "labels": None})
+    assert inputs == {"input_ids": None, "logits_to_keep": 1, "use_cache": False}  # no cache tells documents apart
 
 
 def test_a_holdout_is_not_what_is_evaluated(tmp_path):

@@ -8,7 +8,7 @@ from accelerate import cpu_offload
 from tiny import VOCAB_SIZE, teacher_forced, tiny_pilot, tiny_seq2seq, trained_like
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, RobertaConfig, RobertaForCausalLM
 
-from hf_copilot import CopilotConfig, score
+from hf_copilot import CopilotConfig, copilot_for, score
 from hf_copilot.training.folding import teach
 
 ROWS = [  # a prompt and a completion; two completions; no prompt; nothing labelled
@@ -97,6 +97,19 @@ def test_a_quantised_pilot_is_scored_without_its_dropout(pilot, tmp_path):
     copilot = trained_like(pilot)
     first, second = (score(quantised, copilot, ROWS[:1])[0].log_likelihoods for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantised_head(tmp_path, bits):
+    """As a user's own `llm_int8_skip_modules` leaves it: its size is the vocabulary's, not that of packed numbers."""
+    pilot = tiny_pilot(hidden_size=64, intermediate_size=64)
+    pilot.save_pretrained(tmp_path)
+    own = BitsAndBytesConfig(**{bits: True}, llm_int8_skip_modules=["q_proj"])
+    quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=own, device_map="cpu")
+    assert not quantised.lm_head.weight.is_floating_point()
+    copilot = copilot_for(quantised, CopilotConfig(init="random", hidden_size=32, num_attention_heads=2))
+    assert copilot.config.vocab_size == pilot.config.vocab_size
+    assert score(quantised, copilot, ROWS[:1])[0].log_likelihoods.isfinite().all()
 
 
 def test_what_can_not_be_scored_raises(pilot, copilot):

@@ -184,6 +184,29 @@ def test_a_head_without_a_weight_is_named(pilot):
         PilotHead(pilot)
 
 
+def test_a_weight_that_is_made_at_each_look_is_not_looked_at(pilot):
+    class Head(nn.Module):
+        looks = 0
+
+        def __init__(self, linear):
+            super().__init__()
+            self.linear, self.out_features = linear, linear.out_features
+
+        @property
+        def weight(self):
+            type(self).looks += 1
+            return self.linear.weight
+
+        def forward(self, hidden):
+            return self.linear(hidden)
+
+    pilot.lm_head = Head(pilot.lm_head)
+    head = PilotHead(pilot)
+    before = Head.looks
+    head.check()
+    assert (head.device.type, head.vocab_size) == ("cpu", pilot.config.vocab_size) and Head.looks == before
+
+
 SCALED = {
     "llama": {},
     "gemma2": {"final_logit_softcapping": 2.0},

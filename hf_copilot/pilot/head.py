@@ -71,19 +71,21 @@ class PilotHead:
 
     @property
     def device(self) -> torch.device:
-        return self.pilot.get_output_embeddings().weight.device
+        return stored_weight(self.pilot.get_output_embeddings()).device
 
     @property
     def vocab_size(self) -> int:
-        return self.pilot.get_output_embeddings().weight.shape[0]
+        head = self.pilot.get_output_embeddings()
+        return getattr(head, "out_features", None) or head.weight.shape[0]  # a weight of 4 bits is packed
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., d_P]` -> z `[..., V]` float32, without gradient."""
         head, device = self.pilot.get_output_embeddings(), hidden.device
-        weight = self.gathered_parameters.get("weight", head.weight)  # [V, d_P]
+        stored = stored_weight(head)
         with torch.no_grad():
-            hidden = hidden.to(weight.device, weight.dtype)
+            hidden = hidden.to(stored.device, stored.dtype if stored.is_floating_point() else None)
             if isinstance(head, FSDPModule) or self.gathered_parameters:  # a call opens its group
+                weight = self.gathered_parameters.get("weight", head.weight)  # [V, d_P]
                 logits = F.linear(hidden, weight, self.gathered_parameters.get("bias", head.bias)).float()
             else:
                 with without_dropout(head):  # of an adapter; its draws are the Pilot's training's
@@ -146,6 +148,12 @@ class PilotHead:
                 f"they differ by {error:.3g} (largest logit {largest:.3g}). It scales or caps them in a way that "
                 "hf_copilot does not know; please report the model."
             )
+
+
+def stored_weight(head: nn.Module) -> torch.Tensor:
+    """What a head's type and device are those of. A `weight` may be made anew at each look (trainable tokens)."""
+    parameter = next(head.parameters(), None)
+    return head.weight if parameter is None else parameter
 
 
 def _logit_scale(config: Any) -> float:

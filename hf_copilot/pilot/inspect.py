@@ -98,10 +98,11 @@ def is_sharded(pilot: nn.Module) -> bool:
 
 
 def without_logits(pilot: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward whose logits nobody reads: of one position where the Pilot can leave the others out,
-    as SFTTrainer's own forward makes none. An encoder-decoder makes its decoder's inputs of the labels."""
+    """The arguments of a forward whose logits nobody reads, as of SFTTrainer's own: one position of them where the
+    Pilot can leave the others out, and no cache, with which packed documents would not be told apart. An
+    encoder-decoder makes its decoder's inputs of the labels."""
     if is_encoder_decoder(pilot):
         return dict(inputs)
-    can_leave_out = "logits_to_keep" in signature(unwrap(pilot).forward).parameters
+    taken = signature(unwrap(pilot).forward).parameters
     kept = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-    return kept | ({"logits_to_keep": 1} if can_leave_out else {})
+    return kept | {name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in taken}

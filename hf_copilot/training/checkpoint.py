@@ -219,24 +219,28 @@ def check_whole(checkpoint: str | os.PathLike) -> None:
     warn_of_missing(checkpoint)
 
 
-def load_checkpoint(learner: CopilotLearner, checkpoint: str | os.PathLike, start_fresh: bool) -> None:
-    """Take the Copilot and its learner's state up from a Trainer checkpoint.
+def starts_fresh(checkpoint: str | os.PathLike, may_start_fresh: bool) -> bool:
+    """Whether a Trainer checkpoint holds no Copilot, so that a fresh one learns from the rounds that are left.
 
     Raises:
-        ValueError: If the checkpoint holds no Copilot (plain SFTTrainer wrote it) and `start_fresh` is not set.
+        ValueError: If it holds none (plain SFTTrainer wrote it), and that was not asked for.
     """
-    checkpoint = Path(checkpoint)
-    if (checkpoint / STATE_FOLDER).is_dir():
-        load_weights(learner, checkpoint)
-        load_state(learner, checkpoint / STATE_FOLDER)
-    elif start_fresh:
-        logger.warning(f"{checkpoint} holds no Copilot: starting a fresh one (copilot_start_fresh=True).")
-    else:
+    if Path(checkpoint, STATE_FOLDER).is_dir():
+        return False
+    if not may_start_fresh:
         raise ValueError(
             f"{checkpoint} holds no Copilot to resume ({STATE_FOLDER}/ is missing; a plain SFTTrainer or "
             "save_only_model=True wrote it). Set copilot_start_fresh=True in CopilotSFTConfig to resume the Pilot "
             "with a fresh Copilot."
         )
+    logger.warning(f"{checkpoint} holds no Copilot: starting a fresh one (copilot_start_fresh=True).")
+    return True
+
+
+def load_checkpoint(learner: CopilotLearner, checkpoint: str | os.PathLike) -> None:
+    """Take the Copilot and its learner's state up from a Trainer checkpoint."""
+    load_weights(learner, checkpoint)
+    load_state(learner, Path(checkpoint, STATE_FOLDER))
 
 
 def resumed_strength(saved: CopilotConfig, now: CopilotConfig) -> float | None:

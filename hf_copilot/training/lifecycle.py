@@ -29,7 +29,7 @@ from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
 from ..pilot.compatibility import check_pilot, describe_pilot
 from ..pilot.copilot_for import copilot_for
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, starts_fresh
 from .learner import CopilotLearner
 from .ledger import LEDGER_FOLDER, LedgerWriter
 from .metrics import use_unchosen_strength
@@ -139,6 +139,17 @@ def no_evaluation_told(handler: CallbackHandler) -> Iterator[None]:
         del handler.on_evaluate
 
 
+@contextmanager
+def nothing_logged(handler: CallbackHandler) -> Iterator[None]:
+    """Callbacks are not told of what is logged inside: after `on_train_end` reporters have closed their run. The
+    trainer's own history has it."""
+    handler.on_log = lambda args, state, control, logs: control
+    try:
+        yield
+    finally:
+        del handler.on_log
+
+
 class CopilotLifecycle(TrainerCallback):
     """Starts a learner with the training of its Pilot, and steps it after every optimizer step, before logging,
     evaluation and saving.
@@ -165,13 +176,15 @@ class CopilotLifecycle(TrainerCallback):
         self.source = FirstVisit() if is_first_visit else TrainingErrors()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.learner.warmup_steps = args.get_warmup_steps(state.max_steps)
-        self.learner.start(state.max_steps)
+        checkpoint, self.checkpoint = self.checkpoint, None  # be it that what follows fails
+        is_fresh = checkpoint is not None and starts_fresh(checkpoint, self.copilot_args.copilot_start_fresh)
+        rounds = state.max_steps - (state.global_step if is_fresh else 0)
+        self.learner.warmup_steps = args.get_warmup_steps(rounds)
+        self.learner.start(rounds)
         if not self.can_choose and self.copilot_args.copilot_strength is None:
             self._leave_unchosen()
-        if self.checkpoint is not None:
-            load_checkpoint(self.learner, self.checkpoint, self.copilot_args.copilot_start_fresh)
-            self.checkpoint = None
+        if checkpoint is not None and not is_fresh:
+            load_checkpoint(self.learner, checkpoint)
         self.source.check(self.learner, state)
 
     def _leave_unchosen(self) -> None:

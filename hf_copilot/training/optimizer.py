@@ -59,6 +59,7 @@ class CopilotOptimizer:
         lr_scheduler_kwargs: dict[str, Any],
     ):
         self.copilot, self.max_grad_norm = copilot, max_grad_norm
+        copilot.zero_grad()  # of a step that was interrupted
         self.limit: int | None = None  # positions of one batch, where memory ran out
         self.skips = torch.zeros(2, dtype=torch.int64, device=copilot.device)  # in all, and in a row
         self.has_warned = False  # of those in a row

@@ -40,8 +40,8 @@ def find_documents(inputs: Mapping[str, Any], has_encoder: bool = False) -> list
     `position_ids` is 0; with neither, every row is one document.
 
     Raises:
-        ValueError: If the batch has no `input_ids`, a mask of another form or with holes in a row, or positions that
-            do not begin at 0.
+        ValueError: If the batch has no `input_ids`, a mask of another form or with holes in a row, positions that do
+            not begin at 0, or borders of documents in another form than these.
     """
     rows, length = inputs["labels"].shape
     if has_encoder:
@@ -53,7 +53,12 @@ def find_documents(inputs: Mapping[str, Any], has_encoder: bool = False) -> list
     if inputs.get("attention_mask") is not None:
         return _unpadded_stretches(inputs["attention_mask"])
     if inputs.get("position_ids") is not None:
-        return _position_runs(inputs["position_ids"])
+        return _position_runs(inputs["position_ids"].expand(rows, -1))  # one row of them holds for all
+    if inputs.get("cu_seq_lens_q") is not None or inputs.get("seq_idx") is not None:
+        raise ValueError(
+            "The batch says by cu_seq_lens_q or seq_idx alone where documents begin: give it position_ids too, as "
+            "DataCollatorWithFlattening(return_position_ids=True) does."
+        )
     return [Document(i, 0, length) for i in range(rows)]
 
 

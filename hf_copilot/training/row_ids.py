@@ -102,7 +102,7 @@ class RowIdsMixin:
         rows = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
         packed, places = (
             prepare(part, processing_class, args, True, None, dataset_name)
-            for part in (rows, rows.map(places_of, desc="Numbering tokens"))
+            for part in (rows, rows.map(places_of, num_proc=args.dataset_num_proc, desc="Numbering tokens"))
         )
         places = places.select_columns("input_ids").rename_column("input_ids", PLACES)
         return concatenate_datasets([packed, places], axis=1)

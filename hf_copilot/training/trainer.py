@@ -40,6 +40,7 @@ from .lifecycle import (
     make_copilot,
     make_learner,
     no_evaluation_told,
+    nothing_logged,
     optimizer_mode_kept,
 )
 from .metrics import STRENGTHS, NothingMeasured, use_unchosen_strength
@@ -128,7 +129,8 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self.is_in_train = True  # elsewhere an evaluation casts the Pilot (bf16_full_eval), and leaves it so
-            with eval_mode(self.model), optimizer_mode_kept(self.optimizer):
+            told = nothing_logged(self.callback_handler)
+            with eval_mode(self.model), optimizer_mode_kept(self.optimizer), told:
                 self._choose_strength()
         finally:
             self.is_in_train = False  # transformers leaves it set where training ended with an exception
@@ -193,8 +195,8 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
             self.learner.copilot.config.results = results
         else:
             logger.warning_once(
-                "The evaluation has no figures of the Copilot: no label came to compute_loss. A prediction_step of "
-                "your own has to call it."
+                "The evaluation has no figures of the Copilot: no label came to compute_loss. All are -100, or a "
+                "prediction_step of your own does not call it."
             )
         return output
 
