@@ -110,9 +110,8 @@ class RecipeArguments(AnswerArguments):
         return make_config(**(self.copilot_config or {}))
 
     def copilot_adapter(self) -> LoraConfig | None:
-        return (
-            None if self.copilot_lora_r is None else LoraConfig(r=self.copilot_lora_r, lora_alpha=self.copilot_lora_r)
-        )
+        rank = self.copilot_lora_r
+        return None if rank is None else LoraConfig(r=rank, lora_alpha=rank)
 
 
 class TaskRows(NamedTuple):
