@@ -273,7 +273,7 @@ def test_the_second_runner_serves_copilots_that_read_tokens_alone(module, tmp_pa
 
 
 def test_what_hangs_on_tokens_alone_is_served_with_any_schedule(module, tmp_path, pilot):
-    folder = saved(tmp_path, trained_like(pilot))
+    folder = saved(tmp_path, trained_like(pilot, CopilotConfig(copilot_input="token")))
     make(module, folder, "first", pilot, scheduler_config__policy="priority", lora_config=object())
 
 
