@@ -184,6 +184,14 @@ def test_a_head_without_a_weight_is_named(pilot):
         PilotHead(pilot)
 
 
+def test_a_head_that_is_trained_whole_beside_another_type(pilot):
+    """PEFT keeps the original, first among the parameters."""
+    model = get_peft_model(pilot.bfloat16(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.lm_head.modules_to_save.float()
+    assert {parameter.dtype for parameter in model.lm_head.parameters()} == {torch.bfloat16, torch.float32}
+    assert PilotHead(model)(torch.randn(2, 32, dtype=torch.bfloat16)).shape == (2, pilot.config.vocab_size)
+
+
 def test_a_weight_that_is_made_at_each_look_is_not_looked_at(pilot):
     class Head(nn.Module):
         looks = 0

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -151,8 +152,9 @@ class PilotHead:
 
 
 def stored_weight(head: nn.Module) -> torch.Tensor:
-    """What a head's type and device are those of. A `weight` may be made anew at each look (trainable tokens)."""
-    parameter = next(head.parameters(), None)
+    """What a head's type and device are those of: of a module that PEFT trains whole the active copy; else the first
+    parameter, since a `weight` may be made anew at each look (trainable tokens)."""
+    parameter = None if isinstance(head, ModulesToSaveWrapper) else next(head.parameters(), None)
     return head.weight if parameter is None else parameter
 
 
