@@ -124,6 +124,7 @@ def test_an_end_token_is_no_part_of_an_answer():
     assert tokenizer("1+1=")["input_ids"] == [*plain, 2]
     assert as_ids(tokenizer, "1+1=", has_encoder=False) == plain
     assert as_ids(tokenizer, "1+1=<eos>", has_encoder=False) == [*plain, 2]
+    assert as_ids(tokenizer, "", has_encoder=False) == [2]  # which may be the token that texts begin with
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end token"):
         label_row(tokenizer, row, has_encoder=True)

@@ -37,7 +37,7 @@ RATES = (1.0, 0.3)  # of the task's learning rate
 TIMED_STEPS = 200  # of training on labels, to know how many take as long as folding
 VARIANTS = {"copilot": Variant()}
 DEPENDS_ON = {"variants": variant_settings(VARIANTS), "share": SHARE, "rates": RATES, "top_k": TOP_K}
-DEPENDS_ON |= {"timed_steps": TIMED_STEPS}
+DEPENDS_ON["timed_steps"] = TIMED_STEPS
 TITLES = {
     "pilot": "Pilot",
     "copilot": "+ token Copilot, λ chosen on valid",

@@ -98,7 +98,7 @@ def without_log() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def text_of(path: Path) -> TextIO:
+def open_text(path: Path) -> TextIO:
     return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else open(path, encoding="utf-8-sig")
 
 
@@ -117,7 +117,7 @@ class Written(float):
 def written(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """The rows of a file that [`read_file`] reads, with values as they stand there. A column of a data set has one
     type: 2 beside 0.5 becomes "2.0", and a text that looks like a date a moment."""
-    with text_of(Path(path)) as file:
+    with open_text(Path(path)) as file:
         if file.read(1) == "[":  # one array, no lines
             file.seek(0)
             yield from json.load(file, parse_float=Written)
@@ -128,7 +128,7 @@ def written(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
 
 def find_fault(path: Path) -> str | None:
     """What is wrong with the first line that is no JSON object."""
-    with text_of(path) as lines:
+    with open_text(path) as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip() and not isinstance(json.loads(line), dict):

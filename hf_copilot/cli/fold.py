@@ -17,7 +17,7 @@ from ..training.report import show
 from .chats import check_template
 from .data import read_answers
 from .pair import PairArguments, has_adapter, load_copilot, load_pilot, load_tokenizer, pilot_config
-from .parser import TRAINING, Parser
+from .parser import TRAINING, Parser, resume_from
 from .recipe import RowArguments
 
 
@@ -71,8 +71,7 @@ def fold(argv: Sequence[str]) -> None:
     held_out = labelled(arguments.held_out, arguments, tokenizer, has_encoder) if arguments.held_out else []
     strength = copilot.config.strength if arguments.strength is None else arguments.strength
     before = mean_nll(pilot.to(args.device), copilot, held_out, [0.0, strength])
-    if args.resume_from_checkpoint in ("True", "true"):
-        args.resume_from_checkpoint = True
+    args.resume_from_checkpoint = resume_from(args)
     fold_copilot(pilot, copilot, rows, args, strength, arguments.top_k)
     pilot.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
+from transformers import TrainingArguments
 from trl import TrlParser
 from yaml import YAMLError
 
@@ -94,6 +95,12 @@ def check_least(arguments: Any, **least: int) -> None:
         value = getattr(arguments, name)
         if value is not None and value < lowest:
             raise ValueError(f"--{name} {value}: it is at least {lowest}.")
+
+
+def resume_from(args: TrainingArguments) -> str | bool | None:
+    """`resume_from_checkpoint`, which on a command line is a text: a folder, or whether to take the newest."""
+    asked = args.resume_from_checkpoint
+    return True if asked in ("True", "true") else asked
 
 
 def in_a_line(error: BaseException) -> str:

@@ -30,7 +30,7 @@ from ..training.trainer import CopilotMixin, CopilotSeq2SeqTrainer, CopilotTrain
 from ..training.training_args import CopilotArguments, CopilotSeq2SeqConfig, CopilotSFTConfig
 from .chats import check_template
 from .mistakes import write_reference
-from .parser import TRAINING, Parser
+from .parser import TRAINING, Parser, resume_from
 from .recipe import RecipeArguments, TaskRows, prepare_rows, tokenize
 from .scratch import build_from_scratch
 
@@ -184,8 +184,8 @@ def train_and_compare(trainer: CopilotMixin, task: Task) -> None:
     watched = task.rows.validation.take(min(recipe.watch_rows, len(task.rows.validation)))
     if len(watched) and trainer.args.eval_strategy != "no" and not trainer.is_fsdp_enabled:
         trainer.add_callback(RectifiedGeneration(trainer, watched, recipe.is_right, **recipe.generation))
-    start, resume = time.perf_counter(), trainer.args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume_from(trainer.args))
     trainer.save_model()
     is_main, pilot, found = trainer.is_world_process_zero(), trainer.accelerator.unwrap_model(trainer.model), None
     if is_main:

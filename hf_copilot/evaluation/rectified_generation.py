@@ -44,7 +44,8 @@ class RectifiedGeneration(TrainerCallback):
         trainer: A [`CopilotTrainer`] or [`CopilotSeq2SeqTrainer`].
         rows: Each with a text `prompt` and a text `completion`, or a chat in one of TRL's forms, whose last assistant
             message is what is expected.
-        is_right: Of an answer and the expected text; by default whether they are the same but for spaces around them.
+        is_right: Of an answer and the expected text, as the tokenizer gives it back; by default whether they are the
+            same but for spaces around them.
         max_new_tokens, num_beams: Of the answers.
         max_seconds: The bound on both generations together; answers that it cuts short are named in a warning.
 

@@ -93,9 +93,11 @@ def as_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int], has_enco
         return prompt
     if has_encoder:
         return ids_with_end(tokenizer, prompt)
-    ids, own = tokenizer(prompt)["input_ids"], tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    has_end = ids[-len(own) - 1 :] == [*own, tokenizer.eos_token_id]
-    return ids[:-1] if has_end else ids
+    ids, end = tokenizer(prompt)["input_ids"], tokenizer.eos_token_id
+    if not prompt or ids[-1:] != [end]:  # of nothing, one that begins a text is left, which may be the same
+        return ids
+    own = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return ids[:-1] if ids[-len(own) - 1 :] == [*own, end] else ids
 
 
 @torch.no_grad()

@@ -132,8 +132,9 @@ class FoldingTrainer(Trainer):
         if not is_encoder_decoder:
             labels = inputs.pop("labels")[:, 1:]  # [B, T - 1]
         outputs = model(**inputs)
-        virtual = outputs.logits.shape[1] - labels.shape[1] - 1  # of prompt tuning, before the row's own
-        logits = outputs.logits if is_encoder_decoder else outputs.logits[:, virtual:-1]  # [B, T - 1, V]
+        logits = outputs.logits  # [B, T, V]
+        if not is_encoder_decoder:
+            logits = logits[:, -labels.shape[1] - 1 : -1]  # [B, T - 1, V], without those of virtual tokens
         loss = folding_loss(logits[labels != IGNORE], tokens, log_probs)
         loss = loss / (len(tokens) if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
