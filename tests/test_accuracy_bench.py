@@ -168,17 +168,20 @@ def test_every_task_runs_and_is_kept(task, data, tmp_path):
     task = replace(task, **SMALL, max_new_tokens=4)
     setting = Setting(task, data, tmp_path / "work")
     runs, costs = run.run_task(setting, seeds=1)
-    assert costs["pilot"] == {"training": 1.0, "generation": 1.0} and costs["joint"]["training"] > 0
+    assert costs["pilot"] == {"training": 1.0, "generation": 1.0} and costs["wider"]["training"] > 0
     assert set(runs[0]) >= {
         "pilot",
         "paper",
         "copilot",
         "copilot, λ chosen",
         "copilot, λ by accuracy",
-        "joint",
+        "deeper",
+        "wider",
         "longer",
     }
-    assert runs[0]["joint"]["parameters"] >= runs[0]["copilot"]["parameters"] > runs[0]["pilot"]["parameters"]
+    both = runs[0]["copilot"]["parameters"]
+    assert min(runs[0][arm]["parameters"] for arm in ("deeper", "wider")) >= both > runs[0]["pilot"]["parameters"]
+    assert len(runs[0]["wider"][f"{task.metric} on valid"]) == 2
     checks = runs[0]["copilot"].get("checks", {})
     assert bool(checks) == (task.name == "recommendation") and "checks" not in runs[0]["paper"]
     assert checks.get("largest difference of a score", 0.0) < 1e-3

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from benchmarks.accuracy.report import LOWER_IS_BETTER, mean_of
 from benchmarks.accuracy.scoring import Figures, Rectified, beside, likelihood
 from benchmarks.accuracy.training import Setting, Variant
 from benchmarks.common import Row, Stopwatch
@@ -28,7 +29,8 @@ TITLES = {
     "states": "+ state Copilot, λ = 1",
     "states, λ chosen": "+ state Copilot, λ chosen on valid",
     "states, λ by accuracy": "+ state Copilot, λ chosen by token accuracy",
-    "joint": "Pilot of the joint size",
+    "deeper": "deeper Pilot of the joint size",
+    "wider": "wider Pilot of the joint size",
     "longer": f"Pilot, {LONGER:g} times the steps",
 }
 COST_STEPS, COST_REPETITIONS = 12, 3
@@ -67,18 +69,24 @@ def run_copilots(setting: Setting, seed: int, variants: dict[str, Variant]) -> d
 
 
 def run_joint(setting: Setting, seed: int, variant: Variant) -> dict[str, Arm]:
-    """A Pilot alone, with as many parameters as Pilot and Copilot together, trained as many steps; of several learning
-    rates the one that is best on the validation rows."""
-    splits, tokenizer = setting.task.splits(setting.data, seed), setting.tokenizer()
-    valid, layers = setting.encoded(tokenizer, splits.valid), setting.joint_layers(tokenizer, variant)
-    found = {}
+    """Pilots alone, deeper or wider, with as many parameters as Pilot and Copilot together, trained as many steps; of
+    several learning rates each has the one that is best on the validation rows."""
+    shapes = setting.joint_shapes(setting.tokenizer(), variant)
+    return {arm: at_best_rate(setting, seed, shape) for arm, shape in shapes.items()}
+
+
+def at_best_rate(setting: Setting, seed: int, shape: dict[str, int]) -> Arm:
+    """By what the task is judged by."""
+    splits, tokenizer, metric = setting.task.splits(setting.data, seed), setting.tokenizer(), setting.task.metric
+    found = []
     for share in JOINT_RATES:
-        rate = share * setting.task.training["learning_rate"]
-        base = setting.base(tokenizer, seed, layers)
+        rate, base = share * setting.task.training["learning_rate"], setting.base(tokenizer, seed, shape)
         model = Rectified(setting.train(base, tokenizer, splits.train, seed, learning_rate=rate).pilot, tokenizer)
-        found[float(model.log_likelihoods(valid)[:, 0].sum())] = model, rate
-    model, rate = found[max(found)]
-    return {"joint": alone(setting, model, splits.test) | {"learning_rate": rate}}
+        found.append((mean_of(measure(setting, model, splits.valid)[metric]), rate, model))
+    best = min if metric in LOWER_IS_BETTER else max
+    _, rate, model = best(found, key=lambda one: one[0])
+    chosen_from = {f"{rate:g}": value for value, rate, _ in found}
+    return alone(setting, model, splits.test) | {"learning_rate": rate, f"{metric} on valid": chosen_from}
 
 
 def run_longer(setting: Setting, seed: int) -> dict[str, Arm]:
@@ -94,15 +102,16 @@ def alone(setting: Setting, model: Rectified, test: list[Row]) -> Arm:
 
 
 def run_costs(setting: Setting, ours: dict[str, Variant]) -> dict[str, dict[str, float]]:
-    """Time of training and of generation for the Pilot with each of these Copilots and the Pilot of the joint size, as
+    """Time of training and of generation for the Pilot with each of these Copilots and Pilots of the joint size, as
     ratios to the Pilot alone: medians over repetitions that take the arms in turn, on the same rows."""
     tokenizer, watch = setting.tokenizer(), Stopwatch(setting.device)
     rows = setting.task.splits(setting.data, 0).train[: 32 * COST_STEPS]
-    arms, joint = ["pilot", *ours, "joint"], setting.joint_layers(tokenizer, ours["copilot"])
+    shapes = setting.joint_shapes(tokenizer, ours["copilot"])
+    arms = ["pilot", *ours, *shapes]
 
     def run(arm: str) -> None:
         variants = {arm: ours[arm]} if arm in ours else {}
-        base = setting.base(tokenizer, 0, joint if arm == "joint" else None)
+        base = setting.base(tokenizer, 0, shapes.get(arm))
         pilot, learners, seconds = setting.train(base, tokenizer, rows, 0, variants, max_steps=COST_STEPS)
         watch.seconds.setdefault(f"training {arm}", []).append(seconds)
         model = Rectified(pilot, tokenizer)

@@ -84,13 +84,14 @@ class Moves:
         for name, bits in BITS.items():
             yield name, Place(quantised(other.pilot, bits), other.copilot)
         yield "aligned by DPO", Place(self.aligned(other.pilot), other.copilot)
-        yield "half as deep", self.train(self.elsewhere, layers // 2)
-        yield "twice as deep", self.train(self.elsewhere, 2 * layers)
-        yield "twice as deep, not fine-tuned", Place(self.setting.base(self.tokenizer, self.seed, 2 * layers).eval())
+        half, twice = ({"num_hidden_layers": number} for number in (layers // 2, 2 * layers))
+        yield "half as deep", self.train(self.elsewhere, half)
+        yield "twice as deep", self.train(self.elsewhere, twice)
+        yield "twice as deep, not fine-tuned", Place(self.setting.base(self.tokenizer, self.seed, twice).eval())
 
-    def train(self, rows: list[Row], layers: int | None = None, setting: Setting | None = None) -> Place:
+    def train(self, rows: list[Row], shape: dict[str, int] | None = None, setting: Setting | None = None) -> Place:
         setting = setting or self.setting
-        base = setting.base(self.tokenizer, self.seed, layers)
+        base = setting.base(self.tokenizer, self.seed, shape)
         trained = setting.train(base, self.tokenizer, rows, self.seed, VARIANTS)
         copilot = trained.learners["copilot"].copilot
         pilot = trained.pilot.merge_and_unload() if setting.lora else trained.pilot

@@ -33,7 +33,8 @@ SHOWN = {
     "copilot": "tab:orange",
     "copilot, λ chosen": "tab:red",
     "states": "tab:purple",
-    "joint": "tab:gray",
+    "deeper": "tab:gray",
+    "wider": "tab:brown",
     "longer": "tab:olive",
 }
 MOVED = {  # marker and colour, which Okabe and Ito chose for all eyes

@@ -73,7 +73,7 @@ def run_task(setting: Setting, seeds: int) -> tuple[list[dict], dict]:
             partial(run_copilots, setting, seed, COPILOTS),
         )
         if setting.pilot is None:
-            rates = with_ours | {"joint_rates": JOINT_RATES}
+            rates = with_ours | {"joint_rates": JOINT_RATES, "shapes": ["deeper", "wider"]}
             run |= kept(folder / f"joint-{seed}.json", rates, partial(run_joint, setting, seed, ours))
             times = settings | {"longer": LONGER}
             run |= kept(folder / f"longer-{seed}.json", times, partial(run_longer, setting, seed))

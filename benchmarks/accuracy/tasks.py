@@ -75,14 +75,13 @@ class Task:
         return {}
 
 
+def widths(width: int) -> dict[str, int]:
+    return {"hidden_size": width, "intermediate_size": 11 * width // 4}
+
+
 def llama(layers: int, width: int) -> dict[str, int]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": 11 * width // 4,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 1024,
-    }
+    heads = {"num_hidden_layers": layers, "num_attention_heads": 4}
+    return widths(width) | heads | {"max_position_embeddings": 1024}
 
 
 class Arithmetic(Task):

@@ -1,11 +1,13 @@
-"""The arms: one Pilot with every Copilot beside it, and a Pilot of the joint size. All start from a common base."""
+"""The arms: one Pilot with every Copilot beside it, and Pilots of the joint size; their bases."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.accuracy.scoring import encode
-from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.tasks import Task, widths
 from benchmarks.common import CHECKPOINTING, Row
 from hf_copilot import (
     CopilotArguments,
@@ -96,12 +98,11 @@ class Setting:
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return tokenizer
 
-    def base(self, tokenizer, seed: int, layers: int | None = None):
-        """The Pilot that the arms of a seed start from, as deep as the task says or deeper: pre-trained once and
-        kept."""
+    def base(self, tokenizer, seed: int, changes: dict[str, int] | None = None):
+        """The Pilot that the arms of a seed start from, pre-trained once and kept; `changes` are to its shape."""
         if self.pilot is not None:
             return AutoModelForCausalLM.from_pretrained(self.pilot, dtype="auto").to(self.device)
-        shape = self.task.pilot | ({"num_hidden_layers": layers} if layers else {})
+        shape = self.task.pilot | (changes or {})
         vocabulary = sorted(tokenizer.get_vocab().items())
         depends = json.dumps([shape, self.task.training, self.task.pretraining_steps, vocabulary, seed])
         folder = self.work / "base" / f"{self.task.name}-{sha256(depends.encode()).hexdigest()[:12]}"
@@ -115,14 +116,18 @@ class Setting:
     def encoded(self, tokenizer, rows: list[Row]) -> list[dict[str, list[int]]]:
         return [encode(tokenizer, row, self.task.max_length) for row in rows]
 
-    def joint_layers(self, tokenizer, variant: Variant) -> int:
-        """Layers of the smallest Pilot that has as many parameters as Pilot and Copilot together."""
-        pilot = small_pilot(self.task.pilot, tokenizer)
+    def joint_shapes(self, tokenizer, variant: Variant) -> dict[str, dict[str, int]]:
+        """Changes to the Pilot's shape that give it as many parameters as Pilot and Copilot have together: the fewest
+        further layers, or the least width."""
+        pilot, own = small_pilot(self.task.pilot, tokenizer), self.task.pilot
         wanted = count_parameters(pilot)[0] + count_parameters(copilot_for(pilot, variant.copilot_config()))[0]
-        layers = self.task.pilot["num_hidden_layers"]
-        while count_parameters(small_pilot(self.task.pilot | {"num_hidden_layers": layers}, tokenizer))[0] < wanted:
-            layers += 1
-        return layers
+
+        def first(shapes: Iterator[dict[str, int]]) -> dict[str, int]:
+            return next(s for s in shapes if count_parameters(small_pilot(own | s, tokenizer))[0] >= wanted)
+
+        deeper = ({"num_hidden_layers": layers} for layers in count(own["num_hidden_layers"]))
+        wider = (widths(width) for width in count(own["hidden_size"], step=2 * own["num_attention_heads"]))
+        return {"deeper": first(deeper), "wider": first(wider)}
 
     def train(
         self,

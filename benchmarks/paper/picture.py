@@ -27,7 +27,7 @@ BILLIONS = {  # Table 11: the Pilot, and with the Copilot
     "llama-3.2-3b+1b": (3.2, 4.3),
     "llama-3.1-8b+1b": (8.0, 9.1),
 }
-OURS = {"pilot": False, "joint": False, "copilot": True, "states": True}  # arms, and whether a Copilot is among them
+OURS = {"pilot": False, "deeper": False, "copilot": True, "states": True}  # arms, and whether a Copilot is among them
 SMOLLM2 = 134_515_008  # parameters of SmolLM2-135M
 BEST = {"method": "lora", "rate": 2e-3, "epochs": 1.5}
 

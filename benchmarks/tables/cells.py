@@ -22,7 +22,8 @@ ARMS = {
     "copilot, λ by accuracy": "+ token Copilot, λ with the most right tokens",
     "states": "+ state Copilot, λ = 1",
     "paper": "+ the paper's preset, λ = 1",
-    "joint": "deeper Pilot of the same total size",
+    "deeper": "deeper Pilot of the same total size",
+    "wider": "wider Pilot of the same total size",
     "longer": "Pilot, 2.5 times the steps",
 }
 COPILOTS = {"tokens": "token Copilot", "pilot": "state Copilot"}

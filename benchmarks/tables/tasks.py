@@ -15,7 +15,7 @@ def helps() -> str:
     for task, (metric, title) in TASKS.items():
         found = read(f"accuracy/{task}")
         arms, times = found["arms"], found["costs"]["copilot"]
-        cells = {arm: figure(metric, arms[arm][metric]) for arm in ("pilot", "copilot", "joint", "longer")}
+        cells = {arm: figure(metric, arms[arm][metric]) for arm in ("pilot", "copilot", "deeper", "longer")}
         clear = is_clear(arms["copilot"][metric])
         cells["copilot"] = f"**{cells['copilot']}**" if clear else f"{cells['copilot']} (not clear of zero)"
         rows.append([title, *cells.values(), f"{times['training']:.1f} ×"])
@@ -26,7 +26,10 @@ def helps() -> str:
 def by_task(cell: Callable[[str, dict[str, Any]], str], arms: Iterable[str]) -> str:
     """A row for each arm, a column for each task."""
     found = {task: read(f"accuracy/{task}")["arms"] for task in TASKS}
-    rows = [[ARMS[arm], *(cell(metric, found[t][arm][metric]) for t, (metric, _) in TASKS.items())] for arm in arms]
+    rows = [
+        [ARMS[arm], *(cell(m, found[t][arm][m]) if arm in found[t] else "not run" for t, (m, _) in TASKS.items())]
+        for arm in arms
+    ]
     return table(("", *(f"`{task}`, {'NLL' if m == 'nll' else m}" for task, (m, _) in TASKS.items())), rows)
 
 
@@ -57,7 +60,7 @@ def strengths() -> str:
 def t5() -> str:
     runs, rows = read("seq2seq_mawps")["runs"], []
     arms = {"pilot": ARMS["pilot"], "copilot": "+ Copilot, λ = 1", "calibrated": "+ Copilot, λ with the least NLL"}
-    for arm, title in (arms | {"joint": ARMS["joint"]}).items():
+    for arm, title in (arms | {"joint": ARMS["wider"]}).items():
         right, nll = mean(mean(run[arm]["hits"]) for run in runs), mean(run[arm]["nll"] for run in runs)
         rows.append([title, share(right), f"{nll:.3f}"])
     return table(("T5, MAWPS", "right", "NLL"), rows)
