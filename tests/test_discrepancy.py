@@ -147,6 +147,8 @@ def test_fusion_keeps_banned_tokens_banned_and_zero_strength_is_the_identity(fus
     scores[1] = -torch.inf  # nothing is left, for a beam that constraints have ended
     fused = d.fuse(scores, correction, 1.0, fusion)
     assert (fused[1] == -torch.inf).all() and fused[[0, 2]][:, [0, 1, 3]].isfinite().all()
+    scores[1] = torch.tensor([torch.inf] + 6 * [0.0])  # a forced token
+    assert torch.equal(d.fuse(scores, correction, 1.0, fusion)[1], scores[1])
     scores[1] = 0.0
     log_probabilities = scores.log_softmax(-1)
     assert torch.allclose(d.fuse(log_probabilities, correction, 1.0, fusion).exp().sum(-1), torch.ones(3))

@@ -208,6 +208,8 @@ def test_the_shares_are_those_of_the_answers(tmp_path):
     before = len(seen)
     trainer.calibrate()
     assert len(seen) == before
+    metrics = trainer.evaluate()  # the best model, at the λ that was chosen
+    assert metrics["eval_rectified_right_answers"] == 1.0 and len(seen) == before + 2 * 3
     trainer.model.train()
     alone, both = callback.generate()
     assert trainer.model.training and len(alone) == len(both) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -89,6 +91,25 @@ def test_another_text_begins_anew(follower):
     call(follower, PROMPTS)
     step = call(follower, PROMPTS + 1)
     assert not step.continues and step.kept == 0
+
+
+def test_a_caller_may_write_to_its_tokens_afterwards(follower):
+    """A loop of one's own with one buffer: the next text does not go on from the last one."""
+    buffer = torch.full((1, 8), 5)
+    call(follower, buffer[:, :4])
+    buffer[:] = 6
+    step = call(follower, buffer[:, :5])
+    assert not step.continues and torch.equal(new_tokens(step), buffer[:, :5])
+
+
+def test_a_run_that_another_thread_breaks_into_raises(follower):
+    with ThreadPoolExecutor(1) as other:
+        call(follower, PROMPTS)
+        assert not other.submit(call, follower, PROMPTS.flip(0)).result().continues
+        with pytest.raises(ValueError, match="in each thread"):
+            call(follower, grown(PROMPTS, 11, 12), past=4)
+        assert not call(follower, PROMPTS).continues
+        assert not other.submit(call, follower, PROMPTS).result().continues  # another text, when the first is done
 
 
 def test_a_kept_cache_is_taken_up(follower):

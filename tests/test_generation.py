@@ -672,6 +672,11 @@ def test_a_decoding_loop_with_gradients_is_named(pilot):
         with torch.no_grad():
             logits = pilot(ids).logits[:, -1]
         assert processor(ids, logits.float()).shape == logits.shape
+        with torch.no_grad():
+            pilot(ids)  # nobody asks about it
+        logits = pilot(ids).logits[:, -1]
+        with pytest.raises(ValueError, match="no_grad"):
+            processor(ids, logits.float())
 
 
 @torch.no_grad()

@@ -266,6 +266,29 @@ def test_a_damaged_file_raises(pilot, tmp_path, damage):
         CopilotModel.from_pretrained(tmp_path)
 
 
+def test_weights_in_several_files_of_other_sizes_raise(pilot, tmp_path):
+    trained_like(pilot).save_pretrained(tmp_path, max_shard_size="20KB")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 24}))
+    with pytest.raises(ValueError, match=r"mismatched': \[.*layers.0.mlp"):
+        CopilotModel.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_given_need_no_file(pilot):
+    copilot = trained_like(pilot)
+    given = CopilotModel.from_pretrained(None, config=copilot.config, state_dict=copilot.state_dict())
+    assert_same(given, copilot)
+
+
+def test_what_is_not_to_be_saved_is_not(pilot, tmp_path):
+    copilot = trained_like(pilot)
+    copilot.save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.iterdir())
+    copilot.config.quantization_config = {"load_in_8bit": True}
+    with pytest.raises(ValueError, match="before it is quantised"):
+        copilot.save_pretrained(tmp_path)
+
+
 def test_push_to_hub_is_one_commit_with_the_card(pilot, monkeypatch):
     copilot, commits = trained_like(pilot), []
     copilot.config.base_model_name_or_path = "Qwen/Qwen2.5-0.5B"

@@ -17,7 +17,7 @@ from hf_copilot.pilot.compatibility import describe_pilot
 from hf_copilot.serving.batch_rectifier import BatchRectifier
 from hf_copilot.serving.paged_cache import BLOCK, PagedCache
 from hf_copilot.serving.refusals import strength_of
-from hf_copilot.serving.requests import Request, Turn
+from hf_copilot.serving.requests import Lists, Request, Slots, Turn
 
 SLOTS = 4
 RUNNERS = [(runner, fed) for runner in ("first", "async") for fed in ("both", "token", "discrepancy")]
@@ -174,6 +174,14 @@ def test_a_pilot_with_padding_rows(module, tmp_path):
     assert runner.serve(asked) == generated(pilot, copilot, asked)
 
 
+def test_a_pilot_with_fewer_padding_rows(module, tmp_path, pilot):
+    """And a Copilot whose discrepancies are whole: what is pushed out, and computed again, is as wide as the rest."""
+    larger = tiny_pilot(vocab_size=VOCAB_SIZE + 4).eval()
+    copilot = trained_like(larger, CopilotConfig(copilot_input="both", top_k=VOCAB_SIZE + 4))
+    runner, asked = make(module, saved(tmp_path, copilot, larger), "first", pilot), jobs()
+    assert runner.serve(asked) == generated(pilot, copilot, asked) and runner.preemptions > 3
+
+
 # ---- what is held --------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +215,19 @@ def test_discrepancies_that_are_gone_are_missed(module, tmp_path, pilot):
     runner.processor.slots.kept = 0
     with pytest.raises(RuntimeError, match="discrepancies of its tokens"):
         runner.serve(jobs())
+
+
+def test_a_request_has_its_own_discrepancies_again():
+    """And not those of another with the same tokens, whose bans were others."""
+    slots = Slots(lambda request: None, kept=4)
+    requests = [Request(3, 1.0, Lists([5, 6, 7], [8])) for _ in range(2)]
+    for request in requests:
+        request.mistakes, request.logits = [], torch.randn(9)
+    slots.update([], enumerate(requests))
+    slots.update([0, 1], [])
+    again = Request(3, 1.0, Lists(requests[0].source.prompt, [8]))
+    slots.update([], [(0, again)])
+    assert again.logits.equal(requests[0].logits) and [left for _, left in slots.left] == [requests[1]]
 
 
 def test_pages_are_rows_of_a_cache_and_what_is_not_finite_stays_where_it_is():

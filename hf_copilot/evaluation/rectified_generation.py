@@ -89,6 +89,9 @@ class RectifiedGeneration(TrainerCallback):
                 "`hf-copilot eval` on a checkpoint."
             )
 
+    def on_train_end(self, args, state, control, **kwargs):
+        self.answered = None  # λ is chosen, and the best model loaded, after the last step
+
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.answered == state.global_step or not any(name.startswith("eval_") for name in metrics or {}):
             return  # another evaluation set of this step, or no evaluation: a calibration

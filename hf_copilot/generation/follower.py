@@ -30,6 +30,10 @@ UNKNOWN_CALL = (
     "One processor is for one thread at a time. The cache of a state-space model must be filled while the processor "
     "is attached."
 )
+ONE_THREAD = (
+    "Another thread called this processor in the middle of this one's run, and a processor follows one run at a time. "
+    "Make a CopilotLogitsProcessor in each thread; they share Pilot and Copilot."
+)
 UNSEEN_CACHE = (
     "The Pilot's cache holds tokens whose states (or padding, behind the sliding window of a static cache) "
     "this processor has not seen: make the processor before the cache is filled, with all of its rows (not "
@@ -94,6 +98,7 @@ class Follower:
         self.cache: ref[Cache] | None = None  # the Pilot's, at the last call
         self.unsettled: torch.Tensor | None = None  # [] bool, whether the last call's tokens were what sizes said
         self.thread = get_ident()  # of the last call
+        self.runs: dict[int, torch.Tensor] = {}  # [R, n] tokens of each thread's last call
 
     def settle(self) -> None:
         """Look at what the last call of this thread left to be seen.
@@ -117,6 +122,10 @@ class Follower:
             pending[-1].next_logits = None  # nobody asked for them
         pending.append(states)
 
+    def drop(self) -> None:
+        """Forget the forwards of this thread: one came after them that can't be followed."""
+        self.of_threads.pop(get_ident(), None)
+
     @property
     def pending(self) -> list[PilotStates]:
         """Those of this thread."""
@@ -127,9 +136,13 @@ class Follower:
         device.
 
         Raises:
-            ValueError: If these are not the tokens that the Pilot has just been run on.
+            ValueError: If these are not the tokens that the Pilot has just been run on, or another thread called in
+                the middle of this one's run.
         """
         self.settle()
+        if self.thread != get_ident() and self._is_next_of_its_run(ids):
+            self.reset()
+            raise ValueError(ONE_THREAD)
         pending, self.device = self.pending, ids.device
         self.of_threads, self.thread = {}, get_ident()
         if self._goes_on(pending, ids):
@@ -142,7 +155,8 @@ class Follower:
             raise ValueError(STATE_OUTSIDE)
         before = self.visible[:, :past] if continues else self._visible_before(forwards[0])  # [R, past]
         visible = torch.cat([before, *(self._visible(s, s.past_length) for s in forwards)], dim=1)  # [R, n]
-        self.ids, self.visible, self.cache = ids, visible, forwards[-1].cache
+        self.ids, self.visible, self.cache = ids.clone(), visible, forwards[-1].cache  # a caller may write to its own
+        self.runs[self.thread] = self.ids
         encoder_visible = self._read_encoder(forwards[-1])
         if not continues:
             self.group, self.may_move = self._groups()
@@ -245,6 +259,13 @@ class Follower:
         return not self.needs_states and not states.hides_past
 
     # ---- which rows ------------------------------------------------------------------------------------------------
+
+    def _is_next_of_its_run(self, ids: torch.Tensor) -> bool:
+        """Whether the first row is one token longer than a row of this thread's last call."""
+        old = self.runs.get(get_ident())
+        if old is None or ids.shape[1] != old.shape[1] + 1:
+            return False
+        return bool((ids[:1, :-1].to(old.device) == old).all(-1).any())
 
     def _is_next(self, ids: torch.Tensor) -> bool:
         return self.ids is not None and ids.shape[1] == self.ids.shape[1] + 1

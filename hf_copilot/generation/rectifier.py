@@ -78,6 +78,8 @@ class Rectifier:
         """Asked before a forward of the Pilot, when `generate` has just waited for the last token."""
         self.follower.settle()
         self.was_with_gradient = torch.is_grad_enabled()
+        if self.was_with_gradient:
+            self.follower.drop()
         return not self.was_with_gradient
 
     @torch.inference_mode(False)  # what is kept is written to again, outside of it too

@@ -182,7 +182,7 @@ def fuse(scores: torch.Tensor, correction: torch.Tensor, strength: float, fusion
     `"logit"`: s + λf − (lse(s + λf) − lse(s)). `"probability"` (Eq. 8): p̃ = max(p̂ + λf, floor), put back on the scale
     of s. Either way the result is normalised where s was (log-probabilities stay log-probabilities), raw logits stay
     raw logits, and tokens banned with −inf stay banned, be it all of a row; in probability space so do those that a
-    large finite number bans. A row of s that holds NaN keeps it.
+    large finite number bans. A row of s that holds +inf (a forced token) or NaN stays as it is.
     """
     if strength == 0:
         return scores
@@ -196,5 +196,4 @@ def fuse(scores: torch.Tensor, correction: torch.Tensor, strength: float, fusion
         fused = torch.maximum(pilot + strength * correction, pilot.clamp_max(PROBABILITY_FLOOR))
         fused = fused.masked_fill((scores == -torch.inf) | (log_pilot < BANNED_LOG_PROBABILITY), 0.0)
         total, fused = fused.sum(-1, keepdim=True).log(), fused.log()  # [..., 1], [..., V]
-    shift = normalizer - total  # [..., 1]; a row without a token left has none
-    return fused + shift.masked_fill(normalizer == -torch.inf, 0.0)
+    return torch.where(normalizer.abs() < torch.inf, fused + (normalizer - total), scores)

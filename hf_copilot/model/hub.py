@@ -34,25 +34,31 @@ class CopilotPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
         """As `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `revision`, `subfolder`, ...), safetensors
         only, but raises a `ValueError` if a file is damaged, or a tensor missing, unexpected or of another size than
-        the config says; the last before anything is allocated."""
+        the config says; the last before anything is allocated, where all weights are in one file."""
         _check_weights(cls, pretrained_model_name_or_path, kwargs)
         asked_for_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("use_safetensors", True)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-        if missing or unexpected:
+        kwargs = {"use_safetensors": True} | kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        faults = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
+        if any(faults.values()):
             raise ValueError(
-                f"{pretrained_model_name_or_path} is not a complete Copilot: missing tensors {missing}, unexpected "
-                f"tensors {unexpected}. Download or save it again with CopilotModel.save_pretrained."
+                f"{pretrained_model_name_or_path} is not a complete Copilot (tensors that are missing, unexpected, or "
+                f"of other sizes than the config says): {faults}. Download or save it again with "
+                "CopilotModel.save_pretrained."
             )
         return (model, info) if asked_for_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """As `PreTrainedModel.save_pretrained`: `config.json`, `model.safetensors` and a card (`README.md`)."""
         if kwargs.pop("push_to_hub", False):
             raise ValueError("Call copilot.push_to_hub(repo_id): it uploads weights and card in one commit.")
-        super().save_pretrained(save_directory, *args, **kwargs)
-        write_card(save_directory, self.config)
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise ValueError("Save a Copilot before it is quantised: from_pretrained quantises it as it is loaded.")
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_card(save_directory, self.config)
 
     def push_to_hub(
         self,
@@ -89,7 +95,9 @@ class CopilotPreTrainedModel(PreTrainedModel):
 
 def _check_weights(model_class: type, name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> None:
     """Compare what the weights' header lists with what the config asks for. Weights in several files are compared
-    when they are loaded."""
+    when they are loaded, and those that are given (`state_dict`) likewise."""
+    if name_or_path is None:
+        return
     place, config = {name: kwargs[name] for name in PLACE if name in kwargs}, kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
         config = CopilotConfig.from_pretrained(config or name_or_path, **place)

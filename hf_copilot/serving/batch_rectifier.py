@@ -41,6 +41,7 @@ class BatchRectifier:
         self.copilot, self.config, self.read = copilot.eval(), copilot.config, read
         self.memory = memory_of(copilot.config)
         self.caches = Caches(PagedCache(requests, length), PagedCache(requests, length))
+        self.rows = copilot.config.vocab_size  # of the vocabulary, that Pilot and Copilot both have
 
     @torch.inference_mode()
     def free(self, request: Request) -> None:
@@ -58,6 +59,7 @@ class BatchRectifier:
         Raises:
             RuntimeError: If a request came back whose discrepancies are needed, and gone.
         """
+        self.rows = min(self.config.vocab_size, logits.shape[-1])
         for turns_alike in _alike(turns):
             rows = [turn.row for turn in turns_alike]
             scores = logits[rows]  # [R, V] a copy
@@ -132,7 +134,7 @@ class BatchRectifier:
     def _mistakes(self, turn: Turn, queries: int) -> Mistake:
         """ℓ before each of the last queries: indices and values, `[m, k + 1]`; zeros before the first, which reads
         none."""
-        size, device = min(self.config.top_k, self.config.vocab_size) + 1, self.copilot.device
+        size, device = min(self.config.top_k, self.rows) + 1, self.copilot.device
         nothing = torch.zeros(size, dtype=torch.int64, device=device), torch.zeros(size, device=device)
         fed = turn.request.mistakes[-queries:]
         if len(fed) < queries:

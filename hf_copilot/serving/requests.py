@@ -51,6 +51,10 @@ class Lists(NamedTuple):
         border = len(self.prompt)
         return self.prompt[start:stop] + self.output[max(start - border, 0) : max(stop - border, 0)]
 
+    def is_of(self, other: Lists) -> bool:
+        """Whether both are of one request: the runner keeps a request's lists while others have its slot."""
+        return self.prompt is other.prompt or self.output is other.output
+
     def __len__(self) -> int:
         return len(self.prompt) + len(self.output)
 
@@ -111,11 +115,13 @@ class Slots:
         """Give a request what is kept of it, if it was here before."""
         if not self.kept or len(request.source) == request.prompt_length:
             return
-        length = len(request.source)
-        for i, (tokens, old) in reversed(list(enumerate(self.left))):
+        length, found = len(request.source), []
+        for tokens, old in self.left:
             is_whole = len(tokens) == length or (len(tokens) == length - 1 and old.logits is not None)
             is_its_run = old.prompt_length == request.prompt_length
             if is_whole and is_its_run and tokens == request.source.read(0, len(tokens)):
-                request.mistakes, request.logits = old.mistakes, old.logits
-                del self.left[i]
-                return
+                found.append((old.source.is_of(request.source), len(found), tokens, old))
+        if found:  # the same request before another with the same tokens, then the newest
+            *_, tokens, old = max(found, key=lambda one: one[:2])
+            request.mistakes, request.logits = old.mistakes, old.logits
+            self.left.remove((tokens, old))
