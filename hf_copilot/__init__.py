@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from .training.learner import CopilotLearner
     from .training.metrics import calibrate_on_rows
     from .training.mistake_log import MistakeLog
+    from .training.seq2seq_trainer import CopilotSeq2SeqTrainer
     from .training.teacher_forced import score
-    from .training.trainer import CopilotSeq2SeqTrainer, CopilotTrainer
+    from .training.trainer import CopilotTrainer
     from .training.training_args import CopilotArguments, CopilotSeq2SeqConfig, CopilotSFTConfig
 
 AutoConfig.register(CopilotConfig.model_type, CopilotConfig)
@@ -38,7 +39,7 @@ _ON_FIRST_USE = {
     "CopilotLearner": ".training.learner",
     "CopilotSFTConfig": ".training.training_args",
     "CopilotSeq2SeqConfig": ".training.training_args",
-    "CopilotSeq2SeqTrainer": ".training.trainer",
+    "CopilotSeq2SeqTrainer": ".training.seq2seq_trainer",
     "CopilotTrainer": ".training.trainer",
     "MistakeLedger": ".ledger.mistake_ledger",
     "MistakeLog": ".training.mistake_log",

@@ -262,6 +262,32 @@ def test_callbacks_are_told_of_no_evaluation_that_nobody_asked_for(tmp_path):
     trainer.evaluate()  # told of again
 
 
+class Interrupts(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("asked", "strength"), [(None, UNCHOSEN_STRENGTH), ("config", 1.0)])
+def test_what_is_saved_after_an_interruption_has_a_careful_strength(tmp_path, caplog, asked, strength):
+    trainer = make_trainer(tmp_path, addition(8, seed=1), copilot_strength=asked)
+    trainer.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.copilot.config.strength == strength
+    assert ("ended before it was chosen" in caplog.text) == (asked is None)
+
+
+def test_workers_that_go_on_do_not_keep_the_evaluation_set(tmp_path):
+    """Trainer gives their loader out again, for any data set."""
+    expected = make_trainer(tmp_path, addition(8, seed=1)).calibrate(addition(4, seed=2))["targets"]
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = make_trainer(tmp_path, addition(8, seed=1), **workers)
+    trainer.evaluate()
+    assert trainer.calibrate(addition(4, seed=2))["targets"] == expected
+    assert trainer.args.dataloader_persistent_workers
+
+
 class FailsAtTheEnd(TrainerCallback):
     def on_prediction_step(self, args, state, control, **kwargs):
         raise KeyError("eval_loss")

@@ -142,11 +142,20 @@ def test_a_torn_checkpoint_is_named_and_passed_over(tmp_path, straight, caplog, 
 def test_what_trainer_resumes_without_is_said(tmp_path, straight, caplog):
     """A file that was removed to save disk, and one that was edited: no torn checkpoint."""
     folder = copy_of(straight, tmp_path / "run") / "checkpoint-6"
-    (folder / "optimizer.pt").unlink()
+    for name in ("optimizer.pt", "training_args.bin", "copilot_state/mistake_log-0.safetensors"):
+        (folder / name).unlink()
     config = folder / "config.json"
     config.write_text(config.read_text().replace("{", '{"note": "moved", ', 1))
     make_trainer(folder.parent).train(resume_from_checkpoint=True)
-    assert "has lost ['optimizer.pt']" in caplog.text and "_torn" not in caplog.text
+    assert "has lost ['copilot_state/mistake_log-0.safetensors', 'optimizer.pt'" in caplog.text
+    assert "Copilot without the Mistake Log" in caplog.text and "_torn" not in caplog.text
+
+
+def test_rates_that_a_resumed_run_does_not_take_are_said(tmp_path, straight, caplog):
+    folder = copy_of(straight, tmp_path / "run") / "checkpoint-6"
+    resumed = make_trainer(folder.parent, copilot_learning_rate=1e-2, copilot_weight_decay=0.1)
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert "copilot_learning_rate stays 0.0003" in caplog.text and "copilot_weight_decay" not in caplog.text
 
 
 def test_no_whole_checkpoint_raises(tmp_path, straight):

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from rich.table import Table
 from test_data import train
-from tiny import addition, assert_same
+from tiny import QUIET, addition, assert_same, tiny_pilot, tiny_tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from hf_copilot import CopilotLearner, CopilotSFTConfig, CopilotTrainer
@@ -128,6 +128,22 @@ class OwnLoss(CopilotTrainer):
 def test_a_run_in_which_nothing_is_observed_raises_at_its_first_round(tmp_path):
     with pytest.raises(ValueError, match="super\\(\\).compute_loss"):
         train(OwnLoss, CopilotSFTConfig, tmp_path, addition(32))
+
+
+class ObservesItself(OwnLoss):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        with (self.learner.observe if self.model.training else self.learner.evaluate)(inputs):  # as the error says
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_what_that_error_says_logs_no_evaluation(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "remove_unused_columns": False}
+    args = CopilotSFTConfig(output_dir=str(tmp_path), **(QUIET | {"max_steps": 4} | settings))
+    data = {"train_dataset": addition(32), "eval_dataset": addition(8, seed=1)}
+    trainer = ObservesItself(tiny_pilot(), args, processing_class=tiny_tokenizer(), **data)
+    trainer.train()
+    assert len(trainer.learner.log) == 4 * args.per_device_train_batch_size
+    assert trainer.copilot.config.calibration is not None
 
 
 class Unwritable(io.TextIOWrapper):

@@ -38,6 +38,7 @@ from hf_copilot.training.ledger import (
     read_written,
     tokens_file,
 )
+from hf_copilot.training.row_ids import without_row_ids
 
 
 def files(run) -> dict[str, bytes]:
@@ -232,6 +233,52 @@ def test_rows_that_were_prepared_are_numbered_anew(tmp_path):
     rows = concatenate_datasets([first.train_dataset, first.train_dataset])
     train_on(rows, tmp_path / "b", max_steps=12, shuffle_dataset=True)
     assert sorted(MistakeLedger.load(tmp_path / "b").rows().row) == list(range(48))
+
+
+def test_rows_that_the_user_packed(tmp_path):
+    """Two documents in each row: positions are the row's, so that a token is found again, and met once in an epoch."""
+    rows = {name: [] for name in ("input_ids", "labels", "seq_lengths")}
+    for i in range(8):
+        documents = [[5 + i, 6, 7 + i], [8 + i, 9, 10, 11 + i]]
+        for name, value in zip(rows, ([*documents[0], *documents[1]],) * 2 + ([3, 4],), strict=True):
+            rows[name].append(value)
+    rows = Dataset.from_dict(rows)
+    train_on(rows, tmp_path, max_steps=2, padding_free=True, max_length=None)
+    ledger = MistakeLedger.load(tmp_path)
+    assert ledger.rows().visits.tolist() == [1] * 8
+    RowTokens(ledger, rows, tiny_tokenizer())
+
+
+def test_other_rows_than_the_trainer_was_made_with_have_no_ledger(tmp_path, caplog):
+    arguments = CopilotSFTConfig(output_dir=str(tmp_path), **(QUIET | {"max_steps": 2}))
+    trainer = CopilotTrainer(
+        tiny_pilot(), arguments, train_dataset=different_rows(8), processing_class=tiny_tokenizer()
+    )
+    trainer.train_dataset = without_row_ids(trainer.train_dataset)
+    trainer.train()
+    assert not (tmp_path / LEDGER_FOLDER).exists() and "was replaced" in caplog.text
+
+
+class OwnStep(CopilotTrainer):
+    seen = ()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As some subclasses of Trainer have it, without super()."""
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.seen = set(inputs)
+        return loss
+
+
+def test_a_training_step_of_ones_own(tmp_path):
+    arguments = CopilotSFTConfig(output_dir=str(tmp_path), **(QUIET | {"max_steps": 2}))
+    trainer = OwnStep(tiny_pilot(), arguments, train_dataset=different_rows(8), processing_class=tiny_tokenizer())
+    trainer.train()
+    assert "row_ids" not in trainer.seen and (MistakeLedger.load(tmp_path).rows().row >= 0).all()
 
 
 def test_evaluation_and_generation_leave_no_trace(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,13 +88,16 @@ def test_what_will_not_fit_is_said(short, way_out, tmp_path, monkeypatch):
 def test_only_what_is_kept_on_disk_counts():
     args, state = CopilotSFTConfig("unused", save_steps=5, use_cpu=True, bf16=False), lifecycle.TrainerState()
     state.max_steps, state.save_steps, state.num_train_epochs = 18, 5, 3
-    kept = {}
+    kept, left = {}, {}
     for strategy in ("no", "steps", "epoch"):
         args.save_strategy = strategy
-        kept[strategy] = preflight.checkpoints_kept(args, state)
-    assert kept == {"no": 0, "steps": 4, "epoch": 3}
-    args.save_total_limit = 2
-    assert preflight.checkpoints_kept(args, state) == 2
+        kept[strategy] = preflight.checkpoints_to_come(args, state)
+        left[strategy] = preflight.checkpoints_to_come(args, replace(state, global_step=9))
+    assert kept == {"no": 0, "steps": 4, "epoch": 3} and left == {"no": 0, "steps": 2, "epoch": 2}
+    state.num_train_epochs = sys.maxsize  # of a stream
+    assert preflight.checkpoints_to_come(args, state) == 1
+    args.save_strategy, args.save_total_limit = "steps", 2
+    assert preflight.checkpoints_to_come(args, state) == 2
 
 
 def test_time_is_measured_after_a_warm_up(monkeypatch):

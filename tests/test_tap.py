@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import assert_same, tiny_pilot
+from peft import LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from tiny import SHAPE, assert_same, tiny_pilot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -178,10 +178,19 @@ def test_an_adapter_on_the_head_draws_as_without_us(dropout):
     assert_same(weights(True), weights(False))
 
 
-def test_a_head_without_a_weight_is_named(pilot):
-    pilot.lm_head = nn.Sequential(pilot.lm_head)
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
+def test_a_matrix_without_a_weight_is_named(pilot, name):
+    pilot.set_submodule(name, nn.Sequential(pilot.get_submodule(name)))
     with pytest.raises(ValueError, match="Sequential without a `weight`"):
         PilotHead(pilot)
+
+
+@pytest.mark.parametrize("drops", ["module_dropout", "rank_dropout"])
+def test_an_adapter_of_the_head_that_drops_draws_nothing(pilot, drops):
+    config = LoHaConfig(r=2, target_modules=["lm_head"], init_weights=False, **{drops: 0.5})
+    head, before = PilotHead(get_peft_model(pilot, config).train()), torch.get_rng_state()
+    first, *others = (head(torch.ones(1, SHAPE["hidden_size"])) for _ in range(6))
+    assert all(other.equal(first) for other in others) and torch.get_rng_state().equal(before)
 
 
 def test_a_head_that_is_trained_whole_beside_another_type(pilot):

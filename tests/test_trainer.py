@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny import MEMORIES, QUIET, VOCAB_SIZE, addition, assert_same, tiny_pilot, tiny_tokenizer
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.common import CHECKPOINTING
@@ -322,6 +324,18 @@ def test_push_takes_the_copilot_along(tmp_path, monkeypatch, strategy):
     assert {"copilot/config.json", "copilot/README.md", "model.safetensors"} <= pushed[-1]
 
 
+def test_what_is_being_uploaded_is_left_alone(tmp_path, monkeypatch):
+    """A push that takes longer than a save: Trainer leaves the Pilot of the first one in output_dir."""
+    job = type("Job", (Future,), {"done": lambda self: False})()
+    job.set_result(None)
+    api = {"create_repo": lambda self, name, **kwargs: SimpleNamespace(repo_id=name)}
+    monkeypatch.setattr("transformers.trainer.hf_api", type("Api", (), api | {"upload_folder": lambda *a, **k: job}))
+    hub = {"push_to_hub": True, "hub_model_id": "me/m", "hub_strategy": "every_save"}
+    train(CopilotTrainer, tmp_path, save_strategy="steps", save_steps=2, **hub)
+    first, pushed = (CopilotModel.from_pretrained(tmp_path / name) for name in ("checkpoint-2/copilot", "copilot"))
+    assert_same(pushed, first)
+
+
 def test_what_is_torn_or_half_written_is_not_pushed(tmp_path):
     """A Mistake Log holds token ids of the training data."""
     names = [f"{TORN}checkpoint-4/copilot_state/mistake_log-0.safetensors"]
@@ -345,6 +359,28 @@ def test_no_arguments_are_the_parents_defaults(tmp_path, monkeypatch):
     monkeypatch.setattr("trl.trainer.sft_trainer.SFTConfig", lambda folder: SFTConfig(**settings(tmp_path / folder)))
     trainer = CopilotTrainer(model=tiny_pilot(), train_dataset=addition(16), processing_class=tiny_tokenizer())
     assert trainer.args.output_dir.endswith("-SFT")
+
+
+@pytest.mark.parametrize("args", [CopilotArguments(), Seq2SeqTrainingArguments("unused", use_cpu=True)])
+def test_arguments_of_another_trainer_are_named(args):
+    with pytest.raises(TypeError, match="takes a CopilotSFTConfig or SFTConfig"):
+        CopilotTrainer(tiny_pilot(), args, train_dataset=addition(16), processing_class=tiny_tokenizer())
+
+
+def test_callbacks_that_are_added_later(tmp_path):
+    """The Copilot's step stays behind them: one may ask for logging. A second Copilot is none for this trainer."""
+
+    class Logs(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_log = True
+
+    args = CopilotSFTConfig(**settings(tmp_path, logging_steps=10))
+    trainer = CopilotTrainer(tiny_pilot(), args, train_dataset=addition(16), processing_class=tiny_tokenizer())
+    trainer.add_callback(Logs())
+    trainer.train()
+    assert sum("rectified_nll" in entry for entry in trainer.state.log_history) == 4
+    with pytest.raises(ValueError, match="trains a Copilot by itself"):
+        trainer.add_callback(CopilotCallback())
 
 
 def test_hooks_are_gone_after_an_exception(tmp_path):
@@ -498,6 +534,22 @@ def test_the_callback_trains_its_copilot_further(tmp_path):
     copilot, first = callback.copilot, callback.copilot.lm_head.weight.clone()
     trainer.train()
     assert callback.copilot is copilot and not torch.equal(copilot.lm_head.weight, first)
+
+
+class Looks(TrainerCallback):
+    """At the Pilot, in training mode and without gradient."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[5, 6, 7]]))
+
+
+def test_what_the_callback_leaves_alone(tmp_path):
+    args = TrainingArguments(**settings(tmp_path, save_strategy="steps", save_steps=4, save_only_model=True))
+    callbacks = [CopilotCallback(), Looks()]
+    Trainer(model=tiny_pilot(), args=args, train_dataset=plain_data(), callbacks=callbacks).train()
+    assert len(callbacks[0].learner.log) == 16
+    assert {path.name for path in (tmp_path / "checkpoint-4").iterdir() if path.is_dir()} == {"copilot"}
 
 
 def test_the_callback_without_labels_raises(tmp_path):

@@ -26,7 +26,8 @@ from ..evaluation.comparison import compare_answers, compare_likelihoods, table_
 from ..evaluation.rectified_generation import RectifiedGeneration
 from ..pilot.inspect import eval_mode, is_sharded
 from ..training.report import cost_since, show
-from ..training.trainer import CopilotMixin, CopilotSeq2SeqTrainer, CopilotTrainer
+from ..training.seq2seq_trainer import CopilotSeq2SeqTrainer
+from ..training.trainer import CopilotMixin, CopilotTrainer
 from ..training.training_args import CopilotArguments, CopilotSeq2SeqConfig, CopilotSFTConfig
 from .chats import check_template
 from .mistakes import write_reference

@@ -27,8 +27,7 @@ UNKNOWN_CALL = (
     "decoding, prompt lookup, guidance_scale and inputs_embeds call processors for other tokens and are not supported "
     "(leave assistant_model, prompt_lookup_num_tokens and guidance_scale out). If it was detached, make a new one. A "
     "Pilot in training mode with gradient checkpointing generates without its cache: call pilot.eval() first. "
-    "One processor is for one thread at a time. The cache of a state-space model must be filled while the processor "
-    "is attached."
+    "The cache of a state-space model must be filled while the processor is attached."
 )
 ONE_THREAD = (
     "Another thread called this processor in the middle of this one's run, and a processor follows one run at a time. "
@@ -136,11 +135,10 @@ class Follower:
         device.
 
         Raises:
-            ValueError: If these are not the tokens that the Pilot has just been run on, or another thread called in
-                the middle of this one's run.
+            ValueError: If the Pilot has not just been run on these tokens, or another thread broke into the run.
         """
         self.settle()
-        if self.thread != get_ident() and self._is_next_of_its_run(ids):
+        if self.thread != get_ident() and _goes_on_from(self.runs.get(get_ident()), ids):
             self.reset()
             raise ValueError(ONE_THREAD)
         pending, self.device = self.pending, ids.device
@@ -238,7 +236,7 @@ class Follower:
             raise ValueError(UNKNOWN_CALL)
         forwards, start = [], ids.shape[1]
         for states in reversed(pending):
-            if not self._ends_with(states, ids[:, :start]):
+            if not _ends_with(states, ids[:, :start]):
                 break
             forwards, start = [states, *forwards], states.past_length
             if start == 0 or self._is_enough(states):
@@ -247,25 +245,11 @@ class Follower:
             return forwards
         raise ValueError(UNSEEN_CACHE if forwards else UNKNOWN_CALL)
 
-    def _ends_with(self, states: PilotStates, ids: torch.Tensor) -> bool:
-        """Whether a forward was run on the last of these tokens `[R, n]`, at their positions."""
-        tokens, known = ids[:, states.past_length :], states.input_ids
-        if known is None or known.shape != tokens.shape:
-            return False
-        return torch.equal(known.to(tokens.device), tokens)
-
     def _is_enough(self, states: PilotStates) -> bool:
         """Whether the memory can be made of token ids and this forward's mask alone."""
         return not self.needs_states and not states.hides_past
 
     # ---- which rows ------------------------------------------------------------------------------------------------
-
-    def _is_next_of_its_run(self, ids: torch.Tensor) -> bool:
-        """Whether the first row is one token longer than a row of this thread's last call."""
-        old = self.runs.get(get_ident())
-        if old is None or ids.shape[1] != old.shape[1] + 1:
-            return False
-        return bool((ids[:1, :-1].to(old.device) == old).all(-1).any())
 
     def _is_next(self, ids: torch.Tensor) -> bool:
         return self.ids is not None and ids.shape[1] == self.ids.shape[1] + 1
@@ -337,6 +321,21 @@ class Follower:
 
     def _visible(self, states: PilotStates, start: int) -> torch.Tensor:
         return states.visible_from(start).to(self.device)
+
+
+def _ends_with(states: PilotStates, ids: torch.Tensor) -> bool:
+    """Whether a forward was run on the last of these tokens `[R, n]`, at their positions."""
+    tokens, known = ids[:, states.past_length :], states.input_ids
+    if known is None or known.shape != tokens.shape:
+        return False
+    return torch.equal(known.to(tokens.device), tokens)
+
+
+def _goes_on_from(old: torch.Tensor | None, ids: torch.Tensor) -> bool:
+    """Whether the first row of `ids` `[R, n]` has one token more than a row of the tokens of another call."""
+    if old is None or ids.shape[1] != old.shape[1] + 1:
+        return False
+    return bool((ids[:1, :-1].to(old.device) == old).all(-1).any())
 
 
 def _piece(states: PilotStates) -> Piece:

@@ -198,7 +198,8 @@ def check_rows(config: CopilotConfig, rows: int) -> None:
         raise ValueError(
             f"The Copilot has {config.vocab_size} output rows and the Pilot {rows}: to learn or be measured it needs "
             "as many. Take a Pilot that has, or build a Copilot with copilot_for(pilot); only generation, "
-            "CopilotLogitsProcessor(..., tokenizer=...), takes other padding rows of the same tokenizer."
+            "CopilotLogitsProcessor(..., tokenizer=...), takes other padding rows of the same tokenizer. In a trainer "
+            "resize the embeddings before it is made."
         )
 
 

@@ -59,12 +59,13 @@ class PilotHead:
         head = self.pilot.get_output_embeddings()
         if head is None:
             raise ValueError(f"{type(self.pilot).__name__} has no output head (`get_output_embeddings()` is None).")
-        if not isinstance(getattr(head, "weight", None), torch.Tensor):
-            raise ValueError(
-                f"The output head of {type(self.pilot).__name__} is a {type(head).__name__} without a `weight` of its "
-                "own: hf_copilot reads the vocabulary's size and device there. Wrap the head's forward, not the "
-                "module, or give the wrapper a property `weight`."
-            )
+        for name, module in (("output head", head), ("input embedding", self.pilot.get_input_embeddings())):
+            if not isinstance(getattr(module, "weight", None), torch.Tensor):
+                raise ValueError(
+                    f"The {name} of {type(self.pilot).__name__} is a {type(module).__name__} without a `weight` of "
+                    "its own: hf_copilot reads the vocabulary's size and device there. Wrap its forward, not the "
+                    "module, or give the wrapper a property `weight`."
+                )
         config = self.pilot.config.get_text_config()
         self.scale = _logit_scale(config)
         self.softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)

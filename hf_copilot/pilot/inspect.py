@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -50,8 +51,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
-    """No dropout in the module inside, which draws from the global random state; every other mode stays."""
-    active = [child for child in module.modules() if isinstance(child, nn.Dropout) and child.training]
+    """No dropout in the module inside, which draws from the global random state: of its own, and of an adapter that
+    drops ranks or all of itself. Every other mode stays."""
+    drops = nn.Dropout, BaseTunerLayer
+    active = [child for child in module.modules() if isinstance(child, drops) and child.training]
     for dropout in active:
         dropout.training = False
     try:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -98,13 +99,13 @@ class CopilotCallback(CopilotLifecycle):
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self._watch = None
-        if not model.training or self.learner is None:
+        if not model.training or self.learner is None or not torch.is_grad_enabled():
             return
         inputs = self.forward_arguments.named(args, kwargs)
         if inputs.get("labels") is None:
             raise ValueError(
-                "CopilotCallback found no `labels` in the Pilot's forward (label smoothing and compute_loss_func hold "
-                "them back): leave these off, or use CopilotTrainer."
+                "CopilotCallback found no `labels` in the Pilot's forward (label smoothing, compute_loss_func or a "
+                "compute_loss of your own hold them back): leave these off, or use CopilotTrainer."
             )
         self._watch = self.learner.observe(inputs)
         self._watch.__enter__()
@@ -123,8 +124,9 @@ class CopilotCallback(CopilotLifecycle):
     def on_save(self, args, state, control, **kwargs):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         save_weights(self.learner, checkpoint)
-        own = self.copilot_args.copilot_save_mistake_log, args.should_save
-        save_state(self.learner, checkpoint / STATE_FOLDER, *own)
+        if not args.save_only_model:
+            own = self.copilot_args.copilot_save_mistake_log, args.should_save
+            save_state(self.learner, checkpoint / STATE_FOLDER, *own)
 
     def on_train_end(self, args, state, control, **kwargs):
         save_weights(self.learner, args.output_dir)

@@ -163,8 +163,10 @@ def find_fault(checkpoint: str | os.PathLike) -> str | None:
 
 
 def is_dispensable(name: str) -> bool:
-    """Whether Trainer resumes without a file, though not bit for bit."""
-    return name.startswith(("optimizer.", "scheduler.", "rng_state"))
+    """Whether a run resumes without a file: bit for bit, but for the first ones."""
+    own = f"{STATE_FOLDER}/mistake_log-", f"{STATE_FOLDER}/generator-"
+    unread = "training_args.", "tokenizer", "chat_template", "special_tokens_map."
+    return name.startswith(("optimizer.", "scheduler.", "rng_state", *own, *unread))
 
 
 def warn_of_missing(checkpoint: str | os.PathLike) -> None:
@@ -173,7 +175,7 @@ def warn_of_missing(checkpoint: str | os.PathLike) -> None:
     names = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     missing = [name for name in names if not (Path(checkpoint) / name).is_file()]
     if missing:
-        logger.warning(f"{checkpoint} has lost {missing}: the Pilot resumes without, and not bit for bit.")
+        logger.warning(f"{checkpoint} has lost {missing}: the run resumes without, and perhaps not bit for bit.")
 
 
 def newest_whole_checkpoint(output_dir: str | os.PathLike) -> str:
@@ -312,6 +314,7 @@ def load_state(learner: CopilotLearner, directory: str | os.PathLike) -> None:
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = tensor
+    learner.optimizer.say_what_stays(scalars["param_groups"])
     learner.optimizer.adamw.load_state_dict({"state": state, "param_groups": scalars["param_groups"]})
     learner.optimizer.scheduler.load_state_dict(scalars["scheduler"])
     learner.steps, learner.optimizer.skips[0] = scalars["steps"], scalars["skipped_steps"]

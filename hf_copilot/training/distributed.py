@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,11 @@ from .records import IGNORE, find_documents
 
 def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local_processes() -> int:
+    """Of this machine, by what torchrun and accelerate say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes()))
 
 
 def process_index() -> int:

@@ -45,8 +45,9 @@ from .teacher_forced import TeacherForced
 NOTHING_OBSERVED = (
     "No forward of the Pilot was observed in this round, so its Copilot would learn nothing. In a loop of your own: "
     "put `with learner.observe(batch):` around the Pilot's forward. In a subclass of CopilotTrainer with a "
-    "compute_loss of its own: call super().compute_loss, or put `with self.learner.observe(inputs):` around the "
-    "model's forward. With CopilotCallback: the Pilot's own forward must be called, in training mode, with its labels."
+    "compute_loss of its own: call super().compute_loss, or put "
+    "`with (self.learner.observe if self.model.training else self.learner.evaluate)(inputs):` around the model's "
+    "forward. With CopilotCallback: the Pilot's own forward must be called, in training mode, with its labels."
 )
 NOT_STARTED = "The Copilot has no schedule yet: pass num_training_steps, or call start() with it first."
 

@@ -130,6 +130,8 @@ def no_evaluation_told(handler: CallbackHandler) -> Iterator[None]:
         for callback in handler.callbacks:
             if isinstance(callback, ProgressCallback):
                 callback.on_evaluate(args, state, control)
+            elif hasattr(callback, "prediction_bar"):  # of a notebook, which would draw a table of these metrics
+                callback.prediction_bar = None
         return control
 
     handler.on_evaluate = on_evaluate
@@ -137,6 +139,16 @@ def no_evaluation_told(handler: CallbackHandler) -> Iterator[None]:
         yield
     finally:
         del handler.on_evaluate
+
+
+@contextmanager
+def loaders_made_anew(args: TrainingArguments) -> Iterator[None]:
+    """Trainer keeps the loader of an evaluation whose workers go on, and gives it out again for any other data set."""
+    before, args.dataloader_persistent_workers = args.dataloader_persistent_workers, False
+    try:
+        yield
+    finally:
+        args.dataloader_persistent_workers = before
 
 
 @contextmanager
@@ -201,13 +213,14 @@ class CopilotLifecycle(TrainerCallback):
 
 def add_lifecycle(trainer: Trainer, lifecycle: CopilotLifecycle) -> None:
     """As the last callback but for the one that saves at once when a process is told to end (`enable_jit_checkpoint`):
-    the Copilot's step of a round comes before it is saved."""
-    if any(isinstance(callback, CopilotLifecycle) for callback in trainer.callback_handler.callbacks):
+    the Copilot's step of a round comes before it is saved. Called again when another callback was added."""
+    handler = trainer.callback_handler
+    others = [callback for callback in handler.callbacks if isinstance(callback, CopilotLifecycle)]
+    if any(callback is not lifecycle for callback in others):
         raise ValueError("This trainer trains a Copilot by itself: leave the CopilotCallback out.")
-    saves_at_once = trainer.pop_callback(JITCheckpointCallback)
-    trainer.add_callback(lifecycle)
-    if saves_at_once is not None:
-        trainer.add_callback(saves_at_once)
+    saves_at_once = handler.pop_callback(JITCheckpointCallback)
+    for callback in filter(None, (lifecycle, saves_at_once)):
+        handler.callbacks = [other for other in handler.callbacks if other is not callback] + [callback]
 
 
 class TrainerLifecycle(CopilotLifecycle):

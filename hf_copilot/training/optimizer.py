@@ -160,6 +160,14 @@ class CopilotOptimizer:
         sum_over_processes([loss, *(p.grad for p in parameters if p.grad is not None)])
         return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
 
+    def say_what_stays(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Where a run resumes from these groups of AdamW's parameters with other arguments: it goes on as it was, as
+        the Pilot's does."""
+        for name, argument in (("initial_lr", "copilot_learning_rate"), ("weight_decay", "copilot_weight_decay")):
+            before, now = (max(group[name] for group in both) for both in (groups, self.adamw.param_groups))
+            if before != now:
+                logger.warning(f"{argument} stays {before:g}, which the run was started with; {now:g} is not taken.")
+
     def count_skips(self) -> int:
         """Steps that were left out; warns of many in a row."""
         total, in_a_row = self.skips.tolist()

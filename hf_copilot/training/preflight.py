@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
+from .distributed import local_processes, num_processes
 from .learner import CopilotLearner
 
 WARM_UP, MEASURED = 2, 8  # rounds
@@ -58,13 +59,15 @@ def free_disk(folder: str | os.PathLike) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
-def checkpoints_kept(args: TrainingArguments, state: TrainerState) -> int:
-    """How many will be on disk at the end."""
+def checkpoints_to_come(args: TrainingArguments, state: TrainerState) -> int:
+    """How many more will be on disk at the end."""
     if args.save_strategy == "no":
         return 0
+    epochs = state.num_train_epochs if state.num_train_epochs <= state.max_steps else 1  # of a stream no one knows
+    share = 1 - state.global_step / state.max_steps
     each = {
-        "steps": math.ceil(state.max_steps / max(state.save_steps, 1)),  # one at the last step
-        "epoch": min(state.num_train_epochs, state.max_steps),
+        "steps": math.ceil((state.max_steps - state.global_step) / max(state.save_steps, 1)),  # one at the last step
+        "epoch": math.ceil(share * epochs),
     }
     saved = int(each.get(args.save_strategy, 1))
     return min(saved, args.save_total_limit or saved)
@@ -84,13 +87,13 @@ def find_shortages(learner: CopilotLearner, args: TrainingArguments, state: Trai
         ),
         (
             "The Mistake Log in CPU memory",
-            log - learner.log.nbytes if has_begun else 0,
+            local_processes() * (log - learner.log.nbytes) if has_begun else 0,
             free_memory(torch.device("cpu")),
             "lower copilot_log_max_bytes or copilot_log_rounds",
         ),
         (
             f"The Copilot's part of the checkpoints in {args.output_dir}",
-            checkpoints_kept(args, state) * (checkpoint_bytes(learner) + saved_log),
+            checkpoints_to_come(args, state) * (checkpoint_bytes(learner) + num_processes() * saved_log),
             free_disk(args.output_dir),
             "set save_total_limit, copilot_save_mistake_log=False, or a lower copilot_log_max_bytes",
         ),

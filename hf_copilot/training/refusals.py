@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import PeftConfig
 from torch import nn
-from transformers import ProcessorMixin, Trainer, TrainingArguments, __version__
+from transformers import ProcessorMixin, Seq2SeqTrainingArguments, Trainer, TrainingArguments, __version__
 from transformers.utils import logging
 
 from ..model.configuration_copilot import CopilotConfig
@@ -68,6 +68,8 @@ def check_trainer(trainer: Trainer, copilot_peft_config: PeftConfig | None) -> N
     _check_parent(trainer)
     _check_processes(trainer, type(trainer).__name__)
     _check_model(trainer, type(trainer).__name__)
+    if hasattr(trainer.train_dataset, "__len__") and len(trainer.train_dataset) == 0:
+        raise ValueError("No row of `train_dataset` has a labelled token: look at its masks and at max_length.")
     if copilot_peft_config is not None and trainer.args.save_only_model and trainer.args.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end needs the Copilot's adapter, which save_only_model leaves out of checkpoints: "
@@ -75,10 +77,16 @@ def check_trainer(trainer: Trainer, copilot_peft_config: PeftConfig | None) -> N
         )
 
 
-def check_pilot_given(model: Any) -> None:
-    """Raise a `ValueError` for a Copilot where the Pilot is to be."""
+def check_given(model: Any, args: Any, takes_encoder_decoders: bool) -> None:
+    """Raise a `ValueError` for a Copilot where the Pilot is to be, a `TypeError` for arguments of another trainer."""
     if isinstance(model, CopilotModel):
         raise ValueError("model is a Copilot: pass its Pilot as the model, and the Copilot as copilot=...")
+    is_seq2seq, wanted = isinstance(args, Seq2SeqTrainingArguments), "CopilotSFTConfig or SFTConfig"
+    if takes_encoder_decoders:
+        wanted = "CopilotSeq2SeqConfig or Seq2SeqTrainingArguments"
+    fits = isinstance(args, TrainingArguments) and is_seq2seq == takes_encoder_decoders
+    if args is not None and not fits:
+        raise TypeError(f"args is a {type(args).__name__}, and this trainer takes a {wanted}.")
 
 
 def check_arguments(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from .ledger import ROW_IDS, ROW_POSITIONS, UNKNOWN_ROW
@@ -36,16 +38,18 @@ def without_row_ids(rows: Dataset) -> Dataset:
     return rows.remove_columns([name for name in COLUMNS if name in rows.column_names])
 
 
-def with_row_ids(rows: Any) -> Any:
+def with_row_ids(rows: Any, args: TrainingArguments | None = None) -> Any:
     """The data set with a column that numbers its rows; a stream as it is, with a warning, and so one with a transform
-    (`with_transform`): a new column would be written out with all others, transformed."""
+    (`with_transform`): a new column would be written out with all others, transformed. One with indices (`shuffle`,
+    `select`) is written in its order first: by the main process, which the others wait for."""
     if not isinstance(rows, Dataset):
         logger.warning(NO_ROW_IDS, f"`train_dataset` is a {type(rows).__name__}, whose rows have no index")
         return rows
     if rows.format["type"] == "custom":
         logger.warning(NO_ROW_IDS, "`train_dataset` has a transform")
         return rows
-    return without_row_ids(rows).add_column(ROW, np.arange(len(rows)))
+    with nullcontext() if args is None else args.main_process_first(desc="numbering rows"):
+        return without_row_ids(rows).add_column(ROW, np.arange(len(rows)))
 
 
 def places_of(row: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -74,8 +78,9 @@ class RowIdsCollator:
         elif len(batch["labels"]) == len(examples):
             batch[ROW_IDS] = torch.stack(ids)  # [B]
         elif len(batch["labels"]) == 1:
-            repeated = [id.repeat(len(row["input_ids"])) for id, row in zip(ids, examples, strict=True)]
-            batch[ROW_IDS] = in_layout(repeated, batch["labels"].shape)  # [1, T]
+            lengths, shape = [len(row["input_ids"]) for row in examples], batch["labels"].shape
+            batch[ROW_IDS] = in_layout([id.repeat(n) for id, n in zip(ids, lengths, strict=True)], shape)  # [1, T]
+            batch[ROW_POSITIONS] = in_layout([torch.arange(n) for n in lengths], shape)  # [1, T]
         return batch
 
 
@@ -119,6 +124,11 @@ class RowIdsMixin:
         finally:
             self.data_collator, self._signature_columns = before
 
+    def take_row_ids(self, inputs: dict[str, Any]) -> None:
+        """Out of a batch, for the learner."""
+        self.learner.row_ids |= {name: inputs.pop(name) for name in (ROW_IDS, ROW_POSITIONS) if name in inputs}
+
     def training_step(self, model, inputs, *args, **kwargs):
-        self.learner.row_ids = {name: inputs.pop(name) for name in (ROW_IDS, ROW_POSITIONS) if name in inputs}
+        self.learner.row_ids = {}
+        self.take_row_ids(inputs)
         return super().training_step(model, inputs, *args, **kwargs)

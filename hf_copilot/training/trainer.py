@@ -9,14 +9,11 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 from peft import PeftConfig
-from transformers import LogitsProcessorList, Seq2SeqTrainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from ..generation.logits_processor import CopilotLogitsProcessor
 from ..model.configuration_copilot import CopilotConfig
 from ..model.modeling_copilot import CopilotModel
 from ..pilot.inspect import eval_mode
@@ -37,6 +34,7 @@ from .learner import CopilotLearner
 from .lifecycle import (
     TrainerLifecycle,
     add_lifecycle,
+    loaders_made_anew,
     make_copilot,
     make_learner,
     no_evaluation_told,
@@ -45,9 +43,9 @@ from .lifecycle import (
 )
 from .metrics import STRENGTHS, NothingMeasured, use_unchosen_strength
 from .mistake_source import hold_out
-from .refusals import check_arguments, check_data, check_pilot_given, check_trainer
+from .refusals import check_arguments, check_data, check_given, check_trainer
 from .report import show, table_of_training
-from .row_ids import RowIdsMixin, has_row_ids, with_row_ids
+from .row_ids import NO_ROW_IDS, RowIdsMixin, has_row_ids, with_row_ids
 from .training_args import AUTO_STRENGTHS, CopilotArguments
 
 logger = logging.get_logger(__name__)
@@ -80,20 +78,18 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
         copilot_peft_config: PeftConfig | None = None,
         **kwargs,
     ):
-        check_pilot_given(model)
+        check_given(model, args, self.takes_encoder_decoders)
         copilot_peft_config = copy.deepcopy(copilot_peft_config)  # PEFT writes into the Pilot's, perhaps the same
         bound = inspect.signature(super().__init__).bind_partial(model, args, *more, **kwargs)
         for argument in ("train_dataset", "eval_dataset"):
             check_data(argument, bound.arguments.get(argument))
         writes_ledger = getattr(args, "copilot_mistake_ledger", True)
         if writes_ledger and bound.arguments.get("train_dataset") is not None:
-            bound.arguments["train_dataset"] = with_row_ids(bound.arguments["train_dataset"])
+            bound.arguments["train_dataset"] = with_row_ids(bound.arguments["train_dataset"], args)
         try:
             super().__init__(*bound.args, **bound.kwargs)
         except StopIteration as error:
             raise ValueError("A streamed data set is empty: it has no rows to train on or to measure.") from error
-        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
-            raise ValueError("No row of `train_dataset` has a labelled token: look at its masks and at max_length.")
         check_trainer(self, copilot_peft_config)
         self.copilot_args = self.args if isinstance(self.args, CopilotArguments) else CopilotArguments()
         check_arguments(self.args, self.copilot_args, copilot, self.eval_dataset is not None)
@@ -126,12 +122,18 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
                 resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
             elif resume_from_checkpoint:
                 check_whole(resume_from_checkpoint)
+        if self.lifecycle.rows is not None and not has_row_ids(self.train_dataset):
+            logger.warning(NO_ROW_IDS, "`train_dataset` was replaced after the trainer was made")
+            self.lifecycle.rows = None
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self.is_in_train = True  # elsewhere an evaluation casts the Pilot (bf16_full_eval), and leaves it so
             told = nothing_logged(self.callback_handler)
             with eval_mode(self.model), optimizer_mode_kept(self.optimizer), told:
                 self._choose_strength()
+        except BaseException:
+            self._leave_unchosen()
+            raise
         finally:
             self.is_in_train = False  # transformers leaves it set where training ended with an exception
             self.learner.close()
@@ -153,6 +155,13 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
                 chosen = self.learner.copilot.config.strength
                 logger.warning(f"λ is {chosen:g}. It could not be chosen: {error}", exc_info=not is_everywhere)
 
+    def _leave_unchosen(self):
+        """A run that was interrupted has not come to the choice of λ."""
+        config, is_asked_for = self.learner.copilot.config, self.copilot_args.copilot_strength != "config"
+        is_left_open = self.lifecycle.can_choose and is_asked_for and self.learner.steps > 0
+        if is_left_open and use_unchosen_strength(config):
+            logger.warning(f"λ is {config.strength:g}, training ended before it was chosen: call trainer.calibrate().")
+
     def _print_table(self):
         log, calibration = self.learner.log, self.learner.copilot.config.calibration
         table = table_of_training(self.state.log_history, log.nbytes / 1e6, calibration)
@@ -160,6 +169,7 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
             show(table)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.take_row_ids(inputs)  # where another class has a training_step of its own
         if self.model.training:
             watch = self.learner.observe(dict(inputs))
         elif inputs.get("labels") is not None:
@@ -216,9 +226,15 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
             data = self.eval_dataset[data]
         parts = list(data.values()) if isinstance(data, dict) else [data]
         rows = [f"{len(part)} rows" if hasattr(part, "__len__") else "a stream" for part in parts]
-        with self.learner.calibrate(strengths, " and ".join(rows), metric), no_evaluation_told(self.callback_handler):
+        choosing = self.learner.calibrate(strengths, " and ".join(rows), metric)
+        with choosing, no_evaluation_told(self.callback_handler), loaders_made_anew(self.args):
             self.evaluate(eval_dataset, metric_key_prefix="calibration")
         return self.learner.copilot.config.calibration
+
+    def add_callback(self, callback):
+        super().add_callback(callback)
+        if hasattr(self, "lifecycle"):
+            add_lifecycle(self, self.lifecycle)
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -258,7 +274,8 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
         load_best(self.learner, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        if self.is_world_process_zero():
+        is_uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if self.is_world_process_zero() and (self.args.hub_always_push or not is_uploading):
             shutil.copytree(
                 Path(checkpoint_folder) / WEIGHTS_FOLDER,
                 Path(self.args.output_dir) / WEIGHTS_FOLDER,
@@ -302,47 +319,3 @@ class CopilotTrainer(CopilotMixin, SFTTrainer):
 
     _tag_names = ["trl", "sft", "transformer-copilot"]
     takes_encoder_decoders = False
-
-
-class CopilotSeq2SeqTrainer(CopilotMixin, Seq2SeqTrainer):
-    """[`transformers.Seq2SeqTrainer`], and beside the Pilot that it fine-tunes a Copilot learns from its mistakes.
-
-    As [`CopilotTrainer`], for encoder-decoders (T5, FLAN-T5, BART, ...). With `predict_with_generate=True` generation
-    is the Pilot's own, or the rectified one with `CopilotSeq2SeqConfig(copilot_predict=True)`; none of it is recorded.
-
-    Takes every argument of Seq2SeqTrainer, and `copilot` and `copilot_peft_config` of [`CopilotTrainer`]; raises as
-    that does.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if self.model_accepts_loss_kwargs and self.args.gradient_accumulation_steps * self.args.world_size > 1:
-            logger.warning(
-                f"{type(self.model).__name__} gives the mean loss of a micro-batch, and Trainer takes it for part of "
-                "the whole batch's: gradients grow with gradient_accumulation_steps and processes, with a Copilot and "
-                "without. Left as it is; to set it right: trainer.model_accepts_loss_kwargs = False."
-            )
-
-    @contextlib.contextmanager
-    def _rectified(self, gen_kwargs):
-        """The arguments of `generate`, with the Copilot's processor among them where it is asked for."""
-        if not (self.args.predict_with_generate and self.copilot_args.copilot_predict):
-            yield gen_kwargs
-            return
-        with CopilotLogitsProcessor(self.copilot, self.model) as processor:
-            processors = LogitsProcessorList([*(gen_kwargs.get("logits_processor") or []), processor])
-            yield gen_kwargs | {"logits_processor": processors}
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **gen_kwargs):
-        with self._rectified(gen_kwargs) as gen_kwargs:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
-        if self.args.predict_with_generate and not prediction_loss_only and "labels" in inputs:
-            with torch.no_grad():  # the parent calls the model itself here, behind the forwards of generate
-                self.compute_loss(model, self._prepare_inputs(inputs))
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
-
-    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test", **gen_kwargs):
-        with self._rectified(gen_kwargs) as gen_kwargs:
-            return super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
