@@ -7,12 +7,12 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import HfApi, parse_eval_result_entries
 from peft import LoraConfig, get_peft_model
 from test_distributed import in_two_processes
@@ -23,7 +23,7 @@ from transformers.utils import logging
 from hf_copilot import CopilotModel, CopilotTrainer
 from hf_copilot.cli.__main__ import COMMANDS, main, usage
 from hf_copilot.cli.card import choose_figure
-from hf_copilot.cli.data import load_rows, read_answers, read_file, to_rows
+from hf_copilot.cli.data import load_rows, read_answers, read_file
 from hf_copilot.cli.pair import PairArguments, load_copilot, load_pilot
 from hf_copilot.cli.parser import WIDTH
 from hf_copilot.cli.scratch import train_tokenizer
@@ -304,6 +304,14 @@ def test_all_arguments_are_shown_on_request(capsys):
     assert "--adam_beta1" in capsys.readouterr().out
 
 
+def test_the_help_of_what_is_otherwise_here(capsys):
+    """Of arguments that do something else than in TRL's scripts."""
+    assert run("sft", "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "answered after training" in said and "takes the newest" in said
+    assert "is provided" not in said and "Not directly used" not in said
+
+
 def test_commands_are_listed(capsys):
     assert run() == run("--help") == run("--version") == 0
     said = capsys.readouterr().out
@@ -321,8 +329,15 @@ def bad_files(folder) -> dict[str, tuple[list, int, str]]:
     (folder / "list.jsonl").write_text('{"question": "1", "answer": "2"}\n[1]\n')
     (folder / "missing.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question": "3"}\n')
     (folder / "binary.jsonl").write_bytes(bytes(range(256)))
+    (folder / "pretty.json").write_text('{\n "question": "1",\n "answer": "2"\n}\n{\n "question": "3"\n}\n')
+    (folder / "table.csv").write_text("question,answer\n1,2\n")
+    Dataset.from_dict({"question": ["1"], "answer": ["2"]}).to_parquet(folder / "table.parquet")
+    (folder / "shared.jsonl").write_text('{"conversations": [{"from": "human", "value": "1"}]}\n')
     (folder / "no.yaml").write_text("a: [1\n")
     (folder / "unknown.yaml").write_text("no_such_argument: 1\n")
+    (folder / "preset.yaml").write_text("copilot_preset: papr\n")
+    (folder / "metric.yaml").write_text("metric: accuracy\n")
+    (folder / "strength.yaml").write_text("copilot_strength: 0.5\n")
     tiny_pilot(vocab_size=300).save_pretrained(folder / "other")
     train_tokenizer(["another vocabulary"], 300).save_pretrained(folder / "other")
     (folder / "nothing").mkdir()
@@ -344,6 +359,10 @@ def bad_files(folder) -> dict[str, tuple[list, int, str]]:
         "a broken line": ([*measure, folder / "broken.jsonl"], 1, "broken.jsonl, line 2 is no JSON"),
         "a list": ([*measure, folder / "list.jsonl"], 1, "list.jsonl, line 2 is no JSON object"),
         "bytes": ([*measure, folder / "binary.jsonl"], 1, "binary.jsonl"),
+        "objects over lines": ([*measure, folder / "pretty.json"], 1, "pretty.json, line 1 is no JSON by itself"),
+        "a table of texts": ([*measure, folder / "table.csv"], 1, "Dataset.from_csv("),
+        "a table of columns": ([*measure, folder / "table.parquet"], 1, "Dataset.from_parquet("),
+        "another form of chats": (["eval", out, "--data", folder / "shared.jsonl"], 1, "rename `conversations` to"),
         "a missing field": ([*measure, folder / "missing.jsonl"], 1, "of the data has no field 'answer'"),
         "another form": (["eval", out, "--data", rows], 1, "has no field 'prompt'; it has ['answer', 'question']"),
         "no file": ([*measure, folder / "gone.jsonl"], 1, "gone.jsonl is not here"),
@@ -354,6 +373,8 @@ def bad_files(folder) -> dict[str, tuple[list, int, str]]:
         "folding of a missing field": (["fold", *measure[1:], folder / "missing.jsonl"], 1, "has no field"),
         "calibration with a missing field": (["calibrate", *measure[1:], folder / "missing.jsonl"], 1, "has no field"),
         "no Pilot there": (["check", folder / "gone"], 1, "neither a folder here nor a Hub id"),
+        "a name that is nowhere": (["eval", "outt", "--data", rows, *FORM], 1, "The Pilot outt can't be loaded"),
+        "folding of such a name": (["fold", "outt", "--data", rows, *FORM], 1, "and is no folder here"),
         "a folder without a model": (["check", folder / "nothing", copilot], 1, "is no Pilot"),
         "a file as a Pilot": (["check", rows, copilot], 1, "is a file"),
         "a Pilot as a Copilot": (["check", out, out], 1, "is no Copilot"),
@@ -372,11 +393,18 @@ def bad_files(folder) -> dict[str, tuple[list, int, str]]:
         "a value that no Copilot has": ([*small, "--copilot_config", '{"memory": "none"}'], 1, "memory"),
         "training without a Pilot": ([*train, "--dataset_name", rows, *FORM], 1, "There is no Pilot"),
         "a Pilot from no kind": ([*train, "--dataset_name", rows, *FORM, "--from_config", "{}"], 1, "no model_type"),
-        "JSON that is none": ([*train, "--dataset_name", rows, "--from_config", "{"], 2, "Expecting"),
+        "JSON that is none": ([*train, "--dataset_name", rows, "--from_config", "{"], 2, "from_config '{' is neither"),
+        "a Copilot of a word": ([*small, "--copilot_config", "pilot"], 2, "is to be a mapping"),
+        "a field that no Pilot has": (scratch(num_hidden_layer=1), 1, "no llama config has: num_hidden_layer"),
+        "a preset that is none": ([*train, "--config", folder / "preset.yaml"], 2, "copilot_preset='papr': choose"),
+        "a metric that is none": (["calibrate", out, "--config", folder / "metric.yaml"], 2, "metric='accuracy'"),
+        "a fixed strength": ([*train, "--copilot_strength", "0.5"], 2, "--copilot_config '{strength: 0.5}'"),
+        "a fixed strength in a file": ([*train, "--config", folder / "strength.yaml"], 2, "'{strength: 0.5}'"),
         "a picture that is not there": (["card", copilot, "--picture", folder / "no.png"], 1, "is not here"),
         "no folder for a card": (["card", folder / "gone"], 1, "no folder here"),
         "results of another kind": (["card", copilot, *no_results, "--task_id", "a"], 1, "is not what"),
         "no config": (["eval", "--config", folder / "gone.yaml"], 2, "No such file"),
+        "no config in one word": (["eval", f"--config={folder / 'gone.yaml'}"], 2, "No such file"),
         "a config that is no YAML": (["eval", "--config", folder / "no.yaml"], 2, "expected"),
         "an argument in a config that is unknown": (["eval", out, "--config", folder / "unknown.yaml"], 2, "no_such"),
         "an argument that is unknown": (["eval", out, "--no_such", "1"], 2, "no_such"),
@@ -442,10 +470,10 @@ def test_values_are_read_as_they_are_written(tmp_path):
     ]
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     assert read_answers(tmp_path / "lines.jsonl", "{day}, {id}", "{answer}") == texts
-    (tmp_path / "array.json").write_text('[{"answer": 2}, {"answer": 1.50}]')
+    (tmp_path / "array.json").write_text('\n[{"answer": 2}, {"answer": 1.50}]')
     for form, expected in (("{answer}", ["2", "1.50"]), ("{answer:.1f}", ["2.0", "1.5"])):
         assert [row["completion"] for row in read_answers(tmp_path / "array.json", "?", form)] == expected
-    split = load_rows(str(tmp_path / "lines.jsonl"), partial(to_rows, prompt="{day}, {id}", completion="{answer}"))
+    split = load_rows(str(tmp_path / "lines.jsonl"), "{day}, {id}", "{answer}")
     assert [split["train"][0], split["test"][0]] == texts
 
 

@@ -318,6 +318,7 @@ def test_push_to_hub_is_one_commit_with_the_card(pilot, monkeypatch):
     (commit,) = commits
     card = commit["README.md"].decode()
     assert commit["repo_id"] == "me/copilot" and {"config.json", "model.safetensors"} <= commit.keys()
+    assert '"<your Pilot, fine-tuned from Qwen/Qwen2.5-0.5B>"' in card
     for text in ("base_model: Qwen/Qwen2.5-0.5B", "base_model_relation: adapter", "- mine", "1.2500", "library_name"):
         assert text in card, text
     assert "null" not in card.split("---")[1]

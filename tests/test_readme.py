@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 from test_learner import padded_batch
-from tiny import addition, tiny_pilot, tiny_tokenizer, trained_like
+from tiny import addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
 from transformers import Trainer, TrainingArguments
 
-from hf_copilot import CopilotConfig
+from hf_copilot import CopilotConfig, CopilotSeq2SeqTrainer
 
 ROOT = Path(__file__).parent.parent
 README, USING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/using.md"))
@@ -19,7 +19,8 @@ CPU = 'output_dir="out", use_cpu=True, bf16=False, max_steps=2, report_to=[]'
 CHANGES = {
     '"Qwen/Qwen2.5-0.5B"': '"base"',
     '"Qwen/Qwen2.5-0.5B-Instruct"': '"base"',  # TRL knows this template, and not that of Qwen2.5-0.5B
-    '"Qwen/Qwen2.5-1.5B"': '"larger"',
+    '"me/qwen2.5-1.5b-tuned"': '"larger"',
+    '"google/flan-t5-small"': '"t5"',
     '"me/qwen2.5-0.5b-copilot"': '"portable"',
     'output_dir="out"': CPU,
 }
@@ -31,8 +32,9 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_pilot().save_pretrained("base")
     tiny_pilot(hidden_size=48, num_attention_heads=6, num_key_value_heads=3).save_pretrained("larger")
+    tiny_seq2seq().save_pretrained("t5")
     trained_like(tiny_pilot(), CopilotConfig(memory="tokens")).save_pretrained("portable")
-    for pilot in ("base", "larger"):
+    for pilot in ("base", "larger", "t5"):
         tiny_tokenizer().save_pretrained(pilot)
     parts = {part: addition(16, form="chat") for part in ("train", "test")}
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: parts)
@@ -75,6 +77,7 @@ def test_the_snippets_of_the_first_questions_run(offline):
     trained = dict(namespace)
     assert run(sft, trained) == 1
     namespace |= {"copilot_trainer": trained["trainer"], "rows_with_text": addition(2)}
-    assert run("".join(others), namespace) == 6
+    assert run("".join(others), namespace) == 7
+    assert isinstance(namespace["trainer"], CopilotSeq2SeqTrainer)
     assert namespace["pilot_alone"] < 0 and namespace["with_copilot"] < 0
     assert CopilotConfig.from_pretrained(offline / "copilot").calibration is not None

@@ -128,13 +128,15 @@ def test_the_page_of_the_recipes_has_every_yaml(file):
 
 
 def test_the_copilot_is_a_dictionary(tmp_path):
-    """In YAML, or as JSON on the command line; beside a preset, what differs from it."""
+    """In a file, or as JSON or YAML on the command line; beside a preset, what differs from it."""
     settings = {"memory": "pilot", "num_hidden_layers": 4}
-    on_command_line = parse(RECIPES / "mawps_tiny.yaml", "--copilot_config", json.dumps(settings)).copilot()
+    texts = (json.dumps(settings), "{memory: pilot, num_hidden_layers: 4}")
+    configs = [parse(RECIPES / "mawps_tiny.yaml", "--copilot_config", text).copilot() for text in texts]
     text = (RECIPES / "mawps_tiny.yaml").read_text() + "copilot_config: {memory: pilot, num_hidden_layers: 4}\n"
     (tmp_path / "changed.yaml").write_text(text)
-    for config in (on_command_line, parse(tmp_path / "changed.yaml").copilot()):
+    for config in (*configs, parse(tmp_path / "changed.yaml").copilot()):
         assert (config.memory, config.num_hidden_layers, config.objective) == ("pilot", 4, "cross_entropy")
+    assert RecipeArguments(copilot_config='{"rms_norm_eps": 1e-5}').copilot().rms_norm_eps == 1e-5  # no YAML
     paper = RecipeArguments(copilot_preset="paper", copilot_config={"pattern": 2}).copilot()
     assert (paper.objective, paper.pattern) == ("rmse", 2)
 

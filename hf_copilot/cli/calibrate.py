@@ -15,7 +15,7 @@ from ..training.report import show
 from .chats import check_template
 from .data import read_answers
 from .pair import PairArguments, load_pair
-from .parser import Parser, check_least
+from .parser import Parser, check_choices, check_least
 from .recipe import RowArguments
 
 
@@ -42,6 +42,7 @@ class CalibrateArguments(RowArguments, PairArguments):
     def __post_init__(self):
         super().__post_init__()
         check_least(self, batch_size=1)
+        check_choices(self)
 
 
 def parser() -> Parser:
@@ -66,7 +67,7 @@ def calibrate(argv: Sequence[str]) -> None:
     (arguments,) = parser().parse(argv)
     if arguments.data is None:
         raise ValueError("There is nothing to choose λ on: --data names a JSON Lines file.")
-    folder = Path(arguments.output_dir or "/".join(filter(None, arguments.copilot_place)))
+    folder = Path(arguments.output_dir or arguments.copilot_name)
     if arguments.output_dir is None and not folder.is_dir():
         raise ValueError(f"The Copilot {folder} is on the Hub: --output_dir names a folder for the changed one.")
     rows = read_answers(arguments.data, arguments.prompt, arguments.completion)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResultEntry, HfApi
+import yaml
+from huggingface_hub import EvalResultEntry, HfApi, eval_result_entries_to_yaml
 
 from ..model.configuration_copilot import CopilotConfig
-from ..model.hub import ASSETS, write_card, write_eval_results
+from ..model.hub import ASSETS, write_card
 from ..training.report import show
 from .pair import check_place
 from .parser import Parser
@@ -82,19 +83,27 @@ def copy_picture(picture: Path, assets: Path) -> str:
 
 
 def write_results(arguments: CardArguments, folder: Path) -> None:
-    """`.eval_results/` from what `hf-copilot eval` wrote."""
+    """`.eval_results/`, which the Hub shows on the model's page, from what `hf-copilot eval` wrote: a file for the
+    Pilot alone and one for both."""
     if arguments.dataset_id is None or arguments.task_id is None:
         raise ValueError("Results on the Hub belong to a data set: --dataset_id and --task_id name it.")
     figures = read_figures(Path(arguments.results))
     measured = choose_figure(figures["results"], arguments.metric, arguments.task_id)
-    entry = EvalResultEntry(
-        dataset_id=arguments.dataset_id,
-        task_id=arguments.task_id,
-        value=None,
-        dataset_revision=arguments.dataset_revision,
-        notes=measured["metric"],
-    )
-    write_eval_results(folder, entry, measured["pilot"], measured["rectified"], figures["strength"])
+    place = folder / ".eval_results"
+    place.mkdir(exist_ok=True)
+    for name, key, who in (
+        ("pilot", "pilot", "Pilot alone"),
+        ("copilot", "rectified", f"Pilot + Copilot, strength {figures['strength']:g}"),
+    ):
+        entry = EvalResultEntry(
+            dataset_id=arguments.dataset_id,
+            task_id=arguments.task_id,
+            value=measured[key],
+            dataset_revision=arguments.dataset_revision,
+            notes=f"{who}, {measured['metric']}",
+        )
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+        (place / f"{arguments.task_id.replace('/', '-')}-{name}.yaml").write_text(text, encoding="utf-8")
 
 
 def choose_figure(results: dict[str, list[dict[str, Any]]], metric: str | None, task_id: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..evaluation.rows import to_answer
 from ..training.chats import MESSAGES, PAIR, form_of, is_chat
 
 READ_BY_TEMPLATES = ("tools", "chat_template_kwargs")  # columns beside the messages
+RENAMED = "rename `conversations` to `messages`, each with a `role` (user, assistant) and a `content`"
 AS_TEXT = "say by --prompt and --completion how a row becomes text"
 
 

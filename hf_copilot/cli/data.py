@@ -6,39 +6,42 @@ import glob
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from string import Formatter
 from typing import Any, TextIO
 
 from datasets import Dataset, DatasetDict, load_dataset, logging
 
-from .chats import are_chats, check_chats, to_answers
+from .chats import RENAMED, are_chats, check_chats, to_answers
 from .parser import in_a_line
 
 TEST_SHARE = 0.1  # of a single file
 # what is no Hub id, which may end in ".5"
 FILES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".yaml", ".zst", ".zip")
+READERS = {".csv": "from_csv", ".parquet": "from_parquet", ".arrow": "from_file"}  # of datasets.Dataset
 PROMPT, COMPLETION = "{prompt}", "{completion}"  # format strings, where nothing else is asked for
 
 
 def load_rows(
     name: str | None,
-    convert: Callable[..., Dataset],
+    prompt: str,
+    completion: str,
     train: str = "train",
     test: str = "test",
     config: str | None = None,
 ) -> DatasetDict:
     """The training and the test split, of a folder, of a JSON Lines file (its last tenth is the test split) or of the
-    Hub; rows as `convert` makes them, [`to_rows`] with its format strings.
+    Hub; rows as [`to_rows`] makes them by the two format strings.
 
     Raises:
         ValueError: In a sentence, for what holds no rows.
     """
     if not name:
         raise ValueError("There is no data: --dataset_name is a JSON Lines file, a folder of these, or a Hub id.")
-    path = Path(name)
+    path, convert = Path(name), partial(to_rows, prompt=prompt, completion=completion)
     if path.is_dir():
         files = {split: sorted(path.glob(f"{split}.jsonl*")) for split in (train, test)}
         missing = [split for split in files if not files[split]]
@@ -118,23 +121,30 @@ def written(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """The rows of a file that [`read_file`] reads, with values as they stand there. A column of a data set has one
     type: 2 beside 0.5 becomes "2.0", and a text that looks like a date a moment."""
     with open_text(Path(path)) as file:
-        if file.read(1) == "[":  # one array, no lines
-            file.seek(0)
-            yield from json.load(file, parse_float=Written)
-            return
+        first = next(filter(None, map(str.strip, file)), "")
         file.seek(0)
-        yield from (json.loads(line, parse_float=Written) for line in file if line.strip())
+        try:
+            if first.startswith("["):  # one array, no lines
+                yield from json.load(file, parse_float=Written)
+            else:
+                yield from (json.loads(line, parse_float=Written) for line in file if line.strip())
+        except json.JSONDecodeError as error:
+            raise ValueError(find_fault(Path(path))) from error
 
 
 def find_fault(path: Path) -> str | None:
-    """What is wrong with the first line that is no JSON object."""
+    """What is wrong with the first line that is no JSON object, or with the kind of file."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is not None:
+        made = f"datasets.Dataset.{reader}({str(path)!r}).to_json('rows.jsonl')"
+        return f"{path} is no JSON Lines file, which is wanted here. This makes one: {made}"
     with open_text(path) as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip() and not isinstance(json.loads(line), dict):
                     return f"{path}, line {number} is no JSON object ({{...}})."
         except json.JSONDecodeError as error:
-            return f"{path}, line {number} is no JSON: {error.msg} at column {error.colno}."
+            return f"{path}, line {number} is no JSON by itself: {error.msg} at column {error.colno}."
         except (UnicodeDecodeError, OSError, EOFError) as error:
             return f"{path} can't be read: {in_a_line(error)}."
     return None
@@ -187,6 +197,5 @@ def formatted(row: Mapping[str, Any], number: int, forms: Mapping[str, str]) -> 
     except (AttributeError, TypeError, ValueError) as error:  # of "{question.text}", "{question[text]}", "{answer:d}"
         raise ValueError(f"Row {number} of the data does not suit --prompt and --completion: {error}.") from error
     except (KeyError, IndexError) as error:
-        raise ValueError(
-            f"Row {number} of the data has no field {error}; it has {sorted(has)}: set --prompt and --completion."
-        ) from error
+        way = RENAMED if "conversations" in has else "set --prompt and --completion"
+        raise ValueError(f"Row {number} of the data has no field {error}; it has {sorted(has)}: {way}.") from error

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.comparison import Comparison, compare_answers, compare_likelihoods, table_of
 from ..evaluation.tasks import compare_on_tasks
 from ..model.configuration_copilot import check_strength
+from ..model.modeling_copilot import CopilotModel
 from ..training.report import show
 from ..version import __version__
 from .chats import check_template
@@ -71,23 +72,22 @@ def evaluate(argv: Sequence[str]) -> None:
     (arguments,) = parser().parse(argv)
     if arguments.data is None and arguments.tasks is None:
         raise ValueError("There is nothing to measure on: --data names a JSON Lines file, --tasks names tasks.")
-    rows = None if arguments.data is None else named_rows(arguments)
+    rows = None
+    if arguments.data is not None:
+        rows = read_answers(arguments.data, arguments.prompt, arguments.completion)[: arguments.limit]
     accelerator = start_processes(arguments.device) if is_launched() else None
-    pilot, copilot, tokenizer = load_pair(arguments)
+    loaded = load_pair(arguments)
+    _, copilot, tokenizer = loaded
     strength = check_strength(copilot.config.strength if arguments.strength is None else arguments.strength)
     found = {}
     if rows is not None:
         check_template(rows, tokenizer, copilot.config.pilot_is_encoder_decoder)
-        both = (pilot, copilot, tokenizer, rows, strength)
-        answered = rows[: arguments.generate_rows]
-        found[f"{len(rows)} rows of {Path(arguments.data).name}, λ = {strength:g}"] = [
-            *compare_likelihoods(*both, arguments.batch_size),
-            *([answers_to(answered, both, arguments)] if answered else []),
-        ]
+        title = f"{len(rows)} rows of {Path(arguments.data).name}, λ = {strength:g}"
+        found[title] = compare_rows(loaded, rows, strength, arguments)
     if arguments.tasks is not None:
         tasks, limits = arguments.tasks.split(","), {"num_fewshot": arguments.num_fewshot, "limit": arguments.limit}
         settings = limits | {"batch_size": arguments.batch_size, "accelerator": accelerator}
-        compared = compare_on_tasks(pilot, copilot, tokenizer, tasks, strength, arguments.include_path, **settings)
+        compared = compare_on_tasks(*loaded, tasks, strength, arguments.include_path, **settings)
         for task, comparisons in compared.items():
             found[f"{task}, λ = {strength:g}"] = comparisons
     if accelerator is not None and not accelerator.is_main_process:
@@ -98,23 +98,27 @@ def evaluate(argv: Sequence[str]) -> None:
         write(arguments, strength, found)
 
 
-def named_rows(arguments: EvalArguments) -> list[dict[str, Any]]:
-    return read_answers(arguments.data, arguments.prompt, arguments.completion)[: arguments.limit]
-
-
-def answers_to(answered: list[dict[str, Any]], both: tuple, arguments: EvalArguments) -> Comparison:
-    pilot, copilot, tokenizer, _, strength = both
+def compare_rows(
+    loaded: tuple[PreTrainedModel, CopilotModel, PreTrainedTokenizerBase],
+    rows: list[dict[str, Any]],
+    strength: float,
+    arguments: EvalArguments,
+) -> list[Comparison]:
+    """Likelihoods, and answers to as many rows as are asked for."""
+    found = compare_likelihoods(*loaded, rows, strength, arguments.batch_size)
+    answered = rows[: arguments.generate_rows]
+    if not answered:
+        return found
     generation = arguments.generation | {"batch_size": arguments.batch_size}
-    with torch.no_grad():
-        found = compare_answers(pilot, copilot, tokenizer, answered, strength, arguments.answer_pattern, **generation)
-    return found._replace(metric=f"right answers ({len(answered)} rows)")
+    answers = compare_answers(*loaded, answered, strength, arguments.answer_pattern, **generation)
+    return [*found, answers._replace(metric=f"right answers ({len(answered)} rows)")]
 
 
 def write(arguments: EvalArguments, strength: float, found: dict[str, list[Comparison]]) -> None:
     """All figures, and what they were measured with, as JSON."""
     figures: dict[str, Any] = {
         "pilot": arguments.pilot,
-        "copilot": "/".join(filter(None, arguments.copilot_place)),
+        "copilot": arguments.copilot_name,
         "strength": strength,
         "hf_copilot": __version__,
         "results": {title: [comparison._asdict() for comparison in group] for title, group in found.items()},

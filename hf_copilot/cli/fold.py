@@ -64,6 +64,7 @@ def fold(argv: Sequence[str]) -> None:
             "correct it twice: --output_dir names another folder."
         )
     set_seed(args.seed)
+    pilot_config(arguments)  # as in load_pair
     copilot, pilot, tokenizer = load_copilot(arguments), load_trainable(arguments), load_tokenizer(arguments)
     check_pilot(copilot, pilot, tokenizer)
     has_encoder = copilot.config.pilot_is_encoder_decoder

@@ -59,9 +59,16 @@ class PairArguments:
         """Folder or Hub id of the Copilot, and the subfolder in it."""
         return (self.copilot, "") if self.copilot is not None else (self.pilot, WEIGHTS_FOLDER)
 
+    @property
+    def copilot_name(self) -> str:
+        """Both as one path."""
+        return "/".join(filter(None, self.copilot_place))
+
 
 def load_pair(arguments: PairArguments) -> tuple[PreTrainedModel, CopilotModel, PreTrainedTokenizerBase]:
     """Both, in eval mode on the device, and the Pilot's tokenizer; raises a `ValueError` if they do not fit."""
+    check_weights(arguments)
+    pilot_config(arguments)  # a Pilot that is not there has no Copilot beside it
     copilot = load_copilot(arguments)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if num_processes() > 1:
@@ -83,6 +90,21 @@ def check_place(name: str, what: str, files: tuple[str, ...], subfolder: str = "
         raise ValueError(f"The folder {folder} is no {what}: it has no {' or '.join(files)}.")
 
 
+def check_weights(arguments: PairArguments) -> None:
+    """Raise a `ValueError` for a folder with whole weights and an adapter, which would be added to them once more."""
+    if any(Path(arguments.pilot).glob("model*.safetensors")) and has_adapter(arguments):
+        raise ValueError(
+            f"The folder {arguments.pilot} holds whole weights and an adapter, which transformers would add to them "
+            "once more: save a merged Pilot in a folder of its own."
+        )
+
+
+def not_loaded(what: str, name: str, error: Exception) -> ValueError:
+    """Of a folder here, or else of a name that was looked for on the Hub."""
+    place = "" if Path(name).exists() else " from the Hub, and is no folder here"
+    return ValueError(f"The {what} {name} can't be loaded{place}: {in_a_line(error)}")
+
+
 def pilot_config(arguments: PairArguments) -> PreTrainedConfig:
     """That of the Pilot, or of what its adapter was trained on."""
     name, revision = arguments.pilot, arguments.pilot_revision
@@ -93,22 +115,13 @@ def pilot_config(arguments: PairArguments) -> PreTrainedConfig:
             revision = None
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(f"The Pilot {arguments.pilot} can't be loaded: {in_a_line(error)}") from error
+        raise not_loaded("Pilot", arguments.pilot, error) from error
     if isinstance(config, CopilotConfig):
         raise ValueError(f"{arguments.pilot} is a Copilot: name its Pilot first.")
     return config
 
 
 def load_pilot(arguments: PairArguments) -> PreTrainedModel:
-    """
-    Raises:
-        ValueError: For a folder with whole weights and an adapter, which would be added to them once more.
-    """
-    if any(Path(arguments.pilot).glob("model*.safetensors")) and has_adapter(arguments):
-        raise ValueError(
-            f"The folder {arguments.pilot} holds whole weights and an adapter, which transformers would add to them "
-            "once more: save a merged Pilot in a folder of its own."
-        )
     auto_class = AutoModelForSeq2SeqLM if pilot_config(arguments).is_encoder_decoder else AutoModelForCausalLM
     revision: dict[str, Any] = {"revision": arguments.pilot_revision}
     if has_adapter(arguments):
@@ -150,4 +163,4 @@ def load_copilot(arguments: PairArguments) -> CopilotModel:
     try:
         return CopilotModel.from_pretrained(name, revision=revision, subfolder=subfolder)
     except OSError as error:
-        raise ValueError(f"The Copilot {name} can't be loaded: {in_a_line(error)}") from error
+        raise not_loaded("Copilot", name, error) from error

@@ -16,6 +16,15 @@ WIDTH = 100
 # of transformers' own arguments, what `--help` shows of every training
 TRAINING = ("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate")
 TRAINING += ("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "bf16", "use_cpu", "seed")
+# of arguments of the libraries, whose own help is not true here
+HELP = {
+    "dataset_name": "The rows: a JSON Lines file, a folder with one for each split, or a Hub id.",
+    "dataset_config": "Configuration of a data set on the Hub.",
+    "dataset_train_split": "Split to train on; rows for evaluation are taken from it.",
+    "dataset_test_split": "Split that is answered after training; of a single file it is the last tenth.",
+    "resume_from_checkpoint": "A checkpoint's folder to go on from; true takes the newest in output_dir.",
+}
+FIXED_STRENGTH = " (a fixed λ: --copilot_strength config --copilot_config '{strength: 0.5}')"
 
 
 class Parser(TrlParser):
@@ -45,7 +54,7 @@ class Parser(TrlParser):
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """The dataclasses. Ends the process with 2 and a sentence where that can't be, with 0 after help."""
-        argv = list(argv)
+        argv = [part for argument in argv for part in in_words(argument)]
         if "--help_all" in argv:
             sys.stdout.write(super().format_help())
             self.exit()
@@ -63,7 +72,8 @@ class Parser(TrlParser):
             self.error(in_a_line(error))
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the arguments)\n")
+        hint = FIXED_STRENGTH if "copilot_strength" in message else ""
+        self.exit(2, f"{self.prog}: {message}{hint} ({self.prog} --help lists the arguments)\n")
 
     def format_help(self) -> str:
         places = "".join(f" {name.upper()}" for name in self.positions)
@@ -77,9 +87,14 @@ class Parser(TrlParser):
         return "\n\n".join(textwrap.fill(part, WIDTH) if "\n" not in part else part for part in parts) + "\n"
 
 
+def in_words(argument: str) -> list[str]:
+    """`--config=FILE` is two for TrlParser."""
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
 def describe(field: Field) -> str:
     """An argument's name, default and help."""
-    text = field.metadata.get("help", "")
+    text = HELP.get(field.name) or field.metadata.get("help", "")
     text = text[0] if isinstance(text, list | tuple) else text
     text = text.split(". ")[0].rstrip(".") + "." if len(text) > 160 else text
     default = field.default if field.default is not MISSING else None
@@ -95,6 +110,14 @@ def check_least(arguments: Any, **least: int) -> None:
         value = getattr(arguments, name)
         if value is not None and value < lowest:
             raise ValueError(f"--{name} {value}: it is at least {lowest}.")
+
+
+def check_choices(arguments: Any) -> None:
+    """Raise a `ValueError` for a value that is none of its field's choices, as one of a YAML file may be."""
+    for option in fields(arguments):
+        choices, value = option.metadata.get("choices"), getattr(arguments, option.name)
+        if choices is not None and value not in choices:
+            raise ValueError(f"{option.name}={value!r}: choose one of {choices}.")
 
 
 def resume_from(args: TrainingArguments) -> str | bool | None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Any, NamedTuple
 
+import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments
+from yaml import YAMLError
 
 from ..evaluation.comparison import matches
 from ..evaluation.rows import label_row
 from ..model.configuration_copilot import CopilotConfig
 from .chats import to_answers
-from .data import COMPLETION, PROMPT, load_rows, to_rows
-from .parser import check_least
+from .data import COMPLETION, PROMPT, load_rows
+from .parser import check_choices, check_least, in_a_line
 
 MOST_VALIDATION_ROWS = 200
 
@@ -93,14 +94,14 @@ class RecipeArguments(AnswerArguments):
     )
 
     def __post_init__(self):
-        """On the command line the dictionaries are JSON."""
+        """On the command line the dictionaries are texts."""
         super().__post_init__()
         check_least(self, tokenizer_size=1, watch_rows=0, copilot_lora_r=1)
+        check_choices(self)
         for name in ("from_config", "copilot_config"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, json.loads(getattr(self, name)))
-            if not isinstance(getattr(self, name), dict | None):
-                raise ValueError(f"{name} is to be a mapping, in YAML or as JSON, not {getattr(self, name)!r}.")
+            given = getattr(self, name)
+            if given is not None:
+                setattr(self, name, to_mapping(name, given))
         unknown = set(self.copilot_config or {}) - {option.name for option in fields(CopilotConfig)}
         if unknown:
             raise ValueError(f"copilot_config has what no CopilotConfig has: {', '.join(sorted(unknown))}.")
@@ -114,6 +115,25 @@ class RecipeArguments(AnswerArguments):
         return None if rank is None else LoraConfig(r=rank, lora_alpha=rank)
 
 
+def to_mapping(name: str, given: Any) -> dict[str, Any]:
+    """What an argument holds, or its text says, as JSON or YAML."""
+    try:
+        read = from_text(given) if isinstance(given, str) else given
+    except YAMLError as error:
+        raise ValueError(f"{name} {given!r} is neither JSON nor YAML: {in_a_line(error)}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{name} is to be a mapping, as YAML or JSON, not {given!r}.")
+    return read
+
+
+def from_text(text: str) -> Any:
+    """JSON first: to YAML 1e-5 is no number."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return yaml.safe_load(text)
+
+
 class TaskRows(NamedTuple):
     """Rows to train on, to validate on (both of the training split) and to answer."""
 
@@ -123,9 +143,9 @@ class TaskRows(NamedTuple):
 
 
 def prepare_rows(script_args: ScriptArguments, recipe: RecipeArguments, seed: int) -> TaskRows:
-    names = (script_args.dataset_train_split, script_args.dataset_test_split)
-    convert = partial(to_rows, prompt=recipe.prompt, completion=recipe.completion)
-    train, test = load_rows(script_args.dataset_name, convert, *names, script_args.dataset_config).values()
+    forms = (recipe.prompt, recipe.completion)
+    splits = (script_args.dataset_train_split, script_args.dataset_test_split)
+    train, test = load_rows(script_args.dataset_name, *forms, *splits, script_args.dataset_config).values()
     train, count = train.shuffle(seed=seed), recipe.validation_rows
     if count is None:
         count = min(MOST_VALIDATION_ROWS, len(train) // 10)

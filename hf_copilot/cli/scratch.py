@@ -46,8 +46,11 @@ def build_from_scratch(
     if given := tokens.keys() & config.keys():
         raise ValueError(f"from_config has {sorted(given)}, which the tokenizer says; tokenizer_size is its size.")
     try:
-        made = AutoConfig.for_model(**config, **tokens)
+        made, default = AutoConfig.for_model(**config, **tokens), AutoConfig.for_model(config["model_type"])
     except StrictDataclassError as error:
         raise ValueError(f"from_config makes no {config['model_type']}: {error}") from error
+    unknown = [name for name in config if name in vars(made) and not hasattr(default, name)]  # kept, and never read
+    if unknown:
+        raise ValueError(f"from_config has what no {config['model_type']} config has: {', '.join(unknown)}.")
     auto_class = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
     return auto_class.from_config(made), tokenizer

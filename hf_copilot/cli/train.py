@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-import torch
 from datasets import Dataset
 from peft import get_peft_model
 from rich.console import Group
@@ -57,7 +56,7 @@ def parser(name: str) -> Parser:
     return Parser(
         f"hf-copilot {name}",
         f"Fine-tune a Pilot ({kind}) together with a Copilot. Then answer test rows, with and without the Copilot. "
-        f"Everything that trl's or transformers' own arguments say holds. Several processes: accelerate launch -m "
+        f"All other arguments are trl's and transformers' own. Several processes: accelerate launch -m "
         f"hf_copilot.cli {name} ...",
         (ScriptArguments, config, ModelConfig, RecipeArguments),
         {
@@ -195,7 +194,7 @@ def train_and_compare(trainer: CopilotMixin, task: Task) -> None:
         found = "The Pilot is sharded, so nothing is answered here: hf-copilot eval does that with what is saved."
     elif test:
         both = (pilot, trainer.copilot, trainer.processing_class, test, trainer.copilot.config.strength)
-        with eval_mode(pilot), torch.no_grad():
+        with eval_mode(pilot):
             size = {"batch_size": trainer.args.per_device_eval_batch_size}
             answers = compare_answers(*both, recipe.answer_pattern, **recipe.generation, **size)
             found = table_of(f"{len(test)} test rows", [answers, *compare_likelihoods(*both, **size)])

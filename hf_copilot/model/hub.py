@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from huggingface_hub import EvalResultEntry, HfApi, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
@@ -132,13 +130,11 @@ def _listed(file: str) -> dict[str, list[int]]:
     return shapes
 
 
-def copilot_card(
-    config: CopilotConfig, repo_id: str = "<this repository or folder>", picture: str | None = None
-) -> ModelCard:
+def copilot_card(config: CopilotConfig, repo_id: str | None = None, picture: str | None = None) -> ModelCard:
     """The model card of a Copilot; keys that are not known are left out.
 
     Args:
-        repo_id: Where its snippet loads the Copilot from.
+        repo_id: Where its snippet loads the Copilot from, if that is known.
         picture: What it shows, a path in the repository.
     """
     on_hub = config.base_model_name_or_path
@@ -156,8 +152,8 @@ def copilot_card(
         needs=_needs(config),
         memory=_memory(config),
         pilot=f"`{on_hub}`" if on_hub else f"a `{config.pilot_model_type}` model",
-        pilot_id=on_hub or "<the Pilot>",
-        copilot_id=repo_id,
+        pilot_id=f"<your Pilot, fine-tuned from {on_hub}>" if on_hub else "<your Pilot>",
+        copilot_id=repo_id or "<this repository or folder>",
         picture=f"\n![Pilot and Pilot + Copilot]({picture})\n" if picture else "",
         auto_class="AutoModelForSeq2SeqLM" if config.pilot_is_encoder_decoder else "AutoModelForCausalLM",
         version=config.hf_copilot_version,
@@ -171,27 +167,8 @@ def write_card(
 ) -> None:
     """Write `README.md` into a Copilot's folder, with a picture of its `assets/`, by default the first."""
     pictures = [picture] if picture else sorted(file.name for file in Path(folder, ASSETS).glob("*.png"))
-    shown = {"picture": f"{ASSETS}/{pictures[0]}"} if pictures else {}
-    copilot_card(config, **(shown | ({"repo_id": repo_id} if repo_id else {}))).save(Path(folder, "README.md"))
-
-
-def write_eval_results(
-    folder: str | os.PathLike, entry: EvalResultEntry, pilot: float, rectified: float, strength: float
-) -> None:
-    """Write `.eval_results/`, which the Hub shows on the model's page: a file for the Pilot alone and one for both.
-
-    Args:
-        entry: Which data set and task, and all else that both share; its value is not read.
-        pilot, rectified: The metric.
-    """
-    place = Path(folder, ".eval_results")
-    place.mkdir(exist_ok=True)
-    both = {"pilot": (pilot, "Pilot alone"), "copilot": (rectified, f"Pilot + Copilot, strength {strength:g}")}
-    for name, (value, who) in both.items():
-        notes = ", ".join(filter(None, [who, entry.notes]))
-        data = eval_result_entries_to_yaml([replace(entry, value=value, notes=notes)])
-        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-        (place / f"{entry.task_id.replace('/', '-')}-{name}.yaml").write_text(text, encoding="utf-8")
+    shown = f"{ASSETS}/{pictures[0]}" if pictures else None
+    copilot_card(config, repo_id, shown).save(Path(folder, "README.md"))
 
 
 def _needs(config: CopilotConfig) -> str:
