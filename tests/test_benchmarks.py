@@ -69,6 +69,7 @@ def small_checks(monkeypatch):
         monkeypatch.setattr(check_device, name, size)
 
 
+@pytest.mark.slow
 def test_what_is_checked_on_a_device_holds_here(small_checks, monkeypatch):
     monkeypatch.setattr(Follower, "waits", False)
     losses = {}

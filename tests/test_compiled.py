@@ -55,7 +55,9 @@ def weights(learner) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in learner.copilot.parameters()])
 
 
-@pytest.mark.parametrize(("memory", "backend"), [("tokens", "aot_eager"), ("pilot", "eager")])
+@pytest.mark.parametrize(
+    ("memory", "backend"), [pytest.param("tokens", "aot_eager", marks=pytest.mark.slow), ("pilot", "eager")]
+)
 def test_a_compiled_copilot_is_the_same_and_stops_compiling(memory, backend):
     """Dropout draws the same."""
     plain, none = run(memory)
@@ -86,6 +88,7 @@ def test_the_trainer_compiles_the_copilot_on_request(tmp_path):
     assert_same(trainer.model, train(SFTTrainer, SFTConfig, tmp_path, addition(32), **settings).model)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes_exactly(tmp_path):
     settings = {"copilot_torch_compile": True, "torch_compile_backend": "eager", "save_strategy": "steps"}
     settings |= {"max_steps": 4, "save_steps": 2, "torch_compile": False}

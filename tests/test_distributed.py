@@ -141,6 +141,7 @@ def check_sharded(first: dict, second: dict) -> None:
     assert first["eval_rectified_nll"] == second["eval_rectified_nll"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", QUICK)
 def test_a_sharded_pilot_is_the_parents_and_resumes(sharded, variant):
     check_sharded(*(rank[variant] for rank in sharded))
@@ -152,6 +153,7 @@ def test_a_pilot_that_is_sharded_in_another_way(sharded_in_other_ways, variant):
     check_sharded(*(rank[variant] for rank in sharded_in_other_ways))
 
 
+@pytest.mark.slow
 def test_a_sharded_pilot_teaches_what_a_whole_one_does(sharded, ranks):
     _, whole, _ = ranks
     losses = [[entry["copilot_loss"] for entry in logs] for logs in (sharded[0]["full"]["logs"], whole["logs"])]

@@ -225,6 +225,7 @@ def figures(file) -> dict[str, list]:
     }
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_measures(folder):
     """Seven documents and rows, which two can't share alike."""
     write_tasks(folder, rows=7)
@@ -252,6 +253,7 @@ def test_a_task_too_small_for_the_processes_is_named(folder):
             check_shares(manager, TASKS, limit, processes)
 
 
+@pytest.mark.slow
 def test_groups_and_patterns(folder):
     """A group has a figure of its own, without an interval; names may be a pattern."""
     group = {"group": "all_sums", "task": ["sums_choice"], "aggregate_metric_list": [{"metric": "acc"}]}

@@ -66,6 +66,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_no_tensor_grows_with_the_square(memory, monkeypatch):
     """A document twice as long has no tensor of more than about twice the size; where blocks are large, of four."""

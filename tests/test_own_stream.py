@@ -107,6 +107,7 @@ def without_look(name):
     return without
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("without", [without_start, without_step, *map(without_look, LOOKS)], ids=lambda w: w.__name__)
 def test_every_wait_is_needed(without, monkeypatch):
     without(monkeypatch)

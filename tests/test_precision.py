@@ -145,6 +145,7 @@ def test_gradient_checkpointing_in_the_copilot(tmp_path, adapter, memory):
     assert all(torch.allclose(tensor, states[1][name], atol=1e-6) for name, tensor in states[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_compiled_pilot_stops_compiling(tmp_path, memory):
     """Hooks add no recompilation from step to step, with evaluations between."""
