@@ -20,7 +20,6 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from .generation.logits_processor import CopilotLogitsProcessor
-from .model.configuration_copilot import check_strength
 from .model.modeling_copilot import CopilotModel
 from .pilot.compatibility import check_pilot
 from .training.records import IGNORE
@@ -61,7 +60,7 @@ class CopilotLM(HFLM):
             copilot = CopilotModel.from_pretrained(copilot, **places)
         self.copilot = copilot.to(self.model.get_output_embeddings().weight.device)
         check_pilot(self.copilot, self.model, self.tokenizer)
-        self.strength = check_strength(self.copilot.config.strength if strength is None else strength)
+        self.strength = self.copilot.config.strength_or_own(strength)
 
     def get_model_info(self) -> dict[str, Any]:
         return super().get_model_info() | {"copilot_strength": self.strength, "copilot": self.copilot.name_or_path}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -54,6 +55,16 @@ def test_imports_go_in_one_direction(name):
 def test_imports_make_no_circle():
     order = list(TopologicalSorter({name: imports(name) for name in FILES}).static_order())
     assert len(order) == len(FILES)
+
+
+def test_files_are_listed_in_reading_order():
+    """CONTRIBUTING.md lists each file below those that it imports from."""
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    wings = re.findall(r"^\*\*`hf_copilot/(\w+)/`(.*?)\n\n(?!\|)", page, re.MULTILINE | re.DOTALL)
+    names = [f"{wing}.{file}" for wing, table in wings for file in re.findall(r"^\| `(\w+)\.py`", table, re.MULTILINE)]
+    assert sorted(names) == [name for name in FILES if "." in name]
+    for place, name in enumerate(names):
+        assert {other for other in imports(name) if "." in other} <= {*names[:place]}, name
 
 
 LINES = {"file": 350, "class": 250, "function": 40}  # at most, docstrings counted

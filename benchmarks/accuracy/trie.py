@@ -102,7 +102,7 @@ def _correction(
     memory, reads = memory_of(copilot.config), sees[start:]  # [Q, n + N]
     itself = torch.eye(len(sees), dtype=torch.bool, device=device)[start:]  # [Q, n + N]
     reads_state = reads & ~itself if memory.lag else reads  # [Q, n + N]
-    reads_entry = torch.stack([reads, reads_state], dim=-1) if memory.reads_states else reads
+    reads_entry = torch.stack([reads, reads_state], dim=-1) if copilot.config.reads_states else reads
     is_start = torch.zeros(1, len(tokens), dtype=torch.bool, device=device)
     is_start[:, 0] = True
     output = copilot(

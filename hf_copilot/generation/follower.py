@@ -147,7 +147,8 @@ class Follower:
             forwards, rows, continues = pending, self._next_rows(pending[0], ids), True
         else:
             forwards, rows, continues = self._look_back(pending, ids)
-        past, rows = forwards[0].past_length, self._arrange(rows)
+        past = forwards[0].past_length
+        rows = self._arrange(rows)
         if continues and past and rows is not None and not _holds_every_state(forwards[-1]):
             self.reset()
             raise ValueError(STATE_OUTSIDE)
@@ -223,7 +224,8 @@ class Follower:
         beginning of, if one has; and whether every row goes on by one token."""
         is_next = self._is_next(ids) and self._has_same_encoder(pending)
         rows = self._parents(ids, ids.shape[1] - 1) if is_next else None  # [R]
-        forwards, continues = self._chain(pending, ids, rows is not None), rows is not None
+        continues = rows is not None
+        forwards = self._chain(pending, ids, continues)
         past = forwards[0].past_length
         if past and not continues:
             rows = self._parents(ids, past)

@@ -57,7 +57,7 @@ class CopilotLogitsProcessor(LogitsProcessor):
         cuda_graphs: bool = False,
     ):
         check_pilot(copilot, pilot, tokenizer)
-        self._strength = check_strength(copilot.config.strength if strength is None else strength)
+        self._strength = copilot.config.strength_or_own(strength)
         self.fusion = copilot.config.fusion
         record = recorder(copilot.device) if cuda_graphs else None
         self.rectifier = Rectifier(copilot, pilot, record) if self.strength else None

@@ -49,7 +49,7 @@ class Rectifier:
     def __init__(self, copilot: CopilotModel, pilot: nn.Module, record: Record | None = None):
         check_generation(pilot)
         self.copilot, self.config, self.memory = copilot, copilot.config, memory_of(copilot.config)
-        self.follower = Follower(self.memory.reads_states)
+        self.follower = Follower(self.config.reads_states)
         self.was_with_gradient = False  # the Pilot's last forward, which is one of training then
         self.recorded = RecordedStep(self._run, record) if record else None
         self.tap = GenerationTap(pilot, self.config, self.follower.take, self._listens, begun=self._begin_beside)
@@ -62,8 +62,8 @@ class Rectifier:
             self.recorded.forget()
         self.follower.reset()
         self.lent: Vocabulary | None = None  # the Pilot's matrices, as they were when the run began
-        # layers that keep the run of the queries, and that keep the memory of n positions
-        own, memory = (sum(kind != other for kind in self.config.attention_types) for other in ("cross", "self"))
+        own = sum(kind != "cross" for kind in self.config.attention_types)  # layers that keep the run of the queries
+        memory = sum(kind != "self" for kind in self.config.attention_types)  # that keep the memory of n positions
         self.caches = Caches(GrowingCache(own), GrowingCache(memory))
         self.last_logits: torch.Tensor | None = None  # [R, V] the Pilot's logits at the last call
         self.last_correction: torch.Tensor | None = None  # [R, V] f at the last call
@@ -103,7 +103,8 @@ class Rectifier:
         """Start the step of the next call beside the Pilot's forward, where it is known what that reads."""
         if self.recorded is None or self.follower.thread != get_ident():
             return
-        step, self.begun = self.follower.foresee(states), None
+        step = self.follower.foresee(states)
+        self.begun = None
         if step is not None:
             with self._all_or_nothing():
                 self.begun = states, self._start(step)
@@ -242,15 +243,14 @@ class Rectifier:
         vocab_size, before = self.config.vocab_size, inputs.get("before")
         token, is_unknown = self.copilot.known(inputs["token"])  # [R], [R]
         is_start = is_unknown[:, None] | (not self.caches.own.length)  # [R, 1]
+        fed = {"is_start": is_start, "input_indices": None, "input_values": None}
         if before is None:  # the first query of a run, or one that is fed the token alone
             values = torch.zeros(len(token), 1, 1, device=token.device)
-            return {"input_indices": token[:, None, None], "input_values": values, "is_start": is_start}
+            return fed | {"input_indices": token[:, None, None], "input_values": values}
         if self.config.error_feedback == "predicted":
-            fed = {"input_indices": None, "input_values": None, "inputs_embeds": self._predicted_input(token, before)}
-            return fed | {"is_start": is_start}
+            return fed | {"inputs_embeds": self._predicted_input(token, before)}
         mistake = sparse_discrepancy(before[:, :vocab_size].float(), token, self.config.top_k)  # [R, k + 1]
-        fed = {"input_indices": mistake.indices[:, None], "input_values": mistake.values[:, None]}
-        return fed | {"is_start": is_start}
+        return fed | {"input_indices": mistake.indices[:, None], "input_values": mistake.values[:, None]}
 
     def _predicted_input(self, token: torch.Tensor, correction: torch.Tensor) -> torch.Tensor:
         """The last f `[R, V]`, and with `copilot_input="both"` the token `[R]`, by the embedding: `[R, 1, d]`."""

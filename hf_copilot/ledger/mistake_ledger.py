@@ -44,12 +44,6 @@ class RowStatistics(NamedTuple):
     forgotten: np.ndarray  # [R] int, how often such a visit was followed by one that was not
 
 
-class Confusion(NamedTuple):
-    label: int
-    said: int
-    count: int
-
-
 class MistakeLedger:
     """Every labelled token of a run: how likely the Pilot held it each time, and what it held likelier.
 
@@ -100,18 +94,22 @@ class MistakeLedger:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         if header["format_version"] > FORMAT_VERSION:
             raise ValueError(f"The mistake ledger in {run} is of a newer hf_copilot: update this one to read it.")
-        written = {process: read_written(folder, process) for process in processes_in(folder)}
-        torn = [process for process, part in written.items() if part.is_torn]
-        if torn:
+        written = [read_written(folder, process) for process in processes_in(folder)]
+        if any(part.is_torn for part in written):
             logger.warning(f"The mistake ledger in {run} was cut off while it was written: its last entries are lost.")
-        parts = [part for part in written.values() if len(part.documents)]
+        parts = [part for part in written if len(part.documents)]
         if not parts:
             raise ValueError(f"The mistake ledger in {run} is empty: no round of the run was written to the end.")
         documents = np.concatenate([part.documents for part in parts])  # [D]
         tokens = np.concatenate([part.tokens for part in parts])  # [M]
         order = documents["step"].argsort(kind="stable")  # [D]
-        about_rows = header["rows"], header["has_encoder"], header.get("chat_template")
-        return cls(documents[order], tokens[_in_order(documents["tokens"], order)], *about_rows)
+        return cls(
+            documents[order],
+            tokens[_in_order(documents["tokens"], order)],
+            num_rows=header["rows"],
+            has_encoder=header["has_encoder"],
+            chat_template=header.get("chat_template"),
+        )
 
     def _parts(self) -> np.ndarray:
         """`[D]`, a number for each document that those of the same row from the same token on have too."""

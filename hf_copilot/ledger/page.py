@@ -49,8 +49,7 @@ def mistakes(
             held them when it last read them in training. Both are run on the rows that are shown in full.
 
     Raises:
-        ValueError: Without a ledger, for another data set than the run's, for a row that the run did not read, or
-            where `rectify` lacks data or a model.
+        ValueError: Without a ledger, for other data than the run's, an unread row, or `rectify` without data or model.
     """
     ledger = MistakeLedger.load(run)
     statistics = ledger.rows()
@@ -58,13 +57,14 @@ def mistakes(
         raise ValueError("rectify runs Pilot and Copilot on the rows: pass data (--data) with it.")
     tokenizer = load_from(run, AutoTokenizer) if data is not None else None
     text = RowTokens(ledger, read_rows(data), tokenizer) if data is not None else None
+    text_of = decoder_of(tokenizer) if tokenizer is not None else None
     chosen = rows_in_full(statistics, rows)
     scores = scored(run, ledger, text, list(chosen)) if rectify else {}
     page = {
         "about": about(ledger, statistics),
         "map": as_map(statistics),
-        "cards": [card(ledger, row, why, text, tokenizer, scores.get(row)) for row, why in chosen.items()],
-        "confusions": confusions(text, tokenizer) if text is not None else None,
+        "cards": [card(ledger, row, why, text, text_of, scores.get(row)) for row, why in chosen.items()],
+        "confusions": [(text_of(c.label), text_of(c.said), c.count) for c in text.confusions()] if text else None,
         "rectified": fixed(scores) if rectify else None,
         "without_text": WITHOUT_TEXT,
     }
@@ -149,7 +149,7 @@ def card(
     row: int,
     why: str,
     text: RowTokens | None,
-    tokenizer: PreTrainedTokenizerBase | None,
+    text_of: Callable[[int], str] | None,
     found: RowScore | None,
 ) -> dict[str, Any]:
     """A row in full: the mean p of each reading, and its tokens, of which the labelled ones are `[text, p, whether it
@@ -160,7 +160,6 @@ def card(
     made = {"row": row, "why": why, "history": [round(float(p), 4) for p in history], "tokens": []}
     if text is None:
         return made
-    text_of = decoder_of(tokenizer)
     last = {int(token["position"]): token for _, tokens in documents for token in tokens}
     order = {position: i for i, position in enumerate(text.labelled(row).tolist())}
     for position, token in enumerate(text.parts[row].tolist()):
@@ -178,11 +177,6 @@ def card(
             entry += [round(p[1], 4), not is_right[1]]
         made["tokens"].append(entry)
     return made
-
-
-def confusions(text: RowTokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str, int]]:
-    text_of = decoder_of(tokenizer)
-    return [(text_of(c.label), text_of(c.said), c.count) for c in text.confusions()]
 
 
 def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:

@@ -6,7 +6,7 @@ Shapes: R rows of the data set, N tokens of all of them, M labelled tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,13 +14,19 @@ from transformers import PreTrainedTokenizerBase
 from ..training.chats import row_tokens
 from ..training.ledger import SAID_THE_LABEL, checksum
 from ..training.records import IGNORE
-from .mistake_ledger import Confusion, MistakeLedger
+from .mistake_ledger import MistakeLedger
 
 OTHER_DATA = (
     "Pass the rows that the trainer was given, in their order, and the run's own tokenizer; or the rows as they were "
     "tokenised, with a column `input_ids` (beside an encoder-decoder `labels` too). Rows that were cut at their "
     "beginning (truncation_mode='keep_end') need that column, and the cut."
 )
+
+
+class Confusion(NamedTuple):
+    label: int
+    said: int
+    count: int
 
 
 class RowTokens:

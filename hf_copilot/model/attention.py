@@ -114,13 +114,8 @@ class CopilotAttention(nn.Module):
         v = self.split_heads(self.v_proj(source))  # [B, kv_heads, s, head_dim]
         if cache is not None:
             k, v = cache.update(k, v, self.cache_index)  # [B, kv_heads, cached + s, head_dim]
-        return self.o_proj(self.attend(q, k, v, reads).flatten(2))  # [B, m, d]
-
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reads: torch.Tensor | Span | None
-    ) -> torch.Tensor:
-        """softmax(scaling q kᵀ) v over what each query reads: `[B, m, heads, head_dim]`."""
-        return self._attend_by_blocks(q, k, v, reads) if isinstance(reads, Span) else self._attend(q, k, v, reads)
+        attend = self._attend_by_blocks if isinstance(reads, Span) else self._attend
+        return self.o_proj(attend(q, k, v, reads).flatten(2))  # [B, m, d]
 
     @torch.compiler.disable  # which can't recompute a block
     def _attend_by_blocks(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reads: Span) -> torch.Tensor:
@@ -134,5 +129,6 @@ class CopilotAttention(nn.Module):
         return torch.cat(parts, dim=1)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """softmax(scaling q kᵀ) v over what each query reads: `[B, m, heads, head_dim]`."""
         mask = None if mask is None else mask[:, None]  # [B, 1, m, e]
         return ALL_ATTENTION_FUNCTIONS["sdpa"](self, q, k, v, mask, scaling=self.scaling, is_causal=False)[0]

@@ -178,13 +178,7 @@ class CopilotConfig(PreTrainedConfig):
         if self.memory == "tokens":
             _check_tokens(self)
         _check_heads(self)
-        minimum = 2 if self.pattern == 1 and not self.pilot_is_encoder_decoder else 1
-        if self.num_hidden_layers is not None and self.num_hidden_layers < minimum:
-            raise ValueError(
-                f"num_hidden_layers={self.num_hidden_layers}: pattern {self.pattern} needs at least {minimum} "
-                "(one of self-attention and one of the modified cross-attention; beside an encoder-decoder, with "
-                "pilot_is_encoder_decoder=True, one layer has both)."
-            )
+        _check_layers(self)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
@@ -258,6 +252,10 @@ class CopilotConfig(PreTrainedConfig):
         fields = [name for name in CopilotConfig.__annotations__ if name not in PROVENANCE_FIELDS]
         return [name for name in fields if getattr(self, name) != getattr(other, name)]
 
+    def strength_or_own(self, given: float | None) -> float:
+        """λ: the one that is given, or the Copilot's own; raises as [`check_strength`]."""
+        return check_strength(self.strength if given is None else given)
+
     @property
     def reads_states(self) -> bool:
         """Whether the memory is the Pilot's states."""
@@ -292,6 +290,16 @@ def _check_heads(config: CopilotConfig) -> None:
         raise ValueError(
             f"position_embedding='rotary' turns pairs of dimensions, and head_dim={config.head_dim} is odd: choose "
             "an even one, or position_embedding='none'."
+        )
+
+
+def _check_layers(config: CopilotConfig) -> None:
+    minimum = 2 if config.pattern == 1 and not config.pilot_is_encoder_decoder else 1
+    if config.num_hidden_layers is not None and config.num_hidden_layers < minimum:
+        raise ValueError(
+            f"num_hidden_layers={config.num_hidden_layers}: pattern {config.pattern} needs at least {minimum} "
+            "(one of self-attention and one of the modified cross-attention; beside an encoder-decoder, with "
+            "pilot_is_encoder_decoder=True, one layer has both)."
         )
 
 

@@ -15,13 +15,7 @@ from .configuration_copilot import CopilotConfig
 
 
 class Memory(ABC):
-    """One kind of memory.
-
-    Attributes:
-        reads_states: Whether its entries are the Pilot's states, and not token ids.
-    """
-
-    reads_states = True
+    """One kind of memory."""
 
     def __init__(self, lag: int):
         self.lag = lag
@@ -70,8 +64,6 @@ class Memory(ABC):
 
 class TokenMemory(Memory):
     """The tokens so far, by the Copilot's own embedding: n entries."""
-
-    reads_states = False
 
     def entries(self, input_ids, embeddings, hidden_states, is_first=True):
         return input_ids  # [B, n]

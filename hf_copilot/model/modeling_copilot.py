@@ -138,7 +138,7 @@ class CopilotModel(CopilotPreTrainedModel):
         if missing:
             raise ValueError(
                 f"This CopilotConfig (memory={config.memory!r}) has no {missing} yet: build the Copilot with "
-                "hf_copilot.pilot.copilot_for.copilot_for(pilot, config), which takes them from the Pilot."
+                "hf_copilot.copilot_for(pilot, config), which takes them from the Pilot."
             )
         types, own = config.attention_types, config.vocab_projection == "own"
         size, pilot_size = config.hidden_size, config.pilot_hidden_size

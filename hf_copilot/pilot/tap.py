@@ -150,7 +150,7 @@ class PilotTap:
         self.arguments.require_cache()
         if is_encoder_decoder(self.model):
             self.arguments.require(OF_CROSS_ATTENTION)
-        first = self.layers[:1] if self.pooled else []
+        first = self.layers[:1]
         self.layer_arguments = ForwardArguments(first[0]) if first else None
         self.handles = [
             self.decoder.register_forward_pre_hook(self._begin_forward, with_kwargs=True),

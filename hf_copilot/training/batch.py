@@ -14,7 +14,7 @@ from ..model.discrepancy import SparseDiscrepancy
 from ..model.memory import memory_of
 from ..model.modeling_copilot import rotary_positions
 from ..pilot.head import PilotEmbedding
-from .mistake_log import MistakeRecord
+from .mistake_log import OF_TARGETS, MistakeRecord
 from .ragged import Ragged, Shape, exact
 from .transfer import to_device
 
@@ -53,9 +53,6 @@ def group_by_length(
     return groups
 
 
-OF_TARGETS = ("positions", "is_start", "final_states", "labels", "indices", "values", "dropped")
-
-
 @dataclass
 class CopilotBatch:
     """Records, padded for one forward of the Copilot; B documents, m queries, n positions, Q queries in all."""
@@ -89,7 +86,7 @@ class Collator:
 
     def __call__(self, records: Sequence[MistakeRecord]) -> CopilotBatch:
         """All records in one batch, in their order; queries of different runs do not see each other."""
-        columns = {name: [getattr(record, name) for record in records] for name in OF_TARGETS}
+        columns = {name: [getattr(record, name) for record in records] for name in (*OF_TARGETS, "is_start")}
         flat = {name: torch.cat(column) for name, column in columns.items()}  # [Q, ...]
         targets = Ragged.of([len(record.labels) for record in records], self.shape)
         on_device = {name: self._send(flat[name]) for name in flat.keys() - {"positions"}}
@@ -130,7 +127,7 @@ class Collator:
         """The memory's entries, and which positions of an encoder are no padding, `[B, S]` bool, if there is one."""
         memory = memory_of(self.config)
         ids = self._send(tokens.pad(torch.cat([record.input_ids for record in records])))  # [B, n]
-        if not memory.reads_states:
+        if not self.config.reads_states:
             return memory.entries(ids, None, None), None
         hidden_states = tokens.pad(torch.cat([record.hidden_states for record in records]))  # [B, n, d_P]
         hidden_states, encoder_visible = self._send(hidden_states).to(self.dtype), None

@@ -91,7 +91,7 @@ def save_state(
         save_file({"generator": learner.generator.get_state()}, folder / generator_file(process_index()))
         if mistake_log:
             learner.log.save(folder / log_file(process_index()))
-        if process_index() == 0 if shared is None else shared:
+        if shared or (shared is None and process_index() == 0):
             _save_shared(learner, folder)
 
 

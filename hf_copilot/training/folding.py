@@ -18,7 +18,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..model.configuration_copilot import check_strength
 from ..model.discrepancy import fuse
 from ..model.modeling_copilot import CopilotModel
 from .metrics import strength_on_rows, use_calibration
@@ -64,7 +63,7 @@ def teach(
     """
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: at least one token is kept of each distribution.")
-    strength = copilot.config.strength if strength is None else check_strength(strength)
+    strength = copilot.config.strength_or_own(strength)
 
     def likeliest(logits: torch.Tensor, correction: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
         fused = fuse(logits.log_softmax(-1), correction, strength, copilot.config.fusion)  # [c, V]
@@ -144,11 +143,14 @@ def with_soft_targets(
     rows: Sequence[Mapping[str, Any]], targets: Sequence[SoftTargets]
 ) -> list[dict[str, torch.Tensor]]:
     """Rows of [`FoldingTrainer`]: those that have a target."""
-    tensors = [{name: torch.as_tensor(row[name]) for name in ("input_ids", "labels")} for row in rows]
-    pairs = zip(tensors, targets, strict=True)
     return [
-        row | {"teacher_tokens": found.tokens, "teacher_log_probs": found.log_probs}
-        for row, found in pairs
+        {
+            "input_ids": torch.as_tensor(row["input_ids"]),
+            "labels": torch.as_tensor(row["labels"]),
+            "teacher_tokens": found.tokens,
+            "teacher_log_probs": found.log_probs,
+        }
+        for row, found in zip(rows, targets, strict=True)
         if len(found.tokens)
     ]
 
@@ -189,7 +191,7 @@ def fold_copilot(
             target, or the two do not fit.
         NotImplementedError: With several processes or devices.
     """
-    if (copilot.config.strength if strength is None else strength) == 0:
+    if copilot.config.strength_or_own(strength) == 0:
         raise ValueError("λ is 0: Pilot + Copilot is the Pilot, and there is nothing to fold. Pass strength=...")
     trainer = FoldingTrainer(pilot, args, copilot, rows, strength, top_k)
     return trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -227,7 +229,7 @@ class FoldingMixin:
         rows = labelled_rows(self, self.train_dataset if train_dataset is None else train_dataset)
         held_out = [] if self.eval_dataset is None else labelled_rows(self, self.eval_dataset)
         pilot, copilot = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False), self.copilot
-        strength = copilot.config.strength if strength is None else strength
+        strength = copilot.config.strength_or_own(strength)
         before = mean_nll(pilot, copilot, held_out, [0.0, strength])
         training = fold_copilot(pilot, copilot, rows, args, strength, top_k)
         config = self.learner.copilot.config
@@ -235,15 +237,9 @@ class FoldingMixin:
         if not held_out:
             logger.warning("The Copilot is folded into the Pilot, so its λ is 0 now. calibrate(data) chooses it anew.")
             return {"train_loss": training.training_loss}
-        folded = self._choose_anew(pilot, held_out)
-        return {"train_loss": training.training_loss, **share_kept(*before, folded)}
-
-    def _choose_anew(self, pilot: nn.Module, held_out: Sequence[Mapping[str, Any]]) -> float:
-        """λ after folding, where 0 is no bad news. Returns the folded Pilot's NLL per token."""
-        copilot, data = self.learner.copilot, f"{len(held_out)} rows, after folding"
-        found = strength_on_rows(pilot, copilot, held_out, data=data)
-        use_calibration(copilot.config, found)
-        return found["nll"][0]
+        found = strength_on_rows(pilot, self.learner.copilot, held_out, data=f"{len(held_out)} rows, after folding")
+        use_calibration(config, found)
+        return {"train_loss": training.training_loss, **share_kept(*before, found["nll"][0])}
 
 
 def share_kept(pilot: float, rectified: float, folded: float) -> dict[str, float]:
@@ -277,7 +273,7 @@ def labelled_rows(trainer: Trainer, dataset) -> list[dict[str, torch.Tensor]]:
     """The rows of a prepared data set as the trainer's evaluation reads them, without padding.
 
     Raises:
-        NotImplementedError: For a stream, or for rows that hold several documents.
+        NotImplementedError: For a stream, for rows that hold several documents, or for several evaluation sets.
     """
     if isinstance(dataset, dict):
         raise NotImplementedError(

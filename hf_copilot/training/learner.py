@@ -181,7 +181,8 @@ class CopilotLearner(BesideThePilot):
         """
         with self._forced.watch(inputs):
             yield
-        self.has_observed, note = True, None if self.ledger is None else self.ledger.collect
+        self.has_observed = True
+        note = None if self.ledger is None else self.ledger.collect
         self.pending.append(self._begin_records({**self.row_ids, **inputs}, note))
         self.row_ids = {}
 
@@ -276,7 +277,8 @@ class CopilotLearner(BesideThePilot):
             ValueError: If a λ is negative or not finite, the block measures no labelled token, or for another metric.
         """
         strengths = strengths_to_try(strengths, metric)
-        self.calibrating = strengths, (sums := empty_sums(strengths))
+        sums = empty_sums(strengths)
+        self.calibrating = strengths, sums
         try:
             yield
         finally:
@@ -297,8 +299,5 @@ class CopilotLearner(BesideThePilot):
 
     def exported(self, device: str | torch.device | None = None) -> CopilotModel:
         """The Copilot as plain weights: itself, or a copy of now with its adapter merged, and with the same config.
-
-        Args:
-            device: Where the copy is made; by default where the Copilot is.
-        """
+        The copy is made on `device`, by default where the Copilot is."""
         return self.copilot if self.peft_model is None else merged_copy(self.peft_model, device or self.device)

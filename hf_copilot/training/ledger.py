@@ -105,7 +105,7 @@ class LedgerWriter:
         self.folder, self.step, self.process = Path(folder), step, process_index()
         self.round: list[tuple] = []  # of the batches of this round
         self.rounds: list[tuple] = []  # of the rounds that are done
-        self.rounds_held, self.is_broken = 0, False
+        self.is_broken = False
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_up(earlier)
         for process in {self.process, *(p for p in processes_in(self.folder) if p >= num_processes())}:
@@ -157,13 +157,12 @@ class LedgerWriter:
         self.step += 1
         self.rounds += [(self.step, *batch) for batch in self.round]
         self.round = []
-        self.rounds_held += 1
-        if self.rounds_held == ROUNDS_HELD:
+        if self.step % ROUNDS_HELD == 0:
             self.flush()
 
     def flush(self) -> None:
         """Write the rounds that are done: tokens first, so that a document on disk has them."""
-        rounds, self.rounds, self.rounds_held = self.rounds, [], 0
+        rounds, self.rounds = self.rounds, []
         if not rounds or self.is_broken:
             return
         *batches, p, said = zip(*rounds, strict=True)

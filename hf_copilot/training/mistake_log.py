@@ -18,6 +18,8 @@ from ..model.fields import is_whole
 
 logger = logging.getLogger(__name__)
 
+OF_TARGETS = ("positions", "labels", "final_states", "indices", "values", "dropped")  # fields of a record, [m, ...]
+
 
 @dataclass
 class MistakeRecord:
@@ -56,8 +58,7 @@ class MistakeRecord:
 
     def starting_at(self, first: int) -> MistakeRecord:
         """The same document with its first targets left out: they are memory only."""
-        names = ("positions", "labels", "final_states", "indices", "values", "dropped")
-        return replace(self, **{name: getattr(self, name)[first:] for name in names})
+        return replace(self, **{name: getattr(self, name)[first:] for name in OF_TARGETS})
 
 
 def check_bounds(max_rounds: int, max_bytes: int) -> None:

@@ -20,18 +20,22 @@ from .row_ids import without_row_ids
 logger = logging.get_logger(__name__)
 
 
-class TrainingErrors:
-    """`"train"`: every forward of the Pilot's training (the paper)."""
+class MistakeSource:
+    """One source of mistakes."""
 
     def check(self, learner: CopilotLearner, state: TrainerState) -> None:
         """Say what this source can't do in the run that begins."""
 
     def records(self, learner: CopilotLearner, state: TrainerState) -> list[MistakeRecord] | None:
-        """What the log is given in place of this round's own records; None for these."""
+        """What the log is given in place of this round's own records; None keeps these."""
         return None
 
 
-class FirstVisit(TrainingErrors):
+class TrainingErrors(MistakeSource):
+    """`"train"`: every forward of the Pilot's training (the paper)."""
+
+
+class FirstVisit(MistakeSource):
     """`"first_visit"`: the forwards of the first epoch, before the Pilot has seen the document."""
 
     def check(self, learner: CopilotLearner, state: TrainerState) -> None:
@@ -58,7 +62,7 @@ class FirstVisit(TrainingErrors):
         return [] if state.epoch > 1 else None
 
 
-class Holdout(TrainingErrors):
+class Holdout(MistakeSource):
     """`"holdout"`: a slice of the training data that the Pilot never trains on, batch by batch; after the last row
     comes the first.
 

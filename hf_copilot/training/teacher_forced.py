@@ -63,7 +63,7 @@ class TeacherForced:
         self.copilot, self.autocast_dtype = copilot.to(self.device), autocast_dtype
         self.compiled = CompiledDecode(copilot, compile_backend) if compile_backend else None
         self._listening, self._caught = False, None
-        self.tap = PilotTap(pilot, copilot.config, self._catch, self._listens)
+        self.tap = PilotTap(pilot, copilot.config, self._catch, lambda: self._listening)
 
     def __enter__(self) -> TeacherForced:
         return self
@@ -102,9 +102,6 @@ class TeacherForced:
         if self._caught is None:
             raise ValueError("The Pilot's decoder did not run inside the block: is it the Pilot of this learner?")
         self.follow_pilot()
-
-    def _listens(self) -> bool:
-        return self._listening
 
     def _catch(self, states: PilotStates) -> None:
         self._caught, self._listening = states, False

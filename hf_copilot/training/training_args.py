@@ -38,7 +38,9 @@ class CopilotArguments:
         copilot_holdout (`float`, defaults to `0.1`): That slice's share of `train_dataset`. One more batch of
             `per_device_train_batch_size` of its rows goes through the Pilot, without gradient, at every step.
         copilot_log_rounds (`int`, defaults to `128`): Rounds (optimizer steps) that the Mistake Log keeps.
-        copilot_log_max_bytes (`int`, defaults to 1 GiB): Bound on the log in CPU memory.
+        copilot_log_max_bytes (`int`, defaults to 1 GiB): Bound on the log in CPU memory. With several processes
+            each has a log of its own. On CUDA it is pinned memory, which PyTorch rounds up to powers of two: at worst
+            it takes twice as much.
         copilot_log_dtype (`str`, defaults to `"bfloat16"`): Type of the hidden states in the log.
         copilot_gradient_checkpointing (`bool`, defaults to `False`): Recompute its activations in the backward pass.
         copilot_torch_compile (`bool`, defaults to `False`): Compile its blocks, with the Pilot's
