@@ -635,6 +635,22 @@ def test_predicted_feedback_feeds_the_last_correction(pilot):
         assert torch.allclose(fed[step][:, 0], expected, atol=1e-5)
 
 
+def test_predicted_feedback_after_a_token_without_a_row(pilot, tokenizer):
+    """The start vector, as in training."""
+    from hf_copilot.pilot.compatibility import tokenizer_fingerprint
+
+    wide, copilot = tiny_pilot(vocab_size=VOCAB_SIZE + 8).eval(), trained_like(pilot, CopilotConfig.paper())
+    copilot.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+    fed, ids = [], PROMPT
+    copilot.layers[0].register_forward_pre_hook(lambda module, args: fed.append(args[0].clone()))
+    with CopilotLogitsProcessor(copilot, wide, tokenizer=tokenizer) as processor, torch.no_grad():
+        for token in (5, VOCAB_SIZE + 2, 5):
+            processor(ids, wide(ids).logits[:, -1].float())
+            ids = torch.cat([ids, torch.full((3, 1), token)], dim=1)
+    is_start = [torch.allclose(step, copilot.start.weight.expand_as(step)) for step in fed]
+    assert is_start == [True, False, True]
+
+
 def test_padding_rows_of_the_pilot_are_left_alone(pilot, tokenizer, config):
     from hf_copilot.pilot.compatibility import tokenizer_fingerprint
 

@@ -121,10 +121,6 @@ class Follower:
             pending[-1].next_logits = None  # nobody asked for them
         pending.append(states)
 
-    def drop(self) -> None:
-        """Forget the forwards of this thread: one came after them that can't be followed."""
-        self.of_threads.pop(get_ident(), None)
-
     @property
     def pending(self) -> list[PilotStates]:
         """Those of this thread."""

@@ -79,7 +79,7 @@ class Rectifier:
         self.follower.settle()
         self.was_with_gradient = torch.is_grad_enabled()
         if self.was_with_gradient:
-            self.follower.drop()
+            self.follower.of_threads.pop(get_ident(), None)  # older ones are not what is asked about next
         return not self.was_with_gradient
 
     @torch.inference_mode(False)  # what is kept is written to again, outside of it too
@@ -248,7 +248,8 @@ class Rectifier:
             values = torch.zeros(len(token), 1, 1, device=token.device)
             return fed | {"input_indices": token[:, None, None], "input_values": values}
         if self.config.error_feedback == "predicted":
-            return fed | {"inputs_embeds": self._predicted_input(token, before)}
+            embeds = torch.where(is_start[..., None], self.copilot.start.weight, self._predicted_input(token, before))
+            return fed | {"inputs_embeds": embeds}  # [R, 1, d]
         mistake = sparse_discrepancy(before[:, :vocab_size].float(), token, self.config.top_k)  # [R, k + 1]
         return fed | {"input_indices": mistake.indices[:, None], "input_values": mistake.values[:, None]}
 
