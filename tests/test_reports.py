@@ -11,11 +11,13 @@ from pathlib import Path
 import trackio
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_data import train
-from tiny import addition
+from tiny import SHAPE, addition
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_copilot import CopilotSFTConfig, CopilotTrainer, MistakeLog
+from hf_copilot.model.fields import FIGURES
 from hf_copilot.training.metrics import METRICS
-from hf_copilot.training.report import count_parameters, describe_start, show, table_of_training
+from hf_copilot.training.report import count_parameters, describe_start, multiplied_parameters, show, table_of_training
 
 EXPECTED = {f"train/{name}" for name in (*METRICS, "copilot_loss")} | {f"eval/{name}" for name in METRICS}
 
@@ -51,6 +53,16 @@ def test_the_lines_at_the_start(tmp_path):
     assert own_trained == own_all and "per generated token" in lines
 
 
+def test_experts_that_a_token_is_not_sent_to_are_no_cost():
+    sizes = {}
+    for experts in (2, 8):
+        config = MixtralConfig(**SHAPE, num_local_experts=experts, num_experts_per_tok=2)
+        pilot = MixtralForCausalLM(config)
+        routers = sum(p.numel() for name, p in pilot.named_parameters() if ".gate." in name)
+        sizes[experts] = multiplied_parameters(pilot) - routers
+    assert sizes[2] == sizes[8]
+
+
 def test_line_and_table_are_printed_when_bars_are_on(tmp_path, capsys):
     trainer = train(CopilotTrainer, CopilotSFTConfig, tmp_path / "quiet", addition(32))
     assert "Mistake Log" not in capsys.readouterr().out
@@ -63,6 +75,14 @@ def test_line_and_table_are_printed_when_bars_are_on(tmp_path, capsys):
 
 def test_no_figures_no_table():
     assert table_of_training([{"loss": 1.0}], MistakeLog().nbytes) is None
+
+
+def test_each_of_several_evaluation_sets_has_its_figures():
+    figures = dict.fromkeys(FIGURES, 0.5)
+    history = [{prefix + name: value for name, value in figures.items()} for prefix in ("", "eval_b_", "eval_a_")]
+    table = table_of_training([*history, {"calibration_rectified_nll": 1.0}], 0.0)
+    where = ["training, before learning", "evaluation, a", "evaluation, b"]
+    assert [*table.columns[0].cells][::2] == [f"NLL per token ({name})" for name in where]
 
 
 def test_what_is_shown_is_no_markup(capsys):

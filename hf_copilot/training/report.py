@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from time import perf_counter
@@ -37,13 +38,20 @@ def size_of(parameter: nn.Parameter) -> int:
     return parameter.numel() * packed
 
 
+def in_idle_experts(model: PreTrainedModel) -> int:
+    """Parameters of the experts that a token is not sent to."""
+    active = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or math.inf
+    experts = [p for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]  # [experts, ...] each
+    return sum(size_of(p) - size_of(p) * active // len(p) for p in experts if active < len(p))
+
+
 def multiplied_parameters(model: PreTrainedModel) -> int:
-    """Parameters that a generated token is multiplied with: all but the encoder and the input embedding, unless the
-    head shares it; of a Copilot that uses its Pilot's head, that head too."""
+    """Parameters that a generated token is multiplied with: all but the encoder, the other experts, and the input
+    embedding, unless the head shares it; of a Copilot that uses its Pilot's head, that head too."""
     if model.get_output_embeddings() is None:
         return count_parameters(model)[0] + model.config.vocab_size * model.config.pilot_hidden_size
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    count = count_parameters(model)[0] - (0 if head is embedding else embedding.numel())
+    count = count_parameters(model)[0] - (0 if head is embedding else embedding.numel()) - in_idle_experts(model)
     if getattr(model.config, "is_encoder_decoder", False):
         own = {id(parameter) for parameter in model.get_decoder().parameters()} | {id(head)}
         count -= sum(size_of(p) for p in model.get_encoder().parameters() if id(p) not in own)
@@ -113,14 +121,28 @@ def table_of_training(
     table = Table(title=f"Pilot and Copilot, last figures (Mistake Log: {log_megabytes:,.0f} MB)")
     for column in ("", "Pilot", "Pilot + Copilot"):
         table.add_column(column, justify="right" if column else "left")
-    for prefix, where in (("", "training, before learning"), ("eval_", "evaluation")):
-        entries = [entry for entry in log_history if f"{prefix}rectified_nll" in entry]
-        if entries:
-            add_figures(table, where, {name: entries[-1][prefix + name] for name in FIGURES})
+    for where, prefix in prefixes_of(log_history).items():
+        last = [entry for entry in log_history if f"{prefix}rectified_nll" in entry][-1]
+        add_figures(table, where, {name: last[prefix + name] for name in FIGURES})
     if calibration is not None:
         on = f"{calibration['targets']:,} tokens of {calibration['data']}"
         add_figures(table, f"λ = {calibration['strength']:g}, chosen on {on}", results_at_chosen(calibration))
     return table if table.row_count else None
+
+
+def prefixes_of(log_history: Sequence[dict[str, float]]) -> dict[str, str]:
+    """Where figures were measured, and what stands before their names: in training, on the evaluation set, or on each
+    of several."""
+    names = {name for entry in log_history for name in entry if name.endswith("rectified_nll")}
+    found = {}
+    for prefix in sorted(name.removesuffix("rectified_nll") for name in names):
+        if not prefix:
+            found["training, before learning"] = prefix
+        elif prefix == "eval_":
+            found["evaluation"] = prefix
+        elif prefix.startswith("eval_"):
+            found[f"evaluation, {prefix[len('eval_') : -1]}"] = prefix
+    return found
 
 
 def add_figures(table: Table, where: str, found: Mapping[str, float]) -> None:
