@@ -26,7 +26,7 @@ from benchmarks.cost import PAPER, SHAPES, SMALL_DECODER
 from benchmarks.counting import SHAPE, Count, documents, token
 from hf_copilot import CopilotConfig, CopilotLearner, copilot_for
 
-# one H100, as measured with benchmarks/cost.py (docs/results.md), and launches counted by a profiler
+# one H100, as measured with benchmarks/cost.py (docs/costs.md), and launches counted by a profiler
 STEP_S, TOKEN_S = 0.26, 0.0188  # of the Pilot alone: 4 micro-batches of 4 x 256 tokens; batch 1
 THEN = {"launches of a step": 16_700, "step_s": 1.88 * STEP_S, "launches of a token": 964, "token_s": 0.0341 - 0.0198}
 MEASURED = {"llama-3.2-1b": {"training": 3.05, "generation": 1.73}}  # by the code of then, see THEN
