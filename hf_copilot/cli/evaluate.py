@@ -12,7 +12,6 @@ import torch
 
 from ..evaluation.comparison import Comparison, compare_answers, compare_likelihoods, table_of
 from ..evaluation.tasks import compare_on_tasks
-from ..model.configuration_copilot import check_strength
 from ..training.report import show
 from ..version import __version__
 from .chats import check_template
@@ -74,7 +73,7 @@ def evaluate(argv: Sequence[str]) -> None:
     rows = None if arguments.data is None else named_rows(arguments)
     accelerator = start_processes(arguments.device) if is_launched() else None
     pilot, copilot, tokenizer = load_pair(arguments)
-    strength = check_strength(copilot.config.strength if arguments.strength is None else arguments.strength)
+    strength = copilot.config.strength_or_own(arguments.strength)
     found = {}
     if rows is not None:
         check_template(rows, tokenizer, copilot.config.pilot_is_encoder_decoder)
