@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.comparison import Comparison, compare_answers, compare_likelihoods, table_of
 from ..evaluation.tasks import compare_on_tasks
-from ..model.configuration_copilot import check_strength
 from ..model.modeling_copilot import CopilotModel
 from ..training.report import show
 from ..version import __version__
@@ -78,7 +77,7 @@ def evaluate(argv: Sequence[str]) -> None:
     accelerator = start_processes(arguments.device) if is_launched() else None
     loaded = load_pair(arguments)
     _, copilot, tokenizer = loaded
-    strength = check_strength(copilot.config.strength if arguments.strength is None else arguments.strength)
+    strength = copilot.config.strength_or_own(arguments.strength)
     found = {}
     if rows is not None:
         check_template(rows, tokenizer, copilot.config.pilot_is_encoder_decoder)

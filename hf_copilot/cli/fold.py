@@ -70,7 +70,7 @@ def fold(argv: Sequence[str]) -> None:
     has_encoder = copilot.config.pilot_is_encoder_decoder
     rows = labelled(arguments.data, arguments, tokenizer, has_encoder)
     held_out = labelled(arguments.held_out, arguments, tokenizer, has_encoder) if arguments.held_out else []
-    strength = copilot.config.strength if arguments.strength is None else arguments.strength
+    strength = copilot.config.strength_or_own(arguments.strength)
     before = mean_nll(pilot.to(args.device), copilot, held_out, [0.0, strength])
     args.resume_from_checkpoint = resume_from(args)
     fold_copilot(pilot, copilot, rows, args, strength, arguments.top_k)
