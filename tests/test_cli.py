@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, parse_eval_result_entries
 from peft import LoraConfig, get_peft_model
 from test_distributed import in_two_processes
 from tiny import addition, tiny_pilot, tiny_seq2seq, tiny_tokenizer, trained_like
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_copilot import CopilotModel, CopilotTrainer
@@ -26,7 +26,7 @@ from hf_copilot.cli.card import choose_figure
 from hf_copilot.cli.data import load_rows, read_answers, read_file
 from hf_copilot.cli.pair import PairArguments, load_copilot, load_pilot
 from hf_copilot.cli.parser import WIDTH
-from hf_copilot.cli.scratch import train_tokenizer
+from hf_copilot.cli.scratch import is_unread, train_tokenizer
 from hf_copilot.ledger.page import read_rows
 from hf_copilot.pilot.copilot_for import copilot_for
 
@@ -319,6 +319,13 @@ def test_commands_are_listed(capsys):
     assert usage() in (Path(__file__).parent.parent / "docs" / "command_line.md").read_text(encoding="utf-8")
     assert run("evaluate") == 2
     assert "no command 'evaluate'" in capsys.readouterr().err
+
+
+def test_a_field_that_a_config_reads_without_keeping_it_is_taken():
+    """Gemma 3 makes its layers' types of it."""
+    given = {"model_type": "gemma3_text", "sliding_window_pattern": 2, "sliding_window_pat": 2}
+    unread = [name for name in given if is_unread(name, AutoConfig.for_model(**given), given)]
+    assert unread == ["sliding_window_pat"]
 
 
 def bad_files(folder) -> dict[str, tuple[list, int, str]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from weakref import ref
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hf_copilot.generation.follower import Follower
 from hf_copilot.pilot.tap import PilotStates
@@ -108,8 +110,20 @@ def test_a_run_that_another_thread_breaks_into_raises(follower):
         assert not other.submit(call, follower, PROMPTS.flip(0)).result().continues
         with pytest.raises(ValueError, match="in each thread"):
             call(follower, grown(PROMPTS, 11, 12), past=4)
-        assert not call(follower, PROMPTS).continues
-        assert not other.submit(call, follower, PROMPTS).result().continues  # another text, when the first is done
+        goes_on = other.submit(call, follower, grown(PROMPTS.flip(0), 11, 12), past=4).result()
+        assert goes_on.continues and new_tokens(goes_on).tolist() == [[11], [12]]  # its run is whole
+
+
+def test_threads_may_take_turns(follower):
+    """One text after the other, of which one begins with what was generated before."""
+    cache = DynamicCache()
+    with ThreadPoolExecutor(1) as other:
+        call(follower, PROMPTS)
+        other.submit(call, follower, PROMPTS.flip(0)).result()
+        states = forward(grown(PROMPTS, 11, 12))
+        states.cache = ref(cache)
+        follower.take(states)
+        assert not follower.follow(grown(PROMPTS, 11, 12)).continues
 
 
 def test_a_kept_cache_is_taken_up(follower):

@@ -379,8 +379,10 @@ def test_callbacks_that_are_added_later(tmp_path):
     trainer.add_callback(Logs())
     trainer.train()
     assert sum("rectified_nll" in entry for entry in trainer.state.log_history) == 4
+    before = list(trainer.callback_handler.callbacks)
     with pytest.raises(ValueError, match="trains a Copilot by itself"):
         trainer.add_callback(CopilotCallback())
+    assert trainer.callback_handler.callbacks == before
 
 
 def test_hooks_are_gone_after_an_exception(tmp_path):

@@ -12,6 +12,8 @@ from transformers import TrainingArguments
 from trl import TrlParser
 from yaml import YAMLError
 
+from ..training.training_args import FIXED_STRENGTH as IN_PYTHON
+
 WIDTH = 100
 # of transformers' own arguments, what `--help` shows of every training
 TRAINING = ("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate")
@@ -72,8 +74,11 @@ class Parser(TrlParser):
             self.error(in_a_line(error))
 
     def error(self, message: str) -> None:
-        hint = FIXED_STRENGTH if "copilot_strength" in message else ""
-        self.exit(2, f"{self.prog}: {message}{hint} ({self.prog} --help lists the arguments)\n")
+        is_about_it = "copilot_strength" in message and "copilot_strength" in self.fields
+        hint = FIXED_STRENGTH if is_about_it else ""
+        self.exit(
+            2, f"{self.prog}: {message.removesuffix(IN_PYTHON)}{hint} ({self.prog} --help lists the arguments)\n"
+        )
 
     def format_help(self) -> str:
         places = "".join(f" {name.upper()}" for name in self.positions)

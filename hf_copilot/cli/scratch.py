@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -30,6 +31,14 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
 
 
+def is_unread(name: str, made: PreTrainedConfig, given: dict[str, Any]) -> bool:
+    """Whether a config holds a field that is none of its kind's, and is the same without it."""
+    if name not in vars(made) or hasattr(AutoConfig.for_model(given["model_type"]), name):
+        return False
+    without = AutoConfig.for_model(**{field: value for field, value in given.items() if field != name})
+    return made.to_dict() == without.to_dict() | {name: made.to_dict()[name]}
+
+
 def build_from_scratch(
     config: dict[str, Any], tokenizer_size: int, train: Dataset
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -46,11 +55,11 @@ def build_from_scratch(
     if given := tokens.keys() & config.keys():
         raise ValueError(f"from_config has {sorted(given)}, which the tokenizer says; tokenizer_size is its size.")
     try:
-        made, default = AutoConfig.for_model(**config, **tokens), AutoConfig.for_model(config["model_type"])
+        made = AutoConfig.for_model(**config, **tokens)
+        unread = [name for name in config if is_unread(name, made, config | tokens)]
     except StrictDataclassError as error:
         raise ValueError(f"from_config makes no {config['model_type']}: {error}") from error
-    unknown = [name for name in config if name in vars(made) and not hasattr(default, name)]  # kept, and never read
-    if unknown:
-        raise ValueError(f"from_config has what no {config['model_type']} config has: {', '.join(unknown)}.")
+    if unread:
+        raise ValueError(f"from_config has what no {config['model_type']} config has: {', '.join(unread)}.")
     auto_class = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
     return auto_class.from_config(made), tokenizer

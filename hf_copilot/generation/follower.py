@@ -27,7 +27,8 @@ UNKNOWN_CALL = (
     "decoding, prompt lookup, guidance_scale and inputs_embeds call processors for other tokens and are not supported "
     "(leave assistant_model, prompt_lookup_num_tokens and guidance_scale out). If it was detached, make a new one. A "
     "Pilot in training mode with gradient checkpointing generates without its cache: call pilot.eval() first. "
-    "The cache of a state-space model must be filled while the processor is attached."
+    "One processor is for one thread at a time. The cache of a state-space model must be filled while the processor "
+    "is attached."
 )
 ONE_THREAD = (
     "Another thread called this processor in the middle of this one's run, and a processor follows one run at a time. "
@@ -134,10 +135,9 @@ class Follower:
             ValueError: If the Pilot has not just been run on these tokens, or another thread broke into the run.
         """
         self.settle()
-        if self.thread != get_ident() and _goes_on_from(self.runs.get(get_ident()), ids):
-            self.reset()
-            raise ValueError(ONE_THREAD)
         pending, self.device = self.pending, ids.device
+        if self.thread != get_ident() and _is_inside_a_run(pending, self.runs.pop(get_ident(), None), ids):
+            raise ValueError(ONE_THREAD)
         self.of_threads, self.thread = {}, get_ident()
         if self._goes_on(pending, ids):
             forwards, rows, continues = pending, self._next_rows(pending[0], ids), True
@@ -329,11 +329,13 @@ def _ends_with(states: PilotStates, ids: torch.Tensor) -> bool:
     return torch.equal(known.to(tokens.device), tokens)
 
 
-def _goes_on_from(old: torch.Tensor | None, ids: torch.Tensor) -> bool:
-    """Whether the first row of `ids` `[R, n]` has one token more than a row of the tokens of another call."""
+def _is_inside_a_run(pending: list[PilotStates], old: torch.Tensor | None, ids: torch.Tensor) -> bool:
+    """Whether the first row of `ids` `[R, n]` has one token more than a row of the thread's last call, and the Pilot
+    was not run on all of it anew, into a cache: a text of its own may begin with the last one."""
     if old is None or ids.shape[1] != old.shape[1] + 1:
         return False
-    return bool((ids[:1, :-1].to(old.device) == old).all(-1).any())
+    begins_anew = bool(pending) and pending[0].past_length == 0 and pending[0].cache is not None
+    return not begins_anew and bool((ids[:1, :-1].to(old.device) == old).all(-1).any())
 
 
 def _piece(states: PilotStates) -> Piece:

@@ -215,8 +215,9 @@ def add_lifecycle(trainer: Trainer, lifecycle: CopilotLifecycle) -> None:
     """As the last callback but for the one that saves at once when a process is told to end (`enable_jit_checkpoint`):
     the Copilot's step of a round comes before it is saved. Called again when another callback was added."""
     handler = trainer.callback_handler
-    others = [callback for callback in handler.callbacks if isinstance(callback, CopilotLifecycle)]
-    if any(callback is not lifecycle for callback in others):
+    others = [c for c in handler.callbacks if isinstance(c, CopilotLifecycle) and c is not lifecycle]
+    if others:
+        handler.callbacks = [callback for callback in handler.callbacks if callback not in others]
         raise ValueError("This trainer trains a Copilot by itself: leave the CopilotCallback out.")
     saves_at_once = handler.pop_callback(JITCheckpointCallback)
     for callback in filter(None, (lifecycle, saves_at_once)):

@@ -64,7 +64,7 @@ def checkpoints_to_come(args: TrainingArguments, state: TrainerState) -> int:
     if args.save_strategy == "no":
         return 0
     epochs = state.num_train_epochs if state.num_train_epochs <= state.max_steps else 1  # of a stream no one knows
-    share = 1 - state.global_step / state.max_steps
+    share = 1 - state.global_step / max(state.max_steps, 1)
     each = {
         "steps": math.ceil((state.max_steps - state.global_step) / max(state.save_steps, 1)),  # one at the last step
         "epoch": math.ceil(share * epochs),

@@ -158,8 +158,8 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
     def _leave_unchosen(self):
         """A run that was interrupted has not come to the choice of λ."""
         config, is_asked_for = self.learner.copilot.config, self.copilot_args.copilot_strength != "config"
-        is_left_open = self.lifecycle.can_choose and is_asked_for and self.learner.steps > 0
-        if is_left_open and use_unchosen_strength(config):
+        is_left_open = is_asked_for and self.learner.steps > 0 and config.calibration is None
+        if self.lifecycle.can_choose and is_left_open and use_unchosen_strength(config):
             logger.warning(f"λ is {config.strength:g}, training ended before it was chosen: call trainer.calibrate().")
 
     def _print_table(self):
@@ -274,14 +274,17 @@ class CopilotMixin(FoldingMixin, RowIdsMixin):
         load_best(self.learner, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        is_uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if self.is_world_process_zero() and (self.args.hub_always_push or not is_uploading):
+        if self.is_world_process_zero() and (self.args.hub_always_push or not self._is_uploading()):
             shutil.copytree(
                 Path(checkpoint_folder) / WEIGHTS_FOLDER,
                 Path(self.args.output_dir) / WEIGHTS_FOLDER,
                 dirs_exist_ok=True,
             )
         super()._push_from_checkpoint(checkpoint_folder)
+
+    def _is_uploading(self):
+        """In the main process, which alone knows."""
+        return self.push_in_progress is not None and not self.push_in_progress.is_done()
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
