@@ -145,7 +145,7 @@ class Killed(Exception):
 
 
 class KillAtStep(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 5:
             raise Killed
 
