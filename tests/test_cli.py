@@ -477,7 +477,7 @@ def test_values_are_read_as_they_are_written(tmp_path):
     ]
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     assert read_answers(tmp_path / "lines.jsonl", "{day}, {id}", "{answer}") == texts
-    (tmp_path / "array.json").write_text('\n[{"answer": 2}, {"answer": 1.50}]')
+    (tmp_path / "array.json").write_text('[{"answer": 2}, {"answer": 1.50}]')
     for form, expected in (("{answer}", ["2", "1.50"]), ("{answer:.1f}", ["2.0", "1.5"])):
         assert [row["completion"] for row in read_answers(tmp_path / "array.json", "?", form)] == expected
     split = load_rows(str(tmp_path / "lines.jsonl"), "{day}, {id}", "{answer}")
