@@ -94,7 +94,7 @@ def test_only_what_is_kept_on_disk_counts():
         kept[strategy] = preflight.checkpoints_to_come(args, state)
         left[strategy] = preflight.checkpoints_to_come(args, replace(state, global_step=9))
     assert kept == {"no": 0, "steps": 4, "epoch": 3} and left == {"no": 0, "steps": 2, "epoch": 2}
-    assert preflight.checkpoints_to_come(args, replace(state, max_steps=0)) == 1
+    assert preflight.checkpoints_to_come(args, replace(state, max_steps=0)) == 0
     state.num_train_epochs = sys.maxsize  # of a stream
     assert preflight.checkpoints_to_come(args, state) == 1
     args.save_strategy, args.save_total_limit = "steps", 2

@@ -64,10 +64,10 @@ def checkpoints_to_come(args: TrainingArguments, state: TrainerState) -> int:
     if args.save_strategy == "no":
         return 0
     epochs = state.num_train_epochs if state.num_train_epochs <= state.max_steps else 1  # of a stream no one knows
-    share = 1 - state.global_step / max(state.max_steps, 1)
+    left = state.max_steps - state.global_step
     each = {
-        "steps": math.ceil((state.max_steps - state.global_step) / max(state.save_steps, 1)),  # one at the last step
-        "epoch": math.ceil(share * epochs),
+        "steps": math.ceil(left / max(state.save_steps, 1)),  # one at the last step
+        "epoch": math.ceil(left * epochs / max(state.max_steps, 1)),
     }
     saved = int(each.get(args.save_strategy, 1))
     return min(saved, args.save_total_limit or saved)
