@@ -278,6 +278,15 @@ def test_what_is_saved_after_an_interruption_has_a_careful_strength(tmp_path, ca
     assert ("ended before it was chosen" in caplog.text) == (asked is None)
 
 
+def test_a_strength_that_was_chosen_outlives_a_call_that_trains_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, addition(8, seed=1))
+    trainer.train()
+    trainer.copilot.config.strength = 1.0  # as if it had been chosen
+    with pytest.raises(ValueError, match="valid checkpoint"):
+        trainer.train(resume_from_checkpoint="mistyped")
+    assert trainer.copilot.config.strength == 1.0
+
+
 def test_workers_that_go_on_do_not_keep_the_evaluation_set(tmp_path):
     """Trainer gives their loader out again, for any data set."""
     expected = make_trainer(tmp_path, addition(8, seed=1)).calibrate(addition(4, seed=2))["targets"]

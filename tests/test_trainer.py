@@ -336,6 +336,14 @@ def test_what_is_being_uploaded_is_left_alone(tmp_path, monkeypatch):
     assert_same(pushed, first)
 
 
+def test_a_process_that_does_not_push_copies_nothing(tmp_path, monkeypatch):
+    """Trainer keeps in the main process alone what is being uploaded."""
+    trainer = train(CopilotTrainer, tmp_path, max_steps=1)
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert not (tmp_path / "copilot").exists()
+
+
 def test_what_is_torn_or_half_written_is_not_pushed(tmp_path):
     """A Mistake Log holds token ids of the training data."""
     names = [f"{TORN}checkpoint-4/copilot_state/mistake_log-0.safetensors"]

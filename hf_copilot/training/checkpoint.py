@@ -163,7 +163,7 @@ def find_fault(checkpoint: str | os.PathLike) -> str | None:
 
 
 def is_dispensable(name: str) -> bool:
-    """Whether a run resumes without a file: bit for bit, but for the first ones."""
+    """Whether a run resumes without a file, if perhaps not bit for bit."""
     own = f"{STATE_FOLDER}/mistake_log-", f"{STATE_FOLDER}/generator-"
     unread = "training_args.", "tokenizer", "chat_template", "special_tokens_map."
     return name.startswith(("optimizer.", "scheduler.", "rng_state", *own, *unread))
